@@ -1,0 +1,139 @@
+"""Tokenised examples, and batches of them under a token budget.
+
+Shapes: B examples of a batch, T tokens of its longest example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from montessori.errors import ArgumentError, DataError, ResourceError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised example: `input_ids` and `labels`, int64 [T] on the CPU, without padding.
+
+    `labels[t]` is `input_ids[t]` where the token counts in the loss and -100 elsewhere; position t
+    is predicted from the tokens before it. `index` is the row number in the user's input.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    index: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Tokens that enter the loss. A label on the first token has no prefix and does not count."""
+        return int((self.labels[1:] != IGNORE_INDEX).sum())
+
+    def digest(self) -> bytes:
+        """Hash of the content, the same wherever the example stands in the input."""
+        payload = self.input_ids.numpy().tobytes() + b"|" + self.labels.numpy().tobytes()
+        return hashlib.sha256(payload).digest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded examples: `input_ids`, `attention_mask`, `position_ids`, `labels`, all int64 [B, T].
+
+    `labels` are not shifted. `index` holds the row numbers of the B examples in the user's input.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    index: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int(self.attention_mask.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
+        return Batch(*(tensor.to(device) for tensor in moved), index=self.index)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad examples on the right to the longest of them. The padding token is 0; nothing looks at it."""
+    longest = max(example.num_tokens for example in examples)
+    shape = (len(examples), longest)
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        span = slice(0, example.num_tokens)
+        input_ids[row, span], labels[row, span], mask[row, span] = example.input_ids, example.labels, 1
+    position_ids = torch.arange(longest).expand(shape).contiguous()
+    return Batch(input_ids, mask, position_ids, labels, tuple(example.index for example in examples))
+
+
+def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "candidates") -> list[list[Example]]:
+    """Group examples of similar length so that B times the longest stays within `batch_tokens`.
+
+    The grouping depends on lengths and row numbers only, so the same input always gives the same
+    batches. Longest first: the first batch shows the peak of memory.
+    """
+    if batch_tokens < 1:
+        raise ArgumentError(f"batch_tokens={batch_tokens}: expected a positive number of tokens")
+    ordered = sorted(examples, key=lambda example: (-example.num_tokens, example.index))
+    if ordered and ordered[0].num_tokens > batch_tokens:
+        raise ResourceError(
+            f"{name} row {ordered[0].index} has {ordered[0].num_tokens} tokens, more than "
+            f"batch_tokens={batch_tokens}: raise batch_tokens or lower max_length"
+        )
+    batches: list[list[Example]] = []
+    for example in ordered:
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].num_tokens <= batch_tokens:
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
+
+
+def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Iterator[Example]:
+    """Examples from rows that carry `input_ids`, `labels` and, optionally, `attention_mask`.
+
+    Padding named by the attention mask, on either side, is cut off.
+    """
+    for index, row in enumerate(rows):
+        where = f"{name} row {index}"
+        try:
+            columns = {key: torch.as_tensor(row[key]) for key in ("input_ids", "labels")}
+            mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(columns["input_ids"])))
+        except KeyError as error:
+            raise DataError(f"{where}: expected columns input_ids and labels, {error} is missing") from None
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{where}: expected flat lists of token ids, got {error}") from None
+        input_ids, labels = columns["input_ids"], columns["labels"]
+        if input_ids.dim() != 1 or input_ids.shape != labels.shape or input_ids.shape != mask.shape:
+            raise DataError(
+                f"{where}: expected input_ids, labels and attention_mask of one length, got shapes "
+                f"{list(input_ids.shape)}, {list(labels.shape)} and {list(mask.shape)}"
+            )
+        if input_ids.numel() and input_ids.is_floating_point():
+            raise DataError(f"{where}: expected integer input_ids, got {input_ids.dtype}")
+        kept = mask.nonzero().flatten()
+        if kept.numel() == 0:
+            raise DataError(f"{where}: no token (input_ids is empty or attention_mask is all 0)")
+        span = slice(int(kept[0]), int(kept[-1]) + 1)
+        if kept.numel() != span.stop - span.start:
+            raise DataError(f"{where}: attention_mask has a hole; expected padding at the ends only")
+        yield Example(input_ids[span].to(torch.int64).cpu(), labels[span].to(torch.int64).cpu(), index)

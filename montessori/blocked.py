@@ -1,0 +1,219 @@
+"""The plain torch implementation behind `montessori.ops`, impl="reference".
+
+One row block of one example's gradient is alive at a time. The constants of Eq. 1 are folded so that
+a block costs six passes over cache-resident memory:
+
+    a1 = β1/(1−β1^t)   a2 = (1−β1)/(1−β1^t)   s1 = β2/(1−β2^t)   s2 = (1−β2)/(1−β2^t)
+    q·Δ = −lr · [ q · (a1 m + a2 g) / (sqrt(s1 v + s2 g²) + ε) + λ q · θ ]
+
+Arguments are trusted here; `montessori.ops` has checked them. Dimensions as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from montessori.steps import AdamWStep, OptimizerStep, SGDStep
+
+if TYPE_CHECKING:
+    from montessori.ops import SparseRows
+
+# Elements of a block: large enough to hide the cost of calling six operations, small enough that the
+# block, its scratch and its optimizer state stay in the cache.
+BLOCK_ELEMENTS = 1 << 16
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(tensor is not None and tensor.dtype is torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+@dataclass
+class _AdamBlock:
+    """A flat block of a parameter with the constants of the step folded in."""
+
+    q: Tensor  # [K, n]
+    momentum: Tensor  # a1 m, [n]
+    second: Tensor  # s1 v, [n]
+    decay: Tensor | None  # λ θ, [n], only for Adam with L2
+    constant: Tensor  # −lr λ Σ q θ, [K] float64
+    a2: float
+    s2: float
+    eps: float
+    lr: float
+    scratch: Tensor  # [n]
+
+    def score(self, grad: Tensor) -> Tensor:
+        """Σ q·Δ(grad) of the block, float64 [K]; overwrites `grad` [n]."""
+        if self.decay is not None:
+            grad.add_(self.decay)
+        root = torch.addcmul(self.second, grad, grad, value=self.s2, out=self.scratch).sqrt_().add_(self.eps)
+        update = torch.add(self.momentum, grad, alpha=self.a2, out=grad).div_(root)
+        return torch.mv(self.q, update).double().mul_(-self.lr).add_(self.constant)
+
+
+@dataclass
+class _SGDBlock:
+    q: Tensor
+    constant: Tensor  # Σ q·Δ(0), [K] float64
+    slope: float  # Δ(g) = Δ(0) + slope · g
+
+    def score(self, grad: Tensor) -> Tensor:
+        return torch.mv(self.q, grad).double().mul_(self.slope).add_(self.constant)
+
+
+def _adam_block(
+    q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor, step: AdamWStep, dtype: torch.dtype
+) -> _AdamBlock:
+    correction1 = 1 - step.beta1**step.step
+    correction2 = 1 - step.beta2**step.step
+    q, param = q.flatten(1).to(dtype), param.flatten().to(dtype)
+    constant = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
+    if step.decoupled and step.weight_decay:
+        constant = torch.mv(q, param).double() * (-step.lr * step.weight_decay)
+    return _AdamBlock(
+        q=q,
+        momentum=exp_avg.flatten().to(dtype) * (step.beta1 / correction1),
+        second=exp_avg_sq.flatten().to(dtype) * (step.beta2 / correction2),
+        decay=None if step.decoupled or not step.weight_decay else param * step.weight_decay,
+        constant=constant,
+        a2=(1 - step.beta1) / correction1,
+        s2=(1 - step.beta2) / correction2,
+        eps=step.eps,
+        lr=step.lr,
+        scratch=torch.empty_like(param),
+    )
+
+
+def _sgd_block(
+    q: Tensor, momentum_buffer: Tensor | None, param: Tensor, step: SGDStep, dtype: torch.dtype
+) -> _SGDBlock:
+    q, param = q.flatten(1).to(dtype), param.flatten().to(dtype)
+    # The buffer is b = μ' b_old + ρ g', and the direction is g' + μ b (Nesterov) or b.
+    buffered = bool(step.momentum) and step.step > 1 and momentum_buffer is not None
+    rho = 1 - step.dampening if buffered else 1.0
+    if not step.momentum:
+        on_grad, on_buffer = 1.0, 0.0
+    elif step.nesterov:
+        on_grad, on_buffer = 1 + step.momentum * rho, step.momentum**2
+    else:
+        on_grad, on_buffer = rho, step.momentum
+    at_zero = param * (step.weight_decay * on_grad)
+    if buffered and momentum_buffer is not None:
+        at_zero = at_zero + momentum_buffer.flatten().to(dtype) * on_buffer
+    return _SGDBlock(q, torch.mv(q, at_zero).double() * -step.lr, -step.lr * on_grad)
+
+
+def _block(
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    dtype: torch.dtype,
+) -> _AdamBlock | _SGDBlock:
+    if isinstance(step, SGDStep):
+        return _sgd_block(q, exp_avg, param, step, dtype)
+    if exp_avg is None or exp_avg_sq is None:
+        raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
+    return _adam_block(q, exp_avg, exp_avg_sq, param, step, dtype)
+
+
+def _spans(num_rows: int, row_elements: int) -> Iterator[slice]:
+    height = max(1, BLOCK_ELEMENTS // max(1, row_elements))
+    for start in range(0, num_rows, height):
+        yield slice(start, min(start + height, num_rows))
+
+
+def _rows_by_id(rows: SparseRows, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Per example: sorted ids and their gradients, so that a block of the table is one slice."""
+    bounds = rows.offsets.tolist()
+    sorted_rows = []
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        ids, order = rows.ids[low:high].sort(stable=True)
+        sorted_rows.append((ids, rows.grad[low:high].to(dtype)[order]))
+    return sorted_rows
+
+
+def linear_influence(
+    x: Tensor,
+    dy: Tensor,
+    bounds: list[int],
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    rows: SparseRows | None,
+) -> Tensor:
+    """Eq. 5 block by block; see `montessori.ops.linear_influence`."""
+    dtype = _compute_dtype(x, dy, q, exp_avg, exp_avg_sq, param)
+    x, dy = x.to(dtype), dy.to(dtype)
+    num_examples, (num_out, num_in) = len(bounds) - 1, param.shape
+    scores = torch.zeros(num_examples, q.shape[0], dtype=torch.float64, device=x.device)
+    extra = _rows_by_id(rows, dtype) if rows is not None else None
+    for span in _spans(num_out, num_in):
+        state = [tensor[span] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq)]
+        block = _block(q[:, span], state[0], state[1], param[span], step, dtype)
+        scratch = x.new_empty(span.stop - span.start, num_in)
+        for example, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            grad = torch.mm(dy[low:high, span].T, x[low:high], out=scratch)
+            if extra is not None:
+                ids, row_grad = extra[example]
+                touched = slice(*torch.searchsorted(ids, ids.new_tensor([span.start, span.stop])).tolist())
+                grad.index_add_(0, ids[touched] - span.start, row_grad[touched])
+            scores[example] += block.score(grad.view(-1))
+    return scores
+
+
+def embedding_influence(
+    rows: SparseRows,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    drift: Tensor,
+) -> Tensor:
+    """Eq. 6: C0 + Σ over touched rows of f(g) − f(0); see `montessori.ops.embedding_influence`."""
+    dtype = _compute_dtype(rows.grad, q, exp_avg, exp_avg_sq, param)
+    bounds = rows.offsets.tolist()
+    scores = drift.double().expand(len(bounds) - 1, -1).clone()
+    for example, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        ids, position = rows.ids[low:high].unique(return_inverse=True)
+        if ids.numel() == 0:
+            continue
+        grad = rows.grad.new_zeros(ids.numel(), param.shape[1], dtype=dtype)
+        grad.index_add_(0, position, rows.grad[low:high].to(dtype))
+        state = [tensor[ids] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq)]
+        block = _block(q[:, ids], state[0], state[1], param[ids], step, dtype)
+        at_zero = block.score(torch.zeros_like(grad).view(-1))
+        scores[example] += block.score(grad.view(-1)) - at_zero
+    return scores
+
+
+def adam_influence(
+    grad: Tensor,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+) -> Tensor:
+    """Eq. 3 for ready gradients; see `montessori.ops.adam_influence`."""
+    dtype = _compute_dtype(grad, q, exp_avg, exp_avg_sq, param)
+    num_examples = grad.shape[0]
+    scores = torch.zeros(num_examples, q.shape[0], dtype=torch.float64, device=grad.device)
+    flat = [tensor.flatten() if tensor is not None else None for tensor in (exp_avg, exp_avg_sq, param)]
+    grad, q = grad.flatten(1), q.flatten(1)
+    for span in _spans(param.numel(), 1):
+        parts = [tensor[span] if tensor is not None else None for tensor in flat]
+        block = _block(q[:, span], parts[0], parts[1], param.flatten()[span], step, dtype)
+        for example in range(num_examples):
+            scores[example] += block.score(grad[example, span].to(dtype, copy=True))
+    return scores

@@ -1,0 +1,279 @@
+"""Per-example gradients in factored form, caught by hooks while the model runs forward and backward.
+
+The model runs unchanged. A hook on a module's forward keeps its input X; a hook on its output receives
+dY in the backward pass and hands (X, dY) on at once. The parameters that a rule covers do not require
+grad meanwhile, so autograd skips their weight-gradient products: they are replaced, not doubled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from montessori.batching import Batch
+from montessori.errors import ModelError
+from montessori.losses import LossFunction
+from montessori.ops import SparseRows
+from montessori.rowmap import RowMap, UnmappableRowsError
+from montessori.rules import CONV1D, EMBEDDING, LINEAR, LOCAL, ModuleRule, Plan
+from montessori.uses import DenseUse, LinearUse, RowsUse, Use, merge
+
+
+class Sink(Protocol):
+    """Receives every trainable parameter once per batch, with its gradient or as absent (gradient 0)."""
+
+    def use(self, name: str, use: Use) -> None: ...
+
+    def absent(self, name: str) -> None: ...
+
+
+class Capture:
+    """Runs batches through `model` and hands each parameter's per-example gradient to a sink."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model = model
+        self._plan = plan
+        self._rows: RowMap | None = None
+        self._sink: Sink | None = None
+        self._expected: Counter[str] = Counter()
+        self._received: defaultdict[str, list[Use]] = defaultdict(list)
+        self._remaining: set[str] = set()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks in place, covered parameters frozen, dropout off, gradients of the user put aside."""
+        covered = [p for name, p in self._plan.trainable.items() if name not in self._plan.fallback]
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self._model))
+            stack.enter_context(gradients_aside(self._plan.trainable.values()))
+            for parameter in covered:
+                parameter.requires_grad_(False)
+                stack.callback(parameter.requires_grad_, True)
+            for module, rule in self._plan.rules.items():
+                if not set(rule.parameters.values()) <= self._plan.fallback:
+                    for handle in self._hooks(module, rule):
+                        stack.callback(handle.remove)
+            yield
+
+    def run(self, batch: Batch, loss: LossFunction, sink: Sink) -> Tensor:
+        """Losses of the batch, float64 [B]; the sink has every parameter when this returns."""
+        if self._plan.per_example and batch.size > 1:
+            raise ModelError(f"this model is captured one example at a time, got a batch of {batch.size}")
+        self._rows, self._sink = RowMap.of(batch), sink
+        self._expected.clear()
+        self._received.clear()
+        self._remaining = set(self._plan.trainable)
+        try:
+            losses = example_losses(self._model, batch, loss)
+            losses.sum().backward()
+            self._flush()
+        finally:
+            self._received.clear()
+            self._rows = self._sink = None
+            for parameter in self._plan.trainable.values():
+                parameter.grad = None
+        return losses.detach()
+
+    def _flush(self) -> None:
+        for name in sorted(self._plan.fallback):
+            grad = self._plan.trainable[name].grad
+            if grad is not None:
+                self._deliver(name, DenseUse(grad.unsqueeze(0)))
+        for name in list(self._received):
+            self._deliver_all(name)
+        for name in sorted(self._remaining):
+            self._active_sink.absent(name)
+
+    @property
+    def _active_sink(self) -> Sink:
+        if self._sink is None:
+            raise ModelError("a capture hook fired outside Capture.run: the model was called by someone else")
+        return self._sink
+
+    def _deliver(self, name: str, use: Use) -> None:
+        """Pass a parameter on as soon as all its uses of the forward pass have their gradient."""
+        self._received[name].append(use)
+        if len(self._received[name]) >= self._expected[name]:
+            self._deliver_all(name)
+
+    def _deliver_all(self, name: str) -> None:
+        merged = merge(self._received.pop(name))
+        if merged is None:
+            raise ModelError(f"{name}: used both as a matrix and element by element, which cannot be captured")
+        self._remaining.discard(name)
+        self._active_sink.use(name, merged)
+
+    def _hooks(self, module: nn.Module, rule: ModuleRule) -> Iterator[Any]:
+        rule = self._without_fallback(rule)
+        if rule.kind == EMBEDDING:
+            mode = _EmbeddingCalls(module, partial(self._embedding_called, rule))
+            yield module.register_forward_pre_hook(lambda *_: mode.start())
+            yield module.register_forward_hook(lambda *_: mode.stop(), always_call=True)
+        else:
+            called = self._local_called if rule.kind == LOCAL else self._linear_called
+            yield module.register_forward_hook(partial(called, rule), with_kwargs=True)
+
+    def _without_fallback(self, rule: ModuleRule) -> ModuleRule:
+        kept = {key: name for key, name in rule.parameters.items() if name not in self._plan.fallback}
+        return ModuleRule(rule.kind, rule.module_name, kept)
+
+    def _linear_called(
+        self, rule: ModuleRule, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self._track(rule, output, partial(self._linear_gradient, rule, x.detach(), x._version))
+
+    def _linear_gradient(self, rule: ModuleRule, x: Tensor, version: int, dy: Tensor) -> None:
+        if x._version != version:
+            raise ModelError(f"{rule.module_name}: its input was changed in place after use, cannot be captured")
+        packed_dy, offsets = self._pack(dy, rule)
+        if "weight" in rule.parameters:
+            packed_x, _ = self._pack(x, rule)
+            factors = (packed_dy, packed_x) if rule.kind == CONV1D else (packed_x, packed_dy)
+            self._deliver(rule.parameters["weight"], LinearUse(*factors, offsets))
+        if "bias" in rule.parameters:
+            self._deliver(rule.parameters["bias"], DenseUse(_sum_per_example(packed_dy, offsets)))
+
+    def _local_called(
+        self, rule: ModuleRule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            raise UnmappableRowsError(rule.module_name, (), self._rows.size if self._rows else 0)
+        return self._track(rule, output, partial(self._local_gradient, rule, module, args[0].detach()))
+
+    def _local_gradient(self, rule: ModuleRule, module: nn.Module, x: Tensor, dy: Tensor) -> None:
+        """Run a small module again on each example's rows and differentiate it there.
+
+        Exact for any module that treats rows alike, whatever its formula and inner precision.
+        """
+        packed_x, offsets = self._pack(x, rule)
+        packed_dy, _ = self._pack(dy, rule)
+        own = {key: getattr(module, key).detach().requires_grad_() for key in rule.parameters}
+        grads: list[tuple[Tensor, ...]] = []
+        for low, high in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            with self._paused(), torch.enable_grad():
+                y = functional_call(module, own, (packed_x[low:high],))
+                grads.append(torch.autograd.grad(y, list(own.values()), packed_dy[low:high]))
+        for name, per_example in zip(rule.parameters.values(), zip(*grads, strict=True), strict=True):
+            self._deliver(name, DenseUse(torch.stack(per_example)))
+
+    def _embedding_called(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, output: Tensor) -> Tensor:
+        tracked = self._track(rule, output, partial(self._embedding_gradient, rule, ids, padding_idx))
+        return output if tracked is None else tracked
+
+    def _embedding_gradient(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, dy: Tensor) -> None:
+        packed_dy, offsets = self._pack(dy, rule)
+        packed_ids = self._pack(ids.unsqueeze(-1), rule)[0].squeeze(-1)
+        if padding_idx is not None:
+            # torch gives the padding row no gradient even where the token is part of the text.
+            packed_dy = packed_dy.masked_fill((packed_ids == padding_idx).unsqueeze(-1), 0)
+        self._deliver(rule.parameters["weight"], RowsUse(SparseRows(packed_ids, packed_dy, offsets)))
+
+    def _pack(self, activation: Tensor, rule: ModuleRule) -> tuple[Tensor, Tensor]:
+        if self._rows is None:
+            raise ModelError("a capture hook fired outside Capture.run: the model was called by someone else")
+        return self._rows.pack(activation, rule.module_name)
+
+    def _track(self, rule: ModuleRule, output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor | None:
+        """Call `on_gradient` with the output's gradient; returns the output to use instead, if any."""
+        if self._sink is None:
+            return None
+        self._expected.update(rule.parameters.values())
+        source = output if output.requires_grad else output.detach().requires_grad_().clone()
+
+        def receive(dy: Tensor) -> None:
+            with torch.no_grad():
+                on_gradient(dy)
+
+        source.register_hook(receive)
+        return None if source is output else source
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        sink, self._sink = self._sink, None
+        try:
+            yield
+        finally:
+            self._sink = sink
+
+
+class _EmbeddingCalls(TorchFunctionMode):
+    """Active during one module's forward: reports its look-ups in its own weight.
+
+    The look-up itself is watched, not the module's output, so that subclasses which shift the ids or
+    scale the result are captured exactly.
+    """
+
+    def __init__(self, module: nn.Module, called: Callable[[Tensor, int | None, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._module, self._called, self._active = module, called, False
+
+    def start(self) -> None:
+        self._active = torch.is_grad_enabled()
+        if self._active:
+            self.__enter__()
+
+    def stop(self) -> None:
+        if self._active:
+            self._active = False
+            self.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is F.embedding and args[1] is self._module.weight:
+            return self._called(args[0], self._module.padding_idx, output)
+        return output
+
+
+def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
+    """The loss function's result, checked to be one differentiable value per example [B]."""
+    losses = loss(model, batch)
+    if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
+        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ModelError(f"the loss function must return one value per example [{batch.size}], got {got}")
+    if torch.is_grad_enabled() and not losses.requires_grad:
+        raise ModelError("the loss does not depend on any trainable parameter: nothing to score")
+    return losses
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and the module's training flags put back afterwards, one by one."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def gradients_aside(parameters: Any) -> Iterator[None]:
+    """Parameters without `.grad` inside, with the user's `.grad` again outside."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+
+
+def _sum_per_example(rows: Tensor, offsets: Tensor) -> Tensor:
+    wide = rows if rows.dtype is torch.float64 else rows.float()
+    return torch.stack([part.sum(0) for part in wide.split(offsets.diff().tolist())])

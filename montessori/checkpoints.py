@@ -1,0 +1,135 @@
+"""Optimizer state from the directories that training programs leave behind.
+
+Recognised by the files in the directory: this package's own format, a checkpoint of Hugging Face
+Trainer or TRL (`optimizer.pt`), and `accelerate.save_state` (`optimizer.bin`).
+
+A torch state dict counts parameters instead of naming them. The names are restored from the order in
+which the optimizer was given the parameters, and every shape is checked. Two parameters of one shape
+that the training program handed over in another order than the ones documented in `read_state`
+cannot be told apart from the file: pass the live optimizer to `AdamWState.from_optimizer` then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from montessori.errors import StateError
+from montessori.optim_state import JSON_FILE, TENSOR_FILE, AdamWState, ParameterState, parameter_state
+
+TRAINER_FILE = "optimizer.pt"
+ACCELERATE_FILE = "optimizer.bin"
+_LIVE = "pass the live optimizer instead: AdamWState.from_optimizer(model, optimizer)"
+
+
+def read_state(directory: str | os.PathLike[str], model: nn.Module) -> AdamWState:
+    """State of every trainable parameter of `model`, tensors on the CPU, from a checkpoint directory.
+
+    The order of parameters in `optimizer.pt` and `optimizer.bin` is, in this order of preference:
+    the names in the file (a state keyed by name, or `param_names` of an optimizer built from
+    `named_parameters()`); one group as large as the trainable parameters, in the order of
+    `model.parameters()`; two groups, the decayed parameters and the rest by Trainer's own rule.
+    Only trainable parameters count, so for LoRA pass the model with its adapter.
+
+    A file without `decoupled_weight_decay`, which does not tell Adam from AdamW, is read as AdamW.
+    Files are read without unpickling objects.
+
+    Raises StateError when the directory or its state does not fit; values are left to
+    `AdamWState.validate`, so that a learning rate of 0 can still be overridden.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise StateError(f"{path}: expected a checkpoint directory, none is there: check the path")
+    if (path / JSON_FILE).exists() or (path / TENSOR_FILE).exists():
+        state = AdamWState.load(path)
+    else:
+        state = _read_torch_state(_optimizer_file(path), model)
+    state.check_layout(model)
+    return state
+
+
+def _optimizer_file(path: Path) -> Path:
+    several = sorted(file.name for file in path.glob("optimizer_*.bin"))
+    found = [name for name in (TRAINER_FILE, ACCELERATE_FILE) if (path / name).is_file()]
+    if len(found) + len(several) > 1:
+        raise StateError(f"{path}: expected one optimizer, got {', '.join(found + several)}: {_LIVE}")
+    if found:
+        return path / found[0]
+    checkpoints = sorted(
+        (entry.name for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)),
+        key=lambda name: int(name.removeprefix("checkpoint-")),
+    )
+    if checkpoints:
+        raise StateError(f"{path}: a run with several checkpoints, name one of {', '.join(checkpoints)}")
+    raise StateError(
+        f"{path}: no optimizer state: expected {TRAINER_FILE} (Trainer, TRL), {ACCELERATE_FILE} "
+        f"(accelerate.save_state) or {JSON_FILE} with {TENSOR_FILE}; save the optimizer with the model"
+    )
+
+
+def _read_torch_state(file: Path, model: nn.Module) -> AdamWState:
+    saved = _load(file)
+    groups, entries = saved["param_groups"], saved["state"]
+    names_by_group = _parameter_names(file, groups, model)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    states: dict[str, ParameterState] = {}
+    for group, names in zip(groups, names_by_group, strict=True):
+        for key, name in zip(group["params"], names, strict=True):
+            if name not in frozen:
+                states[name] = parameter_state(group, entries.get(key, {}), name)
+    order = [name for name, _ in model.named_parameters() if name in states]
+    foreign = [name for name in states if name not in set(order)]
+    return AdamWState({name: states[name] for name in order + foreign})
+
+
+def _load(file: Path) -> dict:
+    # A damaged file makes the reader raise almost anything.
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StateError(f"{file}: cannot be read as plain tensors ({reason}): save it again") from error
+    fits = (
+        isinstance(saved, dict)
+        and isinstance(saved.get("state"), Mapping)
+        and all(isinstance(entry, Mapping) for entry in saved["state"].values())
+        and isinstance(saved.get("param_groups"), Sequence)
+        and all(isinstance(group, Mapping) and "params" in group for group in saved["param_groups"])
+    )
+    if not fits:
+        got = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved).__name__
+        raise StateError(f"{file}: expected a torch optimizer's state and param_groups, got {got}: {_LIVE}")
+    return saved
+
+
+def _parameter_names(file: Path, groups: Sequence[Mapping], model: nn.Module) -> list[list[str]]:
+    """Names of the parameters of each group, in the order of its `params`."""
+    if all(isinstance(key, str) for group in groups for key in group["params"]):
+        return [list(group["params"]) for group in groups]
+    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
+        return [list(group.get("param_names", ())) for group in groups]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = _decayed_names(model)
+    with_decay = [name for name in trainable if name in decayed]
+    without_decay = [name for name in trainable if name not in decayed]
+    sizes = [len(group["params"]) for group in groups]
+    for layout in ([trainable], [with_decay, without_decay]):
+        if sizes == [len(names) for names in layout]:
+            return layout
+    raise StateError(
+        f"{file}: expected param groups of [{len(trainable)}] parameters, or of [{len(with_decay)}, "
+        f"{len(without_decay)}] with and without decay, as the model has them; got {sizes}: the state of "
+        f"another model, or other groups; {_LIVE}"
+    )
+
+
+def _decayed_names(model: nn.Module) -> set[str]:
+    from transformers import Trainer
+
+    # The rule reads nothing of the trainer, and a real one would need arguments and a device.
+    return set(Trainer.get_decay_parameter_names(Trainer.__new__(Trainer), model))

@@ -1,0 +1,17 @@
+"""Input of `make demo`, written by the project: 80 candidate pairs of mixed quality and 32 reference pairs."""  # noqa: E501
+
+from __future__ import annotations
+
+import importlib.resources
+import pathlib
+
+from montessori.errors import ArgumentError
+
+_NAMES = ("candidates.jsonl", "reference.jsonl")
+
+
+def demo_file(name: str) -> pathlib.Path:
+    """Return the path of the demo file `name`: "candidates.jsonl" or "reference.jsonl"."""
+    if name not in _NAMES:
+        raise ArgumentError(f"name={name!r}: expected one of {', '.join(_NAMES)}")
+    return pathlib.Path(str(importlib.resources.files("montessori.demo") / name))

@@ -1,0 +1,360 @@
+"""From rows of text to token ids and labels, by the roles of the text and never by searching in tokens.
+
+A conversation is rendered with a chat template and cut into pieces, by role, while it is still text.
+Each piece is tokenised on its own, the way the model meets it: it reads the prompt, then writes the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+import torch
+
+from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
+from montessori.data import TOKEN_COLUMNS, Chat, Rows, column_set, one_line, read_chat, short
+from montessori.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRUNCATIONS = ("error", "right", "skip")
+BUILT_IN_TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for message in messages %}"
+        "{{ message['content'] + (eos_token if message['role'] == 'assistant' else '\n') }}"
+        "{% endfor %}"
+    ),
+}
+GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# Bounds the memory of the tokenizer's own output, which is many times that of the ids.
+ROWS_PER_CALL = 512
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What `encode_rows` made of `num_rows` rows. Every row is in `examples` or in `skipped`.
+
+    `examples` are in the order of the input, `Example.index` is the row number. `skipped` maps a row
+    number to "no_label_tokens" (nothing enters the loss) or "too_long". `truncated` lists the row numbers
+    of the examples whose end was cut off, and of none that was skipped.
+    """
+
+    examples: list[Example]
+    skipped: dict[int, str]
+    truncated: list[int]
+    num_rows: int
+
+
+def encode_rows(
+    rows: Rows | Sequence[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation: str = "error",
+    chat_template: str | None = None,
+    name: str = "candidates",
+) -> Encoded:
+    """Token ids and labels of `rows`: a label is the token itself where the assistant wrote it, else -100.
+
+    A row holds `input_ids`, `labels` and, optionally, `attention_mask`; or `messages`; or `prompt` and
+    `completion` (texts or lists of messages); or `instruction`, optionally `input`, and `response`. The
+    first of these sets that is complete counts. Labels of an assistant's turn end with its last special
+    token; what the template writes after it (often a newline) has no label. Of `prompt` and `completion`
+    as lists of messages only the turns of `completion` are labelled. A template with a {% generation %}
+    block decides itself which tokens are labelled.
+
+    `chat_template` is a Jinja template, a path to a .jinja file, or "chatml" or "plain" (for base models:
+    instruction, newline, response, end of text); without it the tokenizer's own is used. Special tokens
+    come from the template alone; the two built-in ones start with the token that begins a text if this
+    tokenizer puts one there. `max_length` is in tokens; an example beyond it is an error, is cut at the
+    end ("right") or is left out ("skip"). `name` is how errors call rows without an address.
+
+    Raises DataError, naming file and line, for a row or a template that cannot be used; ArgumentError for
+    a wrong `max_length`, `truncation` or `chat_template`.
+    """
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ArgumentError(f"max_length={max_length!r}: expected a positive number of tokens")
+    if truncation not in TRUNCATIONS:
+        raise ArgumentError(f"truncation={truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+    table = rows if isinstance(rows, Rows) else Rows(rows, source=name)
+    examples: dict[int, Example] = {}
+    chats: list[Chat] = []
+    for index, row in enumerate(table):
+        columns = column_set(row, table.where(index))
+        if columns == TOKEN_COLUMNS:
+            examples[index] = _from_tokens(row, index, table.where(index))
+        else:
+            chats.append(read_chat(row, columns, index, table.where(index)))
+    if chats:
+        template = _Template(tokenizer, _resolve_template(tokenizer, chat_template))
+        encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
+        examples.update((example.index, example) for example in encode(chats, template))
+    return _limit([examples[index] for index in range(len(table))], table, max_length, truncation)
+
+
+def _limit(examples: list[Example], table: Rows, max_length: int, truncation: str) -> Encoded:
+    """Apply the limit of length; an example without labels is skipped for that, whatever its length."""
+    encoded = Encoded([], {}, [], len(examples))
+    for example in examples:
+        too_long = example.num_tokens > max_length
+        if too_long and truncation == "error" and example.num_label_tokens:
+            raise DataError(
+                f"{table.where(example.index)}: expected at most {max_length} tokens, got "
+                f"{example.num_tokens}; raise --max-length, or pass --truncation right (cuts the end) or "
+                f"skip (leaves the row out)"
+            )
+        kept = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+        if example.num_label_tokens and too_long and truncation == "skip":
+            encoded.skipped[example.index] = "too_long"
+        elif kept.num_label_tokens == 0:
+            encoded.skipped[example.index] = "no_label_tokens"
+        else:
+            encoded.examples.append(kept)
+            if too_long:
+                encoded.truncated.append(example.index)
+    return encoded
+
+
+def _from_tokens(row: Mapping, index: int, where: str) -> Example:
+    columns = {key: value for key, value in row.items() if value is not None}
+    try:
+        (example,) = examples_from_tokens([columns], where)
+    except DataError as error:
+        # The row number in the message counts within the list of one row passed above.
+        raise DataError(f"{where}{str(error).removeprefix(f'{where} row 0')}") from error
+    return replace(example, index=index)
+
+
+# Templates.
+
+
+def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+    if chat_template is None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template; pass chat_template= or --chat-template plain (for base "
+                "models), chatml, a Jinja template or a path to a .jinja file"
+            )
+        return tokenizer.get_chat_template()
+    if not isinstance(chat_template, str):
+        raise ArgumentError(f"chat_template: expected a str, got {type(chat_template).__name__}")
+    if chat_template in BUILT_IN_TEMPLATES:
+        if chat_template == "plain" and tokenizer.eos_token is None:
+            raise DataError(
+                "chat_template='plain': expected a tokenizer with an eos_token, got None; set one"
+            )
+        return _beginning(tokenizer) + BUILT_IN_TEMPLATES[chat_template]
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    if chat_template.endswith(".jinja"):
+        try:
+            return Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"chat_template={chat_template!r}: cannot be read ({one_line(error)})") from error
+    raise ArgumentError(
+        f"chat_template={short(chat_template)}: expected {', '.join(BUILT_IN_TEMPLATES)}, a Jinja template "
+        f"or a path to a .jinja file"
+    )
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The bos_token where the tokenizer starts every text with it: the model has seen no text without."""
+    bos = tokenizer.bos_token_id
+    first, bare = (tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (True, False))
+    return "{{ bos_token }}" if bos is not None and first == [bos] != bare else ""
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A Jinja template with the tokenizer that renders it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+
+    def apply(self, chat: Chat, turns: int | None = None, **options):
+        """`apply_chat_template` on the first `turns` messages, its errors made to name the row."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat.messages[:turns], chat_template=self.source, **options
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{chat.where}: the chat template fails on this row ({one_line(error)})"
+            ) from error
+
+    def text(self, chat: Chat, turns: int | None = None, add_generation_prompt: bool = False) -> str:
+        return self.apply(chat, turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+# Templates that mark the assistant's text with {% generation %}.
+
+
+def _encode_marked(chats: list[Chat], template: _Template) -> Iterator[Example]:
+    if not template.tokenizer.is_fast:
+        raise DataError(
+            "the chat template has a {% generation %} block: expected a fast tokenizer, got a slow one; load "
+            "the fast one or give a template without that block"
+        )
+    for chat in chats:
+        output = template.apply(
+            chat,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        mask = torch.tensor(output["assistant_masks"], dtype=torch.bool)
+        if any(message["role"] == "assistant" for message in chat.messages[: chat.first_labelled]):
+            starts = torch.tensor([start for start, _ in output["offset_mapping"]])
+            mask &= starts >= _prompt_length(chat, template)
+        if not mask.any():
+            raise DataError(
+                f"{chat.where}: the chat template marks no token with {{% generation %}}; put the content of "
+                f"the assistant inside that block"
+            )
+        input_ids = torch.tensor(output["input_ids"], dtype=torch.int64)
+        yield Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
+
+
+def _prompt_length(chat: Chat, template: _Template) -> int:
+    """Characters of the rendered prompt."""
+    prompt = template.text(chat, chat.first_labelled)
+    if not template.text(chat).startswith(prompt):
+        raise DataError(
+            f"{chat.where}: the chat template rewrites the prompt once the completion follows; give a "
+            f"template that does not, or a prompt without turns of the assistant"
+        )
+    return len(prompt)
+
+
+# Templates that mark nothing: the text is cut where the generation prompt ends.
+
+
+def _encode_cut(chats: list[Chat], template: _Template) -> Iterator[Example]:
+    pieces = _Pieces.of(template.tokenizer)
+    for start in range(0, len(chats), ROWS_PER_CALL):
+        group = chats[start : start + ROWS_PER_CALL]
+        cuts = [_cut(chat, template, pieces) for chat in group]
+        for chat, parts in zip(group, pieces.tokenise(cuts, group), strict=True):
+            labels = [ids if place % 2 else [IGNORE_INDEX] * len(ids) for place, ids in enumerate(parts)]
+            input_ids = torch.tensor([*chain(*parts)], dtype=torch.int64)
+            yield Example(input_ids, torch.tensor([*chain(*labels)], dtype=torch.int64), chat.index)
+
+
+def _cut(chat: Chat, template: _Template, pieces: _Pieces) -> list[str]:
+    """The rendered text, cut: what the model reads at even places and what it writes at odd ones."""
+    texts: list[str] = []
+    done, read = "", ""
+    for turn, message in enumerate(chat.messages):
+        if message["role"] != "assistant" or turn < chat.first_labelled:
+            continue
+        if turn == 0:
+            raise DataError(f"{chat.where}: expected another message before the assistant's first, got none")
+        before, after = template.text(chat, turn, add_generation_prompt=True), template.text(chat, turn + 1)
+        if not before.startswith(done):
+            raise _uncuttable(chat, turn, "rewrites earlier turns")
+        if not after.startswith(before):
+            raise _uncuttable(
+                chat, turn, "does not go on from its generation prompt or rewrites earlier turns"
+            )
+        written = after[len(before) :]
+        _check_written(chat, turn, written, template)
+        end = pieces.label_end(written, message["content"])
+        texts += [read + before[len(done) :], written[:end]]
+        done, read = after, written[end:]
+    if chat.messages[-1]["role"] == "assistant":
+        return [*texts, read]
+    whole = template.text(chat)
+    if not whole.startswith(done):
+        raise _uncuttable(chat, len(chat.messages) - 1, "rewrites earlier turns")
+    return [*texts, read + whole[len(done) :]]
+
+
+def _uncuttable(chat: Chat, turn: int, fault: str) -> DataError:
+    return DataError(
+        f"{chat.where}: the chat template {fault} at message {turn}, so the text of the assistant cannot "
+        f"be cut out; give a template with a {{% generation %}} block"
+    )
+
+
+def _check_written(chat: Chat, turn: int, written: str, template: _Template) -> None:
+    content = chat.messages[turn]["content"].strip()
+    # A template may take the content apart (thoughts, answer), but it does not drop the end of it, except
+    # one for images and text, which finds no content in a plain text.
+    if content.split()[-1] not in written:
+        raise _uncuttable(chat, turn, "does not write the content")
+    if "add_generation_prompt" not in template.source and not written.lstrip().startswith(content):
+        raise _uncuttable(chat, turn, "has no add_generation_prompt and writes text before the content")
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Tokenises the pieces of a text as they stand in it.
+
+    `special_tokens` has the longest first, `special` matches them. `begins_words` says that the tokenizer
+    puts a word boundary before every text it is given, as SentencePiece does; a piece that continues a
+    text must not get one.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    special_tokens: tuple[str, ...]
+    special: re.Pattern
+    begins_words: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Pieces:
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special_tokens = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, special_tokens)) or "(?!)"
+        pieces = cls(tokenizer, tuple(special_tokens), re.compile(pattern))
+        line, *alone = pieces.ids(["\n", "a", "1", "("])
+        joined = pieces.ids(["\na", "\n1", "\n("])
+        apart = any(both == line + after for both, after in zip(joined, alone, strict=True))
+        return replace(pieces, begins_words=not apart)
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text taken alone, without the special tokens a tokenizer puts around a text."""
+        options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        return self.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]
+
+    def label_end(self, written: str, content: str) -> int:
+        """Characters of a turn up to its last special token; all of them if none follows the content."""
+        place = written.find(content.strip())
+        content_end = 0 if place < 0 else place + len(content.strip())
+        ends = [match.end() for match in self.special.finditer(written, content_end)]
+        return ends[-1] if ends else len(written)
+
+    def tokenise(self, cuts: list[list[str]], chats: list[Chat]) -> list[list[list[int]]]:
+        """Ids of every piece of every text; `chats` give the addresses for errors."""
+        contexts = [[self._context("".join(texts[:place])) for place in range(len(texts))] for texts in cuts]
+        used = sorted({*chain(*contexts)})
+        context_ids = dict(zip(used, self.ids(used), strict=True))
+        flat = iter(self.ids([*map(str.__add__, chain(*contexts), chain(*cuts))]))
+        return [
+            [_without(context_ids[context], next(flat), chat) for context in row]
+            for row, chat in zip(contexts, chats, strict=True)
+        ]
+
+    def _context(self, before: str) -> str:
+        """What to put before a piece so that it is tokenised as in the middle of a text."""
+        ending = next((token for token in self.special_tokens if before.endswith(token)), "")
+        return ending or ("\n" if before and self.begins_words else "")
+
+
+def _without(context: list[int], ids: list[int], chat: Chat) -> list[int]:
+    if ids[: len(context)] != context:
+        raise DataError(
+            f"{chat.where}: the tokenizer merges the pieces that the chat template is cut into; give a "
+            f"template with a {{% generation %}} block"
+        )
+    return ids[len(context) :]

@@ -1,0 +1,27 @@
+"""Errors for people: one line saying what was expected, what came, where, and what to do."""
+
+from __future__ import annotations
+
+
+class MontessoriError(ValueError):
+    """Base of every error this package raises on purpose. `str(error)` is one line."""
+
+
+class ArgumentError(MontessoriError):
+    """An argument of a public function has the wrong type, shape, dtype, device or value."""
+
+
+class DataError(MontessoriError):
+    """A row of the candidates or of the reference cannot be used; the message names file and line."""
+
+
+class StateError(MontessoriError):
+    """The optimizer state does not belong to the model; the message names the parameter."""
+
+
+class ModelError(MontessoriError):
+    """The model cannot be scored or loaded; the message names the model or the parameter."""
+
+
+class ResourceError(MontessoriError):
+    """Memory, disk or a batch budget ran out; the message says how much was asked for."""

@@ -1,0 +1,424 @@
+"""What one optimizer step on each candidate would do to the reference loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from montessori import ops
+from montessori.agreement import Agreement
+from montessori.batching import Example, make_batches
+from montessori.checkpoints import read_state
+from montessori.coverage import verified_plan
+from montessori.data import load_rows
+from montessori.encoding import TRUNCATIONS, Encoded, encode_rows
+from montessori.errors import ArgumentError, DataError
+from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, full_precision, real_drift
+from montessori.fingerprint import examples_digest, model_digest, sets_digest
+from montessori.journal import ScoreJournal
+from montessori.losses import LossFunction, response_loss
+from montessori.models import validate_model
+from montessori.optim_state import AdamWState
+from montessori.referenceset import ReferenceSets
+from montessori.rules import Plan
+from montessori.scorers import ExactScorer, LinearScorer
+from montessori.scores import OK, Audit, Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METHODS = ("anchored", "first_order", "exact")
+DEFAULT_MAX_LENGTH = 2048
+NON_FINITE = "non_finite"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings that enter the scores; see `InfluenceEstimator` for their meaning."""
+
+    method: str
+    backend: str
+    pilot: int
+    max_grad_norm: float | None
+    reference_weighting: str
+    max_length: int
+    truncation: str
+    chat_template: str | None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ArgumentError(f"method={self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.pilot < 0:
+            raise ArgumentError(f"pilot={self.pilot}: expected a number of examples, 0 for the step with g = 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ArgumentError(f"max_grad_norm={self.max_grad_norm}: expected a positive number, or None")
+        if self.truncation not in TRUNCATIONS:
+            raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+
+
+@dataclass
+class _Prepared:
+    """A scorer and what it found out about the reference before the first candidate."""
+
+    scorer: LinearScorer | ExactScorer
+    drift_delta: Tensor
+    reference_loss: Tensor
+    curvature: Tensor
+
+
+class InfluenceEstimator:
+    """Scores candidates by what one optimizer step on each would do to a reference loss.
+
+    Args:
+        model: causal LM (any `nn.Module` with a `loss_fn`); only parameters with `requires_grad` count.
+            It is put back bit for bit after every call.
+        optimizer: the state that the step starts from: a live `torch.optim.AdamW`, `Adam` or `SGD`, a
+            checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`.
+        reference: rows, a dataset or a path; or a dict of several, scored together as K named sets.
+        method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
+        backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`.
+        tokenizer: needed for rows of text; rows with `input_ids` and `labels` do without.
+        max_length: tokens an example may have; by default 2048 or the model's own limit if smaller.
+        truncation: what happens to longer ones: "error", "right" (cut the end) or "skip".
+        chat_template: see `montessori.encoding.encode_rows`.
+        pilot: number of candidates whose mean step is the anchor; 0 anchors at the step with g = 0.
+            They are chosen by content, so the order of the candidates does not matter.
+        max_grad_norm: clipping by global norm as the training run would apply it, None for none.
+        reference_weighting: "example_mean" (w_r = 1/R) or "token_mean".
+        reference_batch_tokens: padded tokens per batch of the reference; does not change the loss.
+        loss_fn, reference_loss_fn: (model, Batch) -> [B] mean token losses; see `montessori.losses`.
+
+    Raises ModelError, StateError, DataError or ArgumentError, each one line that says what to do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
+        reference: Any,
+        method: str = "anchored",
+        backend: str = "auto",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+        truncation: str = "error",
+        chat_template: str | None = None,
+        pilot: int = 8,
+        max_grad_norm: float | None = None,
+        reference_weighting: str = "example_mean",
+        reference_batch_tokens: int = 4096,
+        loss_fn: LossFunction = response_loss,
+        reference_loss_fn: LossFunction = response_loss,
+    ) -> None:
+        validate_model(model)
+        self.model = model
+        self.options = Options(
+            method=method,
+            backend=ops.choose_impl(backend),
+            pilot=pilot,
+            max_grad_norm=max_grad_norm,
+            reference_weighting=reference_weighting,
+            max_length=max_length or _default_max_length(model),
+            truncation=truncation,
+            chat_template=chat_template,
+        )
+        self._tokenizer = tokenizer
+        self._loss, self._reference_loss = loss_fn, reference_loss_fn
+        self.state = _read_optimizer(optimizer, model)
+        self._named = isinstance(reference, Mapping) and not {"input_ids", "instruction"} & set(reference)
+        named = reference if self._named else {"reference": reference}
+        self.references = ReferenceSets(
+            {str(name): self._encode_reference(rows, str(name)) for name, rows in named.items()},
+            reference_weighting,
+            # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
+            # precision of checks, their sums must not depend on what shares a batch.
+            None if _dtype(model) is torch.float64 else reference_batch_tokens,
+        )
+        self._plan: Plan | None = None
+        self._expansions: dict[str, Expansion] = {}
+
+    @property
+    def coverage(self) -> dict[str, int]:
+        """Trainable scalars per capture rule; `autograd` counts those left to the per-example fallback."""
+        return self._verified_plan().coverage()
+
+    def score(
+        self,
+        candidates: Any,
+        *,
+        batch_tokens: int = 4096,
+        progress: bool = False,
+        journal: ScoreJournal | None = None,
+    ) -> Scores:
+        """Scores of all candidates in input order.
+
+        `candidates`: rows, a dataset or a path. `batch_tokens` bounds the padded tokens of a batch and
+        with them memory; it does not change the scores beyond rounding. `journal` keeps finished batches
+        on disk and lets a killed run go on. Candidates that cannot be scored are reported in
+        `Scores.status`, the others are scored.
+        """
+        encoded = self._encode(candidates, "candidates")
+        size = batch_tokens if self.options.method != "exact" else max(e.num_tokens for e in encoded.examples)
+        batches = make_batches(encoded.examples, size)
+        if self.options.method == "exact":
+            batches = [[example] for batch in batches for example in batch]
+        return self._score(encoded, batches, self.options.method, progress, journal)
+
+    def audit(self, candidates: Any, k: int = 16, *, progress: bool = False) -> Audit:
+        """Predictions for `k` candidates against real float32 steps on the same ones.
+
+        The sample is spread evenly over the candidates in an order given by their content.
+        """
+        encoded = self._encode(candidates, "candidates")
+        sample = _spread(encoded.examples, k)
+        if len(sample) < 2:
+            raise ArgumentError(f"audit: expected at least 2 candidates that can be scored, got {len(sample)}")
+        part = Encoded(sample, {}, [], encoded.num_rows)
+        singles = [[example] for example in sample]
+        pilot = _spread(encoded.examples, self.options.pilot)
+        predicted = self._score(part, singles, self.options.method, progress, None, pilot)
+        real = self._score(part, singles, "exact", progress, None)
+        rows = np.array(sorted(example.index for example in sample))
+        both = [scores.influence.reshape(len(scores), -1)[rows] for scores in (predicted, real)]
+        centred = [scores.centred.reshape(len(scores), -1)[rows] for scores in (predicted, real)]
+        names = self.references.names
+        return Audit(
+            index=rows,
+            predicted=both[0],
+            real=both[1],
+            agreement={name: Agreement.of(both[0][:, i], both[1][:, i]) for i, name in enumerate(names)},
+            centred_agreement={name: Agreement.of(centred[0][:, i], centred[1][:, i]) for i, name in enumerate(names)},
+        )
+
+    def _score(
+        self,
+        encoded: Encoded,
+        batches: Sequence[Sequence[Example]],
+        method: str,
+        progress: bool,
+        journal: ScoreJournal | None,
+        pilot: Sequence[Example] | None = None,
+    ) -> Scores:
+        if pilot is None:
+            pilot = _spread(encoded.examples, self.options.pilot)
+        done: list[dict[str, Any]] = []
+        if journal is not None:
+            journal.open(self._fingerprint(encoded, batches))
+            done = journal.records
+        finished = {index for record in done for index in record.get("index", [])}
+        pending = [batch for batch in batches if batch[0].index not in finished]
+        records = [record for record in done if "index" in record]
+        summary = next((record for record in done if "drift" in record), None)
+        if pending or summary is None:
+            prepared = self._prepare(method, pilot)
+            summary = summary or _summary(prepared)
+            if journal is not None and summary not in done:
+                journal.append(summary)
+            records += self._run(prepared.scorer, pending, progress, journal)
+        return self._collect(encoded, records, summary, method)
+
+    def _run(
+        self,
+        scorer: LinearScorer | ExactScorer,
+        batches: Sequence[Sequence[Example]],
+        progress: bool,
+        journal: ScoreJournal | None,
+    ) -> list[dict[str, Any]]:
+        records = []
+        total = sum(example.num_tokens for batch in batches for example in batch)
+        with (
+            tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=not progress) as bar,
+            scorer.running(),
+        ):
+            scored = 0
+            for batch in batches:
+                deltas, losses = scorer.score(batch)
+                record = {
+                    "index": [example.index for example in batch],
+                    "delta": deltas.tolist(),
+                    "loss": losses.tolist(),
+                }
+                if journal is not None:
+                    journal.append(record)
+                records.append(record)
+                scored += len(batch)
+                bar.update(sum(example.num_tokens for example in batch))
+                rate = scored / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{scored} examples, {rate:.2f} examples/s")
+        return records
+
+    def _prepare(self, method: str, pilot: Sequence[Example]) -> _Prepared:
+        full = full_precision(self.model)
+        if method == "exact":
+            delta, loss = real_drift(full, self.state, self.references, self._reference_loss)
+            scorer = ExactScorer(
+                full,
+                self.state,
+                self.references,
+                self._loss,
+                self._reference_loss,
+                self.options.max_grad_norm,
+                loss,
+            )
+            return _Prepared(scorer, delta, loss, torch.zeros_like(loss))
+        plan = self._verified_plan()
+        expansion = self._expand(full, method, pilot)
+        linear = LinearScorer(
+            self.model,
+            plan,
+            self.state,
+            expansion,
+            self._loss,
+            self.options.backend,
+            self.options.max_grad_norm,
+        )
+        return _Prepared(linear, expansion.drift_delta, expansion.loss, expansion.curvature)
+
+    def _expand(self, full: nn.Module, method: str, pilot: Sequence[Example]) -> Expansion:
+        key = f"{method}:{examples_digest(pilot)}"
+        if key not in self._expansions:
+            self._expansions.clear()
+            common = (full, self.state, self.references, self._reference_loss, self.options.backend)
+            self._expansions[key] = (
+                expand_at_theta(*common)
+                if method == "first_order"
+                else expand_at_anchor(*common, pilot, self._loss, self.options.max_grad_norm)
+            )
+        return self._expansions[key]
+
+    def _collect(
+        self, encoded: Encoded, records: Sequence[dict[str, Any]], summary: dict[str, Any], method: str
+    ) -> Scores:
+        size, sets = encoded.num_rows, len(self.references.names)
+        influence = np.full((size, sets), np.nan)
+        loss = np.full(size, np.nan)
+        status = np.full(size, OK, dtype=object)
+        tokens = np.zeros((2, size), dtype=np.int64)
+        for example in encoded.examples:
+            tokens[:, example.index] = example.num_tokens, example.num_label_tokens
+        for row, reason in encoded.skipped.items():
+            status[row] = reason
+        for record in records:
+            influence[record["index"]] = -np.array(record["delta"], dtype=np.float64)
+            loss[record["index"]] = record["loss"]
+        broken = (status == OK) & ~(np.isfinite(influence).all(axis=1) & np.isfinite(loss))
+        status[broken], influence[broken] = NON_FINITE, np.nan
+        shape = (size, sets) if self._named else (size,)
+        return Scores(
+            influence=influence.reshape(shape),
+            drift=self._per_set(summary["drift"]),
+            loss=loss,
+            num_tokens=tokens[0],
+            num_label_tokens=tokens[1],
+            status=status,
+            reference_loss=self._per_set(summary["reference_loss"]),
+            names=self.references.names,
+            method=method,
+            info={
+                **asdict(self.options),
+                "curvature": summary["curvature"],
+                "truncated": encoded.truncated,
+            },
+        )
+
+    def _per_set(self, values: Sequence[float]) -> float | np.ndarray:
+        return np.array(values) if self._named else float(values[0])
+
+    def _fingerprint(self, encoded: Encoded, batches: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        return {
+            "options": asdict(self.options),
+            "model": model_digest(self.model),
+            "optimizer state": self.state.digest(),
+            "reference": sets_digest(self.references.sets),
+            "candidates": examples_digest(encoded.examples),
+            "batches": [[example.index for example in batch] for batch in batches],
+            "torch": torch.__version__,
+        }
+
+    def _verified_plan(self) -> Plan:
+        if self._plan is None:
+            examples = [example for group in self.references.sets.values() for example in group]
+            shortest = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
+            longer = [e for e in shortest[1:] if e.num_tokens > shortest[0].num_tokens][:1]
+            self._plan = verified_plan(self.model, shortest[:1] + (longer or shortest[1:2]), self._loss)
+        return self._plan
+
+    def _encode(self, source: Any, name: str) -> Encoded:
+        rows = load_rows(source, name=name)
+        text = next((i for i, row in enumerate(rows) if not {"input_ids", "labels"} <= row.keys()), None)
+        if text is not None and self._tokenizer is None:
+            raise ArgumentError(f"{rows.where(text)}: a row of text needs tokenizer=, none was given")
+        encoded = encode_rows(
+            rows,
+            self._tokenizer,
+            max_length=self.options.max_length,
+            truncation=self.options.truncation,
+            chat_template=self.options.chat_template,
+            name=name,
+        )
+        if not encoded.examples:
+            raise DataError(f"{rows.source}: no row has a label token that the model could learn from")
+        self._check_vocabulary(encoded.examples, rows)
+        return encoded
+
+    def _check_vocabulary(self, examples: Sequence[Example], rows: Any) -> None:
+        table = getattr(self.model, "get_input_embeddings", lambda: None)()
+        size = getattr(table, "num_embeddings", None)
+        for example in examples:
+            highest, lowest = int(example.input_ids.max()), int(example.input_ids.min())
+            if size is not None and not (0 <= lowest and highest < size):
+                raise DataError(
+                    f"{rows.where(example.index)}: token id {highest if highest >= size else lowest} is outside "
+                    f"the model's vocabulary of {size}; the tokenizer belongs to another model"
+                )
+
+    def _encode_reference(self, source: Any, name: str) -> list[Example]:
+        encoded = self._encode(source, name)
+        if encoded.skipped:
+            row, reason = next(iter(encoded.skipped.items()))
+            raise DataError(f"{name} row {row}: {reason}; every reference row must count, remove it or shorten it")
+        return encoded.examples
+
+
+def _summary(prepared: _Prepared) -> dict[str, Any]:
+    return {
+        "drift": (-prepared.drift_delta).tolist(),
+        "reference_loss": prepared.reference_loss.tolist(),
+        "curvature": prepared.curvature.tolist(),
+    }
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` examples spread evenly over all of them in order of their content's hash."""
+    ordered = sorted(examples, key=lambda example: (example.digest(), example.index))
+    count = min(count, len(ordered))
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _default_max_length(model: nn.Module) -> int:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(DEFAULT_MAX_LENGTH, limit) if isinstance(limit, int) else DEFAULT_MAX_LENGTH
+
+
+def _read_optimizer(
+    optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str], model: nn.Module
+) -> AdamWState:
+    if isinstance(optimizer, str | os.PathLike):
+        state = read_state(optimizer, model)
+    elif isinstance(optimizer, AdamWState):
+        state = optimizer
+    else:
+        state = AdamWState.from_optimizer(model, optimizer)
+    state.validate(model)
+    return state

@@ -1,0 +1,126 @@
+"""What is computed once for all candidates: the reference gradient, where it is taken, and the drift."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from montessori.batching import Example
+from montessori.losses import LossFunction
+from montessori.optim_state import AdamWState
+from montessori.oracle import apply_step, mean_delta, restore, restored
+from montessori.referenceset import ReferenceSets
+from montessori.scoring import parameter_drift
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """ΔL_i ≈ `constant` + ⟨q, Δ(g_i)⟩ for every candidate (Eq. 3 and 4).
+
+    `q`: [K, *shape] per parameter. `constant`: float64 [K], 0 without an anchor. `drift`: ⟨q, Δ(0)⟩ per
+    parameter, float64 [K]. `loss`: L(θ), float64 [K]. `curvature`: share of the anchor's real loss
+    change that its own linear prediction misses, [K]; 0 without an anchor.
+    """
+
+    q: dict[str, Tensor]
+    constant: Tensor
+    drift: dict[str, Tensor]
+    loss: Tensor
+    curvature: Tensor
+
+    @property
+    def drift_delta(self) -> Tensor:
+        """ΔL of the step with g = 0, float64 [K]."""
+        return self.constant + torch.stack(list(self.drift.values())).sum(0)
+
+
+def full_precision(model: nn.Module) -> nn.Module:
+    """The model itself in float32 or float64, else a float32 copy.
+
+    A step of 5e-6 on bfloat16 weights is mostly rounding, so everything about the reference loss is
+    computed on float32 weights.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtypes <= {torch.float32, torch.float64}:
+        return model
+    return copy.deepcopy(model).float()
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def expand_at_theta(
+    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction, impl: str
+) -> Expansion:
+    """Eq. 3: the reference gradient at θ."""
+    parameters = trainable_parameters(model)
+    loss = sets.loss(model, reference_loss)
+    q = sets.gradient(model, parameters, reference_loss)
+    zero = torch.zeros_like(loss)
+    return Expansion(q, zero, parameter_drift(q, state, parameters, impl), loss, zero)
+
+
+def expand_at_anchor(
+    model: nn.Module,
+    state: AdamWState,
+    sets: ReferenceSets,
+    reference_loss: LossFunction,
+    impl: str,
+    pilot: Sequence[Example],
+    loss_function: LossFunction,
+    max_grad_norm: float | None,
+) -> Expansion:
+    """Eq. 4: the reference gradient at θ_a = θ + Δ̄, Δ̄ the mean step over `pilot`."""
+    parameters = trainable_parameters(model)
+    anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm)
+    loss = sets.loss(model, reference_loss)
+    with restored(parameters):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(anchor[name])
+        loss_at_anchor = sets.loss(model, reference_loss)
+        q = sets.gradient(model, parameters, reference_loss)
+    q_dot_anchor = _dot(q, anchor)
+    moved = loss_at_anchor - loss
+    curvature = ((moved - q_dot_anchor) / moved).abs().nan_to_num(nan=0.0)
+    drift = parameter_drift(q, state, parameters, impl)
+    return Expansion(q, moved - q_dot_anchor, drift, loss, curvature)
+
+
+def _dot(q: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> Tensor:
+    """⟨q, vector⟩ over all parameters, float64 [K] on the CPU; one row at a time is widened."""
+    total = torch.zeros(next(iter(q.values())).shape[0], dtype=torch.float64)
+    for name, value in vector.items():
+        rows = value.reshape(value.shape[0], -1) if value.dim() else value.reshape(1, 1)
+        for k, group in enumerate(q[name]):
+            products = group.reshape(rows.shape) * rows
+            total[k] += products.sum(dim=1).double().sum().cpu()
+    return total
+
+
+def real_drift(
+    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction
+) -> tuple[Tensor, Tensor]:
+    """ΔL of the real step with g = 0, and L(θ), each float64 [K]."""
+    parameters = trainable_parameters(model)
+    loss = sets.loss(model, reference_loss)
+    with restored(parameters):
+        apply_step(parameters, state, dict.fromkeys(parameters))
+        after = sets.loss(model, reference_loss)
+    return after - loss, loss
+
+
+__all__ = [
+    "Expansion",
+    "expand_at_anchor",
+    "expand_at_theta",
+    "full_precision",
+    "real_drift",
+    "restore",
+    "trainable_parameters",
+]

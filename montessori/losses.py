@@ -1,0 +1,101 @@
+"""The loss of a training example and of a reference example: two functions a user may replace.
+
+Both have the signature `loss(model, batch: Batch) -> Tensor [B]`: the mean token loss over the labelled
+tokens of each example (ℓ_i and ℓ_r of docs/equations.md), connected to the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from montessori.batching import IGNORE_INDEX, Batch
+from montessori.errors import ModelError
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+def label_rows(batch: Batch) -> Tensor:
+    """Flat positions b·T + t, int64 [n], of hidden states whose next token carries a label."""
+    labelled = torch.zeros_like(batch.labels, dtype=torch.bool)
+    labelled[:, :-1] = batch.labels[:, 1:] != IGNORE_INDEX
+    return labelled.flatten().nonzero().flatten()
+
+
+def response_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy over the labelled tokens of each example, [B], float64 sums of token losses.
+
+    The vocabulary head runs on the labelled positions alone where the model has a head module that
+    takes hidden states [B, T, H]. Raises ModelError when the model returns something else than logits.
+    """
+    rows = label_rows(batch)
+    with _head_on(model, rows, batch.labels.shape):
+        output = model(**model_inputs(model, batch))
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ModelError(
+            f"{type(model).__name__} returned no logits: pass loss_fn= and reference_loss_fn= for this model"
+        )
+    if logits.shape[:2] == batch.labels.shape and logits.shape[:2] != (1, rows.numel()):
+        logits = logits.reshape(-1, logits.shape[-1])[rows]
+    targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE_INDEX]
+    logits = logits.reshape(-1, logits.shape[-1])
+    wide = logits if logits.dtype is torch.float64 else logits.float()
+    token_loss = F.cross_entropy(wide, targets, reduction="none").double()
+    example = rows // batch.labels.shape[1]
+    count = torch.zeros(batch.size, dtype=torch.float64, device=rows.device)
+    count.index_add_(0, example, torch.ones_like(token_loss))
+    return torch.zeros_like(count).index_add(0, example, token_loss) / count
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, object]:
+    """Keyword arguments for the model's forward: token ids, and position ids [B, T] where it takes them.
+
+    The attention mask is all ones: padding stands on the right, where causal attention never looks, and
+    masking it would leave padding rows with nothing to attend to (NaN in models with a sliding window).
+    A model that is not causal is found by `montessori.coverage` before anything is scored.
+    """
+    accepted = _forward_arguments(type(model).forward)
+    inner = getattr(model, "get_base_model", None)
+    if inner is not None:
+        accepted = _forward_arguments(type(inner()).forward)
+    inputs: dict[str, object] = {"input_ids": batch.input_ids}
+    if "attention_mask" in accepted:
+        inputs["attention_mask"] = torch.ones_like(batch.input_ids)
+    if "position_ids" in accepted:
+        inputs["position_ids"] = batch.position_ids
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+@lru_cache(maxsize=64)
+def _forward_arguments(forward: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+@contextmanager
+def _head_on(model: nn.Module, rows: Tensor, shape: torch.Size) -> Iterator[None]:
+    """While active, the output embedding sees hidden states [1, n, H] of `rows` only."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+
+    def select(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
+        hidden = args[0] if args else None
+        if not isinstance(hidden, Tensor) or hidden.shape[:2] != shape:
+            return None
+        return (hidden.reshape(-1, hidden.shape[-1])[rows].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

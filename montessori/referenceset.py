@@ -1,0 +1,105 @@
+"""The reference loss L(θ) = Σ_r w_r ℓ_r(θ) of K named sets of examples, and its gradient q."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from montessori.batching import Batch, Example, collate, make_batches
+from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.errors import ArgumentError, ModelError
+from montessori.losses import LossFunction
+
+WEIGHTINGS = ("example_mean", "token_mean")
+
+
+@dataclass(frozen=True)
+class ReferenceSets:
+    """K sets of reference examples with weights that sum to 1 within each set.
+
+    `example_mean`: w_r = 1/R. `token_mean`: w_r in proportion to the labelled tokens. `batch_tokens`
+    bounds the padded tokens of a batch, None stands for one example at a time; the loss is the same.
+    """
+
+    sets: Mapping[str, Sequence[Example]]
+    weighting: str
+    batch_tokens: int | None
+    _batches: dict[str, list[list[Example]]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise ArgumentError(f"reference_weighting={self.weighting!r}: expected one of {', '.join(WEIGHTINGS)}")
+        for name, examples in self.sets.items():
+            longest = max(example.num_tokens for example in examples)
+            if self.batch_tokens is None:
+                self._batches[name] = [[example] for example in examples]
+            else:
+                self._batches[name] = make_batches(examples, max(self.batch_tokens, longest), name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.sets)
+
+    def weights(self, name: str) -> dict[int, float]:
+        """w_r by row number of the set."""
+        examples = self.sets[name]
+        if self.weighting == "example_mean":
+            return {example.index: 1 / len(examples) for example in examples}
+        total = sum(example.num_label_tokens for example in examples)
+        return {example.index: example.num_label_tokens / total for example in examples}
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module, loss: LossFunction, require_finite: bool = True) -> Tensor:
+        """L(θ) per set, float64 [K] on the CPU.
+
+        Raises ModelError naming the row whose loss is not finite, unless `require_finite` is off.
+        """
+        totals = torch.zeros(len(self.sets), dtype=torch.float64)
+        with evaluation_mode(model):
+            for k, name in enumerate(self.sets):
+                for batch, weight in self._weighted_batches(model, name):
+                    losses = example_losses(model, batch, loss)
+                    if require_finite:
+                        _check_finite(losses, batch, name)
+                    totals[k] += (losses.double() * weight).sum().cpu()
+        return totals
+
+    def gradient(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: LossFunction) -> dict[str, Tensor]:
+        """q [K, *shape] per parameter in the parameter's dtype; zeros where a set does not reach it."""
+        q = {name: torch.zeros(len(self.sets), *p.shape, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+        for position, set_name in enumerate(self.sets):
+            with evaluation_mode(model), gradients_aside(parameters.values()):
+                for name, parameter in parameters.items():
+                    # Backward accumulates straight into q: no second copy of the gradient.
+                    parameter.grad = q[name][position]
+                for batch, weight in self._weighted_batches(model, set_name):
+                    losses = example_losses(model, batch, loss)
+                    _check_finite(losses, batch, set_name)
+                    (losses * weight.to(losses.dtype)).sum().backward()
+                for name, parameter in parameters.items():
+                    if parameter.grad is not None and parameter.grad.data_ptr() != q[name][position].data_ptr():
+                        q[name][position] = parameter.grad
+        return q
+
+    def _weighted_batches(self, model: nn.Module, name: str) -> list[tuple[Batch, Tensor]]:
+        device = next(model.parameters()).device
+        weights = self.weights(name)
+        return [
+            (
+                collate(batch).to(device),
+                torch.tensor([weights[example.index] for example in batch], dtype=torch.float64, device=device),
+            )
+            for batch in self._batches[name]
+        ]
+
+
+def _check_finite(losses: Tensor, batch: Batch, name: str) -> None:
+    bad = (~losses.isfinite()).nonzero().flatten()
+    if bad.numel():
+        raise ModelError(
+            f"reference {name} row {batch.index[int(bad[0])]}: its loss is {float(losses[bad[0]])}, expected a "
+            "finite number; remove the row, or check the model's weights and dtype"
+        )

@@ -1,0 +1,76 @@
+"""Which rows of an activation belong to which example of a batch.
+
+Dimensions: B examples, T padded tokens, n rows of an activation without padding, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from montessori.batching import Batch
+from montessori.errors import ModelError
+from montessori.losses import label_rows
+
+
+class UnmappableRowsError(ModelError):
+    """An activation's rows cannot be told apart by example; `module` names where."""
+
+    def __init__(self, module: str, shape: tuple[int, ...], size: int) -> None:
+        self.module = module
+        super().__init__(
+            f"{module}: activation {list(shape)} has no dimension that separates the {size} examples of a batch"
+        )
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Maps activations of one batch to packed rows per example.
+
+    `kept` are the flat positions b·T + t of real tokens (None when there is no padding), `offsets`
+    int64 [B+1] their bounds, `label_offsets` the bounds of the rows that reach the vocabulary head.
+    """
+
+    size: int
+    length: int
+    kept: Tensor | None
+    offsets: Tensor
+    label_offsets: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> RowMap:
+        mask = batch.attention_mask.bool()
+        size, length = mask.shape
+        kept = None if bool(mask.all()) else mask.flatten().nonzero().flatten()
+        labelled = torch.bincount(label_rows(batch) // length, minlength=size)
+        return cls(size, length, kept, _offsets(mask.sum(1)), _offsets(labelled))
+
+    def pack(self, activation: Tensor, module: str) -> tuple[Tensor, Tensor]:
+        """Rows [n, F] of an activation [..., F] without padding, and their offsets int64 [B+1].
+
+        Understood: [B, T, ..., F], [B·T, F] in the same order, [1, n, F] or [n, F] at the labelled
+        positions, and [B, ..., F]. Raises UnmappableRowsError otherwise.
+        """
+        lead, features = activation.shape[:-1], activation.shape[-1]
+        tokens = self.size * self.length
+        if lead[:2] == (self.size, self.length):
+            return self._packed_tokens(activation.reshape(tokens, -1, features))
+        if lead == (tokens,):
+            return self._packed_tokens(activation.reshape(tokens, 1, features))
+        labelled = int(self.label_offsets[-1])
+        if lead in {(1, labelled), (labelled,)}:
+            return activation.reshape(labelled, features), self.label_offsets
+        if self.size == 1 or (lead and lead[0] == self.size):
+            rows = activation.reshape(self.size, -1, features)
+            return rows.flatten(0, 1), torch.arange(self.size + 1) * rows.shape[1]
+        raise UnmappableRowsError(module, tuple(activation.shape), self.size)
+
+    def _packed_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        kept = rows if self.kept is None else rows.index_select(0, self.kept)
+        return kept.flatten(0, 1), self.offsets * rows.shape[1]
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int64).cpu()

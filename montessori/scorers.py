@@ -1,0 +1,138 @@
+"""The two ways to get ΔL of candidates: the linear prediction (Eq. 3, 4) and the real step (Eq. 2).
+
+A scorer is made once per run and is asked for one group of candidates after the other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from montessori.batching import Example, collate
+from montessori.capture import Capture
+from montessori.errors import ResourceError
+from montessori.expansion import Expansion, trainable_parameters
+from montessori.losses import LossFunction
+from montessori.optim_state import AdamWState
+from montessori.oracle import apply_step, example_gradients, restore, restored
+from montessori.referenceset import ReferenceSets
+from montessori.rules import Plan
+from montessori.scoring import ClippingSink, InfluenceSink
+
+
+class Scorer(Protocol):
+    """`score` gives ΔL float64 [B, K] and the candidates' own losses float64 [B], both on the CPU."""
+
+    def running(self) -> contextmanager[None]: ...
+
+    def score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass
+class LinearScorer:
+    """One forward and one backward pass per group, no step taken."""
+
+    model: nn.Module
+    plan: Plan
+    state: AdamWState
+    expansion: Expansion
+    loss: LossFunction
+    impl: str
+    max_grad_norm: float | None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._capture = Capture(self.model, self.plan)
+        self._device = next(iter(self.plan.trainable.values())).device
+        with self._capture.installed():
+            yield
+
+    def score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        if self.plan.per_example and len(group) > 1:
+            return _joined([self.score([example]) for example in group])
+        try:
+            return self._score(group)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+        return self._score_halves(group)
+
+    def _score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        sink = InfluenceSink(
+            self.expansion.q, self.state, self.plan.trainable, self.expansion.drift, self.impl
+        )
+        sink.start(len(group))
+        batch = collate(group).to(self._device)
+        if self.max_grad_norm is None:
+            losses = self._capture.run(batch, self.loss, sink)
+        else:
+            clipping = ClippingSink(sink, self.max_grad_norm)
+            losses = self._capture.run(batch, self.loss, clipping)
+            clipping.release(len(group))
+        return self.expansion.constant + sink.scores.cpu(), losses.double().cpu()
+
+    def _score_halves(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        tokens = len(group) * max(example.num_tokens for example in group)
+        half = len(group) // 2
+        if half:
+            warnings.warn(
+                f"out of memory on a batch of {tokens} tokens: trying it in two halves; lower batch_tokens",
+                ResourceWarning,
+                stacklevel=2,
+            )
+            try:
+                return _joined([self._score(group[:half]), self._score(group[half:])])
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+        raise ResourceError(
+            f"out of memory on a batch of {len(group)} example(s), {tokens} tokens, also when halved: "
+            "lower batch_tokens or max_length"
+        )
+
+
+@dataclass
+class ExactScorer:
+    """Step, evaluate the reference, restore: the oracle and the honest naive loop."""
+
+    model: nn.Module
+    state: AdamWState
+    sets: ReferenceSets
+    loss: LossFunction
+    reference_loss: LossFunction
+    max_grad_norm: float | None
+    loss_before: Tensor
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._parameters = trainable_parameters(self.model)
+        with restored(self._parameters) as self._saved:
+            yield
+
+    def score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        return _joined([self._score(example) for example in group])
+
+    def _score(self, example: Example) -> tuple[Tensor, Tensor]:
+        grads, loss = example_gradients(self.model, self._parameters, example, self.loss)
+        apply_step(self._parameters, self.state, grads, self.max_grad_norm)
+        try:
+            after = self.sets.loss(self.model, self.reference_loss, require_finite=False)
+        finally:
+            restore(self._parameters, self._saved)
+        return (after - self.loss_before)[None], torch.tensor([loss], dtype=torch.float64)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    deltas, losses = zip(*parts, strict=True)
+    return torch.cat(deltas), torch.cat(losses)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text

@@ -1,0 +1,171 @@
+"""The result of scoring: one row per candidate, in input order, and the file it is saved in."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from montessori.agreement import Agreement
+from montessori.errors import DataError, ResourceError
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+OK = "ok"
+_METADATA_KEY = b"montessori"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Influence of N candidates on K reference sets.
+
+    `influence`, `centred`: float64 [N], or [N, K] when the reference is a dict of named sets; positive
+    means that the step lowers the reference loss; NaN where `status` is not "ok". `centred` is
+    `influence − drift`. `drift`: influence of the step with g = 0, a float or [K]. `loss`: the candidate's
+    own mean token loss, float64 [N]. `num_tokens`, `num_label_tokens`: int64 [N]. `status`: str [N], "ok"
+    or why there is no score. `reference_loss`: L(θ), a float or [K]. `info`: settings of the run.
+    """
+
+    influence: np.ndarray
+    drift: float | np.ndarray
+    loss: np.ndarray
+    num_tokens: np.ndarray
+    num_label_tokens: np.ndarray
+    status: np.ndarray
+    reference_loss: float | np.ndarray
+    names: tuple[str, ...]
+    method: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def centred(self) -> np.ndarray:
+        return self.influence - self.drift
+
+    @property
+    def ok(self) -> np.ndarray:
+        """bool [N]: which candidates have a score."""
+        return self.status == OK
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Row number and reason of every candidate without a score."""
+        return {int(row): str(self.status[row]) for row in np.flatnonzero(~self.ok)}
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def to_table(self) -> pa.Table:
+        """Arrow table with one row per candidate and the scalars in the schema's metadata."""
+        columns: dict[str, Any] = {"index": np.arange(len(self), dtype=np.int64)}
+        for quantity, values in (("influence", self.influence), ("centred", self.centred)):
+            if values.ndim == 1:
+                columns[quantity] = values
+            else:
+                columns.update({f"{quantity}/{name}": values[:, k] for k, name in enumerate(self.names)})
+        columns |= {
+            "loss": self.loss,
+            "num_tokens": self.num_tokens,
+            "num_label_tokens": self.num_label_tokens,
+            "status": self.status.astype(object),
+        }
+        scalars = {
+            "drift": np.asarray(self.drift).tolist(),
+            "reference_loss": np.asarray(self.reference_loss).tolist(),
+            "names": list(self.names),
+            "method": self.method,
+            "info": self.info,
+        }
+        table = pa.table(columns)
+        return table.replace_schema_metadata({_METADATA_KEY: json.dumps(scalars, sort_keys=True).encode()})
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.to_table().to_pandas()
+
+    def to_dataset(self) -> datasets.Dataset:
+        import datasets
+
+        return datasets.Dataset(self.to_table())
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a Parquet file, whole or not at all. Raises ResourceError when it cannot be written."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(self.to_table(), partial)
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Read what `save` wrote. Raises DataError for anything else."""
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        metadata = (table.schema.metadata or {}).get(_METADATA_KEY)
+        if metadata is None:
+            raise DataError(f"{path}: not written by montessori score (no montessori metadata in the file)")
+        scalars = json.loads(metadata)
+        names = tuple(scalars["names"])
+        column = {name: table[name].to_numpy() for name in table.column_names}
+        several = "influence" not in column
+        return cls(
+            influence=np.stack([column[f"influence/{n}"] for n in names], 1) if several else column["influence"],
+            drift=np.array(scalars["drift"]) if several else scalars["drift"],
+            loss=column["loss"],
+            num_tokens=column["num_tokens"],
+            num_label_tokens=column["num_label_tokens"],
+            status=column["status"].astype(str),
+            reference_loss=np.array(scalars["reference_loss"]) if several else scalars["reference_loss"],
+            names=names,
+            method=scalars["method"],
+            info=scalars["info"],
+        )
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Predicted and real influence of a sample of candidates; see `InfluenceEstimator.audit`.
+
+    `index`: int64 [k], row numbers of the sample. `predicted`, `real`: float64 [k, K]. `agreement`: one
+    Agreement per reference set, `centred_agreement` the same after subtracting each side's own drift.
+    `pearson`, `spearman`, `sign_agreement`, `median_relative_error` are those of the first set.
+    """
+
+    index: np.ndarray
+    predicted: np.ndarray
+    real: np.ndarray
+    agreement: dict[str, Agreement]
+    centred_agreement: dict[str, Agreement]
+
+    @property
+    def pearson(self) -> float:
+        return self._first.pearson
+
+    @property
+    def spearman(self) -> float:
+        return self._first.spearman
+
+    @property
+    def sign_agreement(self) -> float:
+        return self._first.sign_agreement
+
+    @property
+    def median_relative_error(self) -> float:
+        return self._first.median_relative_error
+
+    @property
+    def _first(self) -> Agreement:
+        return next(iter(self.agreement.values()))

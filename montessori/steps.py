@@ -1,0 +1,73 @@
+"""The optimizer steps that can be scored: small options objects without tensors.
+
+`step` is t of Eq. 1 everywhere: the 1-based index of the step about to be taken, that is the step
+count saved by the optimizer plus one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from montessori.errors import ArgumentError
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ArgumentError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """Hyperparameters of one Adam or AdamW step (Eq. 1) for one parameter.
+
+    `decoupled=True` is AdamW (weight decay acts on the parameter), `decoupled=False` is Adam with
+    L2 regularisation (weight decay is added to the gradient). `lr` and `eps` have the units of
+    `torch.optim.AdamW`.
+    """
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    step: int = 1
+    decoupled: bool = True
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
+        _require(0 <= self.beta1 < 1, "beta1", self.beta1, "0 <= beta1 < 1")
+        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 <= beta2 < 1")
+        _require(math.isfinite(self.eps) and self.eps >= 0, "eps", self.eps, "a finite number >= 0")
+        _require(math.isfinite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
+        _require(
+            isinstance(self.step, int) and self.step >= 1,
+            "step",
+            self.step,
+            "a 1-based integer, the index of the step about to be taken",
+        )
+
+
+@dataclass(frozen=True)
+class SGDStep:
+    """Hyperparameters of one `torch.optim.SGD` step for one parameter.
+
+    With momentum, the momentum buffer takes the place of `exp_avg`; `step=1` means that there is no
+    buffer yet and the gradient becomes the buffer undamped, as in torch.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "0 <= momentum < 1")
+        _require(math.isfinite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
+        _require(isinstance(self.step, int) and self.step >= 1, "step", self.step, "a 1-based integer")
+
+
+OptimizerStep = AdamWStep | SGDStep

@@ -1,0 +1,112 @@
+"""Per-example gradients of one parameter in the factored forms in which they are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from montessori.ops import SparseRows
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """Gradient dYᵀX of a matrix [O, I]: x [n, I], dy [n, O], offsets int64 [B+1], and tied rows."""
+
+    x: Tensor
+    dy: Tensor
+    offsets: Tensor
+    rows: SparseRows | None = None
+
+
+@dataclass(frozen=True)
+class RowsUse:
+    """Gradient of an embedding table by its touched rows."""
+
+    rows: SparseRows
+
+
+@dataclass(frozen=True)
+class DenseUse:
+    """A ready gradient [B, *shape]."""
+
+    grad: Tensor
+
+
+Use = LinearUse | RowsUse | DenseUse
+
+
+def merge(uses: Sequence[Use]) -> Use | None:
+    """One use that stands for all uses of a parameter (Eq. 1: they are summed before Δ).
+
+    Returns None when ready gradients and factored ones come together, which no rule captures.
+    """
+    if len(uses) == 1:
+        return uses[0]
+    dense = [use.grad for use in uses if isinstance(use, DenseUse)]
+    if dense:
+        return DenseUse(torch.stack(dense).sum(0)) if len(dense) == len(uses) else None
+    linear = [use for use in uses if isinstance(use, LinearUse)]
+    tables = [use.rows for use in uses if isinstance(use, RowsUse)]
+    rows = _merge_rows(tables) if tables else None
+    if not linear:
+        return RowsUse(rows) if rows is not None else None
+    merged = linear[0] if len(linear) == 1 else _merge_linear(linear)
+    return replace(merged, rows=rows)
+
+
+def _merge_linear(uses: Sequence[LinearUse]) -> LinearUse:
+    order, offsets = _interleave([use.offsets for use in uses])
+    x, dy = torch.cat([use.x for use in uses]), torch.cat([use.dy for use in uses])
+    return LinearUse(x[order.to(x.device)], dy[order.to(x.device)], offsets)
+
+
+def _merge_rows(tables: Sequence[SparseRows]) -> SparseRows:
+    if len(tables) == 1:
+        return tables[0]
+    order, offsets = _interleave([table.offsets for table in tables])
+    ids, grad = torch.cat([table.ids for table in tables]), torch.cat([table.grad for table in tables])
+    return SparseRows(ids[order.to(ids.device)], grad[order.to(ids.device)], offsets)
+
+
+def _interleave(offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Order that brings the rows of one example together, and the offsets of the result."""
+    example = torch.cat(
+        [torch.repeat_interleave(torch.arange(bounds.numel() - 1), bounds.diff()) for bounds in offsets]
+    )
+    return example.argsort(stable=True), torch.stack(list(offsets)).sum(0)
+
+
+def scale(use: Use, factors: Tensor) -> Use:
+    """The use of gradients scaled per example, `factors` [B]."""
+    if isinstance(use, DenseUse):
+        return DenseUse(use.grad * factors.to(use.grad.dtype).view(-1, *[1] * (use.grad.dim() - 1)))
+    if isinstance(use, RowsUse):
+        return RowsUse(_scale_rows(use.rows, factors))
+    per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device))
+    rows = _scale_rows(use.rows, factors) if use.rows is not None else None
+    return LinearUse(use.x, use.dy * per_row.to(use.dy.dtype)[:, None], use.offsets, rows)
+
+
+def _scale_rows(rows: SparseRows, factors: Tensor) -> SparseRows:
+    per_row = factors.repeat_interleave(rows.offsets.diff().to(factors.device))
+    return replace(rows, grad=rows.grad * per_row.to(rows.grad.dtype)[:, None])
+
+
+def example_gradient(use: Use, example: int, shape: torch.Size) -> Tensor:
+    """The whole gradient of one example, `shape`; float64 when captured so, else float32."""
+    if isinstance(use, DenseUse):
+        return use.grad[example]
+    rows = use.rows
+    dtype = torch.promote_types((use.x if isinstance(use, LinearUse) else use.rows.grad).dtype, torch.float32)
+    if isinstance(use, LinearUse):
+        span = slice(*use.offsets[example : example + 2].tolist())
+        grad = use.dy[span].to(dtype).T @ use.x[span].to(dtype)
+    else:
+        grad = use.rows.grad.new_zeros(shape, dtype=dtype)
+    if rows is not None:
+        span = slice(*rows.offsets[example : example + 2].tolist())
+        grad.index_add_(0, rows.ids[span], rows.grad[span].to(dtype))
+    return grad

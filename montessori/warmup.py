@@ -1,0 +1,290 @@
+"""A short, real AdamW fine-tune that gives the optimizer the moments that scoring needs.
+
+Scores are taken at a student that is already moving, with the optimizer state of the run that moved it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.data import Dataset
+
+from montessori.batching import IGNORE_INDEX, Example
+from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
+from montessori.fingerprint import examples_digest, model_digest
+from montessori.models import load_model
+
+RECORD_FILE = "warmup.json"
+
+_SAVES_PER_RUN = 10
+_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def warmup(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    output_dir: str | os.PathLike[str],
+    *,
+    learning_rate: float = 5e-6,
+    batch_size: int = 32,
+    per_device_train_batch_size: int = 4,
+    num_train_epochs: float = 1,
+    max_steps: int = -1,
+    weight_decay: float = 0.0,
+    seed: int = 42,
+    resume: bool = True,
+    max_grad_norm: float = 1.0,
+    progress: bool = True,
+) -> Path:
+    """Fine-tune `model` on `examples` with AdamW; return `output_dir/checkpoint-N`, N optimizer steps.
+
+    The checkpoint is an ordinary one of Trainer: model, tokenizer and `optimizer.pt`. One step sees
+    `batch_size` examples, `per_device_train_batch_size` of them at a time. The learning rate rises
+    linearly over the whole run, from 0 at the first step, so that `optimizer.pt` holds `learning_rate`.
+    `max_steps` > 0 takes the place of `num_train_epochs`.
+
+    `model` is trained in place, holds the weights of the returned checkpoint afterwards, and keeps
+    its training or eval mode; it moves to the GPU where there is one. Random generators are seeded
+    with `seed`.
+
+    A run that was cut short goes on from its last complete checkpoint when called again with the same
+    arguments and starting weights, and a finished one returns at once. With `resume=False`,
+    `output_dir` must not hold a run.
+
+    Raises DataError without examples, ModelError unless trainable weights are float32, ArgumentError
+    for batch sizes that do not divide and for an `output_dir` that holds another run.
+    """
+    path = Path(output_dir)
+    _check_inputs(model, examples, batch_size, per_device_train_batch_size)
+    settings: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "num_train_epochs": num_train_epochs,
+        "max_steps": max_steps,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "max_grad_norm": max_grad_norm,
+    }
+    arguments = _training_arguments(path, settings, progress)
+    total_steps = _plan_steps(arguments, len(examples), batch_size)
+    settings |= {"batch_size": batch_size, "examples": examples_digest(examples)}
+    start = _claim(path, settings, model, resume)
+    if start is not None:
+        _restore_weights(model, start)
+        if _step_of(start) == total_steps:
+            return start
+    _train(model, tokenizer, examples, arguments, start)
+    return _finish(path, model, total_steps)
+
+
+class _Rows(Dataset):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        example = self.examples[row]
+        return {
+            "input_ids": example.input_ids.tolist(),
+            "attention_mask": [1] * example.num_tokens,
+            "labels": example.labels.tolist(),
+        }
+
+
+def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int, per_device: int) -> None:
+    if not examples:
+        raise DataError("examples: expected at least one example to warm up on, got none")
+    for name, value in (("batch_size", batch_size), ("per_device_train_batch_size", per_device)):
+        if value < 1:
+            raise ArgumentError(f"{name}={value}: expected a positive number of examples")
+    if batch_size % per_device:
+        raise ArgumentError(
+            f"batch_size={batch_size}: expected a multiple of per_device_train_batch_size={per_device}"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ModelError(
+                f"{name}: expected trainable weights in float32, got {parameter.dtype}: "
+                "load the model with dtype=torch.float32"
+            )
+
+
+def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(path),
+        lr_scheduler_type="constant_with_warmup",
+        optim="adamw_torch",
+        save_strategy="steps",
+        save_total_limit=2,
+        logging_strategy="steps" if progress else "no",
+        disable_tqdm=not progress,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        **settings,
+    )
+
+
+def _plan_steps(arguments: Any, num_examples: int, batch_size: int) -> int:
+    """Set accumulation, warm-up and saving in `arguments`; return the optimizer steps of the whole run."""
+    if arguments.world_size > 1:
+        raise ArgumentError(
+            f"world size {arguments.world_size}: expected one process; start warmup without torchrun"
+        )
+    # With several GPUs, Trainer splits a larger batch over them.
+    at_once = arguments.train_batch_size
+    if batch_size % at_once:
+        raise ArgumentError(
+            f"batch_size={batch_size}: expected a multiple of {at_once}, per_device_train_batch_size times "
+            f"{arguments.n_gpu} GPUs"
+        )
+    arguments.gradient_accumulation_steps = batch_size // at_once
+    steps_per_epoch = math.ceil(math.ceil(num_examples / at_once) / arguments.gradient_accumulation_steps)
+    total_steps = arguments.max_steps
+    if total_steps <= 0:
+        total_steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    arguments.warmup_steps = total_steps
+    arguments.save_steps = arguments.logging_steps = math.ceil(total_steps / _SAVES_PER_RUN)
+    return total_steps
+
+
+def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path | None:
+    """Make `path` the directory of this run; return the checkpoint to go on from, None to start."""
+    record_file, checkpoints = path / RECORD_FILE, _checkpoints(path)
+    weights = model_digest(model)
+    if not record_file.exists():
+        if checkpoints:
+            raise ArgumentError(
+                f"output_dir {path}: holds checkpoints of another run: choose another directory"
+            )
+        _write_record(path, {"settings": settings, "weights": [weights]})
+        return None
+    if not resume:
+        raise ArgumentError(f"output_dir {path}: holds a run: expected none with resume=False: delete it")
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    changed = [key for key, value in settings.items() if record["settings"].get(key) != value]
+    if weights not in record["weights"]:
+        changed.append("the weights of model")
+    if changed:
+        raise ArgumentError(
+            f"output_dir {path}: holds a run with other {', '.join(changed)}: use those, or another directory"
+        )
+    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
+    for checkpoint in checkpoints:
+        if checkpoint not in complete:
+            shutil.rmtree(checkpoint)
+    return complete[-1] if complete else None
+
+
+def _write_record(path: Path, record: dict) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    partial = path / f".{RECORD_FILE}"
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path / RECORD_FILE)
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    found = [entry for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every file that Trainer goes on from is there to its end."""
+    weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
+    if not weights or not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    index = checkpoint / "model.safetensors.index.json"
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            weights = [checkpoint / shard for shard in set(shards)]
+        for file in weights:
+            # Opening compares the lengths in the header with the length of the file.
+            with safe_open(file, framework="pt"):
+                pass
+    except (ValueError, KeyError, OSError, SafetensorError):
+        return False
+    # A file of torch.save ends with the directory of its zip archive.
+    archives = [checkpoint / name for name in _CHECKPOINT_FILES if not name.endswith(".json")]
+    return state.get("global_step") == _step_of(checkpoint) and all(map(zipfile.is_zipfile, archives))
+
+
+def _restore_weights(model: Any, checkpoint: Path) -> None:
+    """Put the weights of `checkpoint` into `model`, all of them or an error.
+
+    Trainer does so too when it resumes, but only warns about names that do not match.
+    """
+    if (checkpoint / "adapter_config.json").is_file():
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        return
+    saved, _ = load_model(checkpoint)
+    model.load_state_dict(saved.state_dict())
+
+
+def _train(
+    model: Any, tokenizer: Any, examples: Sequence[Example], arguments: Any, start: Path | None
+) -> None:
+    from transformers import PrinterCallback, Trainer
+
+    was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Rows(examples),
+        data_collator=_collator(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        model.config.use_cache = use_cache
+
+
+def _collator(tokenizer: Any) -> Any:
+    from transformers import DataCollatorForSeq2Seq
+
+    if tokenizer.pad_token is None:
+        # Padding is masked out, so any token does; the saved tokenizer stays as it is.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError("tokenizer: expected a pad_token or an eos_token to pad with, got neither: set one")
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
+
+
+def _finish(path: Path, model: nn.Module, total_steps: int) -> Path:
+    final = path / f"checkpoint-{total_steps}"
+    if not _is_complete(final):
+        raise ResourceError(
+            f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?"
+        )
+    record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
+    _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
+    return final

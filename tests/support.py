@@ -1,0 +1,143 @@
+"""Small models, random examples and the slow truth that the tests compare with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from montessori import AdamWState, reference
+
+VOCABULARY = 61
+
+_COMMON = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2}
+_LLAMA = {**_COMMON, "intermediate_size": 24, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+CONFIGS = {
+    "llama_tied": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "llama_untied": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False),
+    "llama_biases": lambda: transformers.LlamaConfig(**_LLAMA, attention_bias=True, mlp_bias=True),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_head=4, n_layer=2, n_positions=64, **_TOKENS
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON, intermediate_size=24, max_position_embeddings=64),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, **_TOKENS,
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**_LLAMA),
+    "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(**_LLAMA, head_dim=8, sliding_window=8),
+    "phi3": lambda: transformers.Phi3Config(**_LLAMA, **_TOKENS),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **_LLAMA, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"
+    ),
+}  # fmt: skip
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """A small causal LM with random weights, every norm weight and bias away from its initial value."""
+    torch.manual_seed(seed)
+    lora = name == "llama_lora"
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama_tied" if lora else name]()).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    if lora:
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config).to(dtype)
+    return model.eval()
+
+
+def make_rows(count: int, seed: int = 0, longest: int = 12) -> list[dict[str, list[int]]]:
+    """Rows of random tokens of different lengths, the first third of each without labels."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(3, longest + 1, (), generator=generator))
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+        start = max(1, length // 3)
+        rows.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+    return rows
+
+
+def warm_optimizer(model: nn.Module, steps: int = 4, **settings) -> torch.optim.AdamW:
+    """AdamW after a few real steps on random text; norms and biases without weight decay."""
+    settings = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.05, **settings}
+    decay = settings.pop("weight_decay")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0, "eps": 1e-7},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], **settings)
+    for row in make_rows(steps, seed=99):
+        plain_loss(model, row).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def plain_loss(model: nn.Module, row: dict[str, list[int]]) -> torch.Tensor:
+    """Mean token loss of one unpadded row by the model's ordinary forward, scalar."""
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+    logits = model(input_ids=ids).logits[0, :-1]
+    return F.cross_entropy(logits, labels[1:], ignore_index=-100)
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(named.items(), grads, strict=True)
+    }
+
+
+def slow_deltas(model: nn.Module, optimizer: torch.optim.Optimizer, row: dict) -> dict[str, torch.Tensor]:
+    """Δ(g) of one row: a single-example backward pass and Eq. 1 in plain torch."""
+    state = AdamWState.from_optimizer(model, optimizer)
+    named = dict(model.named_parameters())
+    return {
+        name: reference.delta(grad, state[name].exp_avg, state[name].exp_avg_sq, named[name].detach(), state[name].step)
+        for name, grad in gradients(model, plain_loss(model, row)).items()
+    }
+
+
+def reference_loss(model: nn.Module, rows: list[dict]) -> torch.Tensor:
+    return torch.stack([plain_loss(model, row) for row in rows]).mean()
+
+
+def slow_influence(model, optimizer, candidates, references, method, pilot=None) -> list[float]:
+    """Influence of every candidate by the definition, one example and one backward pass at a time."""
+    steps = [slow_deltas(model, optimizer, row) for row in candidates]
+    before = float(reference_loss(model, references).detach())
+    if method == "exact":
+        return [before - float(reference_loss(moved(model, step), references).detach()) for step in steps]
+    if method == "first_order":
+        q = gradients(model, reference_loss(model, references))
+        return [-sum(float((q[name] * step[name]).sum()) for name in q) for step in steps]
+    anchor = {name: sum(steps[i][name] for i in pilot) / len(pilot) for name in steps[0]}
+    at_anchor = moved(model, anchor)
+    loss = reference_loss(at_anchor, references)
+    q = gradients(at_anchor, loss)
+    return [
+        before - float(loss.detach()) - sum(float((q[name] * (step[name] - anchor[name])).sum()) for name in q)
+        for step in steps
+    ]
+
+
+def moved(model: nn.Module, step: dict[str, torch.Tensor]) -> nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name in step:
+                parameter.add_(step[name])
+    return other
