@@ -67,8 +67,13 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
-        return Batch(*(tensor.to(device) for tensor in moved), index=self.index)
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+            self.index,
+        )
 
 
 def collate(examples: Sequence[Example]) -> Batch:

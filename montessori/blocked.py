@@ -11,6 +11,7 @@ Arguments are trusted here; `montessori.ops` has checked them. Dimensions as the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -134,7 +135,7 @@ def _rows_by_id(rows: SparseRows, dtype: torch.dtype) -> list[tuple[Tensor, Tens
     """Per example: sorted ids and their gradients, so that a block of the table is one slice."""
     bounds = rows.offsets.tolist()
     sorted_rows = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         ids, order = rows.ids[low:high].sort(stable=True)
         sorted_rows.append((ids, rows.grad[low:high].to(dtype)[order]))
     return sorted_rows
@@ -161,7 +162,7 @@ def linear_influence(
         state = [tensor[span] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq)]
         block = _block(q[:, span], state[0], state[1], param[span], step, dtype)
         scratch = x.new_empty(span.stop - span.start, num_in)
-        for example, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for example, (low, high) in enumerate(itertools.pairwise(bounds)):
             grad = torch.mm(dy[low:high, span].T, x[low:high], out=scratch)
             if extra is not None:
                 ids, row_grad = extra[example]
@@ -184,7 +185,7 @@ def embedding_influence(
     dtype = _compute_dtype(rows.grad, q, exp_avg, exp_avg_sq, param)
     bounds = rows.offsets.tolist()
     scores = drift.double().expand(len(bounds) - 1, -1).clone()
-    for example, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for example, (low, high) in enumerate(itertools.pairwise(bounds)):
         ids, position = rows.ids[low:high].unique(return_inverse=True)
         if ids.numel() == 0:
             continue

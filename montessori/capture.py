@@ -24,7 +24,7 @@ from montessori.errors import ModelError
 from montessori.losses import LossFunction
 from montessori.ops import SparseRows
 from montessori.rowmap import RowMap, UnmappableRowsError
-from montessori.rules import CONV1D, EMBEDDING, LINEAR, LOCAL, ModuleRule, Plan
+from montessori.rules import CONV1D, EMBEDDING, LOCAL, ModuleRule, Plan
 from montessori.uses import DenseUse, LinearUse, RowsUse, Use, merge
 
 
@@ -127,7 +127,12 @@ class Capture:
         return ModuleRule(rule.kind, rule.module_name, kept)
 
     def _linear_called(
-        self, rule: ModuleRule, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self,
+        rule: ModuleRule,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
@@ -219,7 +224,8 @@ class _EmbeddingCalls(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, called: Callable[[Tensor, int | None, Tensor], Tensor]) -> None:
         super().__init__()
-        self._module, self._called, self._active = module, called, False
+        self._module: Any = module
+        self._called, self._active = called, False
 
     def start(self) -> None:
         self._active = torch.is_grad_enabled()

@@ -65,7 +65,7 @@ def _optimizer_file(path: Path) -> Path:
         key=lambda name: int(name.removeprefix("checkpoint-")),
     )
     if checkpoints:
-        raise StateError(f"{path}: a run with several checkpoints, name one of {', '.join(checkpoints)}")
+        raise StateError(f"{path}: expected one checkpoint, got a run: name one of {', '.join(checkpoints)}")
     raise StateError(
         f"{path}: no optimizer state: expected {TRAINER_FILE} (Trainer, TRL), {ACCELERATE_FILE} "
         f"(accelerate.save_state) or {JSON_FILE} with {TENSOR_FILE}; save the optimizer with the model"

@@ -98,7 +98,10 @@ def _disagreeing(
             capture.run(collate(group).to(device), loss, sink)
     except UnmappableRowsError as error:
         names = {
-            name for rule in plan.rules.values() if rule.module_name == error.module for name in rule.parameters.values()
+            name
+            for rule in plan.rules.values()
+            if rule.module_name == error.module
+            for name in rule.parameters.values()
         }
         if not names - plan.fallback:
             raise

@@ -73,10 +73,7 @@ def load_rows(
     """
     if isinstance(source, Rows):
         return source
-    if isinstance(source, str | os.PathLike):
-        rows = _from_name(source, split)
-    else:
-        rows = _from_memory(source, split, name)
+    rows = _from_name(source, split) if isinstance(source, str | os.PathLike) else _from_memory(source, split, name)
     if len(rows) == 0:
         raise DataError(f"{rows.source}: expected at least one row, the source is empty")
     return rows
@@ -146,9 +143,7 @@ def _from_saved(path: Path, split: str) -> Rows:
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: expected a directory written by datasets.save_to_disk ({one_line(error)})"
-        ) from error
+        raise DataError(f"{path}: expected a directory written by datasets.save_to_disk ({one_line(error)})") from error
     return _from_dataset(saved, split, path.name)
 
 
@@ -172,11 +167,9 @@ def _from_dataset(loaded: datasets.Dataset | datasets.DatasetDict, split: str, s
 
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError(
-                f"{source}: expected a split {split!r}, got the splits {', '.join(loaded)}; pass split="
-            )
+            raise DataError(f"{source}: expected a split {split!r}, got the splits {', '.join(loaded)}; pass split=")
         loaded = loaded[split]
-    return Rows(loaded.with_format(None).to_list(), source=source)
+    return Rows(loaded.to_list(), source=source)
 
 
 def _from_memory(source: object, split: str, name: str) -> Rows:

@@ -58,7 +58,7 @@ class Encoded:
 
 def encode_rows(
     rows: Rows | Sequence[dict],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     max_length: int,
     truncation: str = "error",
@@ -97,6 +97,8 @@ def encode_rows(
         else:
             chats.append(read_chat(row, columns, index, table.where(index)))
     if chats:
+        if tokenizer is None:
+            raise ArgumentError(f"{table.where(chats[0].index)}: a row of text needs tokenizer=, none was given")
         template = _Template(tokenizer, _resolve_template(tokenizer, chat_template))
         encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
         examples.update((example.index, example) for example in encode(chats, template))
@@ -151,9 +153,7 @@ def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         raise ArgumentError(f"chat_template: expected a str, got {type(chat_template).__name__}")
     if chat_template in BUILT_IN_TEMPLATES:
         if chat_template == "plain" and tokenizer.eos_token is None:
-            raise DataError(
-                "chat_template='plain': expected a tokenizer with an eos_token, got None; set one"
-            )
+            raise DataError("chat_template='plain': expected a tokenizer with an eos_token, got None; set one")
         return _beginning(tokenizer) + BUILT_IN_TEMPLATES[chat_template]
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template
@@ -171,8 +171,7 @@ def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
     """The bos_token where the tokenizer starts every text with it: the model has seen no text without."""
     bos = tokenizer.bos_token_id
-    first, bare = (tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (True, False))
-    return "{{ bos_token }}" if bos is not None and first == [bos] != bare else ""
+    return "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
 
 
 @dataclass(frozen=True)
@@ -185,13 +184,9 @@ class _Template:
     def apply(self, chat: Chat, turns: int | None = None, **options):
         """`apply_chat_template` on the first `turns` messages, its errors made to name the row."""
         try:
-            return self.tokenizer.apply_chat_template(
-                chat.messages[:turns], chat_template=self.source, **options
-            )
+            return self.tokenizer.apply_chat_template(chat.messages[:turns], chat_template=self.source, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{chat.where}: the chat template fails on this row ({one_line(error)})"
-            ) from error
+            raise DataError(f"{chat.where}: the chat template fails on this row ({one_line(error)})") from error
 
     def text(self, chat: Chat, turns: int | None = None, add_generation_prompt: bool = False) -> str:
         return self.apply(chat, turns, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -264,9 +259,7 @@ def _cut(chat: Chat, template: _Template, pieces: _Pieces) -> list[str]:
         if not before.startswith(done):
             raise _uncuttable(chat, turn, "rewrites earlier turns")
         if not after.startswith(before):
-            raise _uncuttable(
-                chat, turn, "does not go on from its generation prompt or rewrites earlier turns"
-            )
+            raise _uncuttable(chat, turn, "does not go on from its generation prompt or rewrites earlier turns")
         written = after[len(before) :]
         _check_written(chat, turn, written, template)
         end = pieces.label_end(written, message["content"])
@@ -324,8 +317,7 @@ class _Pieces:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text taken alone, without the special tokens a tokenizer puts around a text."""
-        options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-        return self.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def label_end(self, written: str, content: str) -> int:
         """Characters of a turn up to its last special token; all of them if none follows the content."""

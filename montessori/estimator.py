@@ -18,7 +18,7 @@ from montessori.batching import Example, make_batches
 from montessori.checkpoints import read_state
 from montessori.coverage import verified_plan
 from montessori.data import load_rows
-from montessori.encoding import TRUNCATIONS, Encoded, encode_rows
+from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, full_precision, real_drift
 from montessori.fingerprint import examples_digest, model_digest, sets_digest
@@ -26,6 +26,7 @@ from montessori.journal import ScoreJournal
 from montessori.losses import LossFunction, response_loss
 from montessori.models import validate_model
 from montessori.optim_state import AdamWState
+from montessori.options import Options, default_max_length, floating_dtype
 from montessori.referenceset import ReferenceSets
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer
@@ -34,33 +35,7 @@ from montessori.scores import OK, Audit, Scores
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METHODS = ("anchored", "first_order", "exact")
-DEFAULT_MAX_LENGTH = 2048
 NON_FINITE = "non_finite"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings that enter the scores; see `InfluenceEstimator` for their meaning."""
-
-    method: str
-    backend: str
-    pilot: int
-    max_grad_norm: float | None
-    reference_weighting: str
-    max_length: int
-    truncation: str
-    chat_template: str | None
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ArgumentError(f"method={self.method!r}: expected one of {', '.join(METHODS)}")
-        if self.pilot < 0:
-            raise ArgumentError(f"pilot={self.pilot}: expected a number of examples, 0 for the step with g = 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ArgumentError(f"max_grad_norm={self.max_grad_norm}: expected a positive number, or None")
-        if self.truncation not in TRUNCATIONS:
-            raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
 
 
 @dataclass
@@ -84,6 +59,7 @@ class InfluenceEstimator:
         reference: rows, a dataset or a path; or a dict of several, scored together as K named sets.
         method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
         backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`.
+        lr: takes the place of the optimizer's own in every group.
         tokenizer: needed for rows of text; rows with `input_ids` and `labels` do without.
         max_length: tokens an example may have; by default 2048 or the model's own limit if smaller.
         truncation: what happens to longer ones: "error", "right" (cut the end) or "skip".
@@ -106,6 +82,7 @@ class InfluenceEstimator:
         method: str = "anchored",
         backend: str = "auto",
         *,
+        lr: float | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         truncation: str = "error",
@@ -125,13 +102,13 @@ class InfluenceEstimator:
             pilot=pilot,
             max_grad_norm=max_grad_norm,
             reference_weighting=reference_weighting,
-            max_length=max_length or _default_max_length(model),
+            max_length=max_length or default_max_length(model),
             truncation=truncation,
             chat_template=chat_template,
         )
         self._tokenizer = tokenizer
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
-        self.state = _read_optimizer(optimizer, model)
+        self.state = _read_optimizer(optimizer, model, lr)
         self._named = isinstance(reference, Mapping) and not {"input_ids", "instruction"} & set(reference)
         named = reference if self._named else {"reference": reference}
         self.references = ReferenceSets(
@@ -139,7 +116,7 @@ class InfluenceEstimator:
             reference_weighting,
             # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
             # precision of checks, their sums must not depend on what shares a batch.
-            None if _dtype(model) is torch.float64 else reference_batch_tokens,
+            None if floating_dtype(model) is torch.float64 else reference_batch_tokens,
         )
         self._plan: Plan | None = None
         self._expansions: dict[str, Expansion] = {}
@@ -352,9 +329,6 @@ class InfluenceEstimator:
 
     def _encode(self, source: Any, name: str) -> Encoded:
         rows = load_rows(source, name=name)
-        text = next((i for i, row in enumerate(rows) if not {"input_ids", "labels"} <= row.keys()), None)
-        if text is not None and self._tokenizer is None:
-            raise ArgumentError(f"{rows.where(text)}: a row of text needs tokenizer=, none was given")
         encoded = encode_rows(
             rows,
             self._tokenizer,
@@ -373,7 +347,7 @@ class InfluenceEstimator:
         size = getattr(table, "num_embeddings", None)
         for example in examples:
             highest, lowest = int(example.input_ids.max()), int(example.input_ids.min())
-            if size is not None and not (0 <= lowest and highest < size):
+            if size is not None and not (lowest >= 0 and highest < size):
                 raise DataError(
                     f"{rows.where(example.index)}: token id {highest if highest >= size else lowest} is outside "
                     f"the model's vocabulary of {size}; the tokenizer belongs to another model"
@@ -402,17 +376,10 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-
-
-def _default_max_length(model: nn.Module) -> int:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(DEFAULT_MAX_LENGTH, limit) if isinstance(limit, int) else DEFAULT_MAX_LENGTH
-
-
 def _read_optimizer(
-    optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str], model: nn.Module
+    optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
+    model: nn.Module,
+    lr: float | None,
 ) -> AdamWState:
     if isinstance(optimizer, str | os.PathLike):
         state = read_state(optimizer, model)
@@ -420,5 +387,7 @@ def _read_optimizer(
         state = optimizer
     else:
         state = AdamWState.from_optimizer(model, optimizer)
+    if lr is not None:
+        state = state.with_overrides(lr=lr)
     state.validate(model)
-    return state
+    return state.beside(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from montessori.batching import Example
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
-from montessori.oracle import apply_step, mean_delta, restore, restored
+from montessori.oracle import apply_step, mean_delta, restored
 from montessori.referenceset import ReferenceSets
 from montessori.scoring import parameter_drift
 
@@ -113,14 +113,3 @@ def real_drift(
         apply_step(parameters, state, dict.fromkeys(parameters))
         after = sets.loss(model, reference_loss)
     return after - loss, loss
-
-
-__all__ = [
-    "Expansion",
-    "expand_at_anchor",
-    "expand_at_theta",
-    "full_precision",
-    "real_drift",
-    "restore",
-    "trainable_parameters",
-]

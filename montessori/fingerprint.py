@@ -25,7 +25,7 @@ def model_digest(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         value = parameter.detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{list(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,7 @@ def validate_model(model: nn.Module) -> None:
     """Raise ModelError unless `model` has trainable parameters and all of its weights are real and finite."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ModelError(
-                f"{name} is on the meta device, without values: load the model without offloading"
-            )
+            raise ModelError(f"{name} is on the meta device, without values: load the model without offloading")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         if _is_quantised(model):
             raise ModelError(
@@ -111,9 +110,7 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ModelError(
-            f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}: save it whole"
-        )
+        raise ModelError(f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}: save it whole")
     return model.eval(), _load_tokenizer(name)
 
 
@@ -128,9 +125,7 @@ def _load_tokenizer(name: str) -> Any:
         ) from error
 
 
-def _load_adapter(
-    directory: Path, dtype: torch.dtype, cache_dir: str | os.PathLike[str] | None
-) -> tuple[Any, Any]:
+def _load_adapter(directory: Path, dtype: torch.dtype, cache_dir: str | os.PathLike[str] | None) -> tuple[Any, Any]:
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"{directory}: a PEFT adapter needs peft: pip install montessori[train]")
     from peft import PeftConfig, PeftModel
@@ -143,11 +138,12 @@ def _load_adapter(
         raise ModelError(f"{directory}: adapter_config.json names no base_model_name_or_path: add it")
     base, tokenizer = load_model(base_name, dtype, cache_dir)
     try:
-        model = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+        with warnings.catch_warnings():
+            # peft only warns, and leaves the weights that it did not find at random values.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
     except Exception as error:
-        raise ModelError(
-            f"{directory}: adapter cannot be put on {base_name}: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"{directory}: adapter cannot be put on {base_name}: {_first_line(error)}") from error
     if (directory / "tokenizer_config.json").is_file():
         tokenizer = _load_tokenizer(str(directory))
     return model.eval(), tokenizer

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from montessori import blocked
@@ -26,9 +25,9 @@ __all__ = [
     "AdamWStep",
     "SGDStep",
     "SparseRows",
+    "adam_influence",
     "available_impls",
     "choose_impl",
-    "adam_influence",
     "embedding_influence",
     "linear_influence",
 ]

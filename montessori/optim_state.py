@@ -149,9 +149,7 @@ class AdamWState(Mapping[str, ParameterState]):
             for label, tensor in state.tensors():
                 _check_values(f"{label} of {name}", tensor, allow_negative=label == "exp_avg")
         if self and all(state.step.lr == 0 for state in self.values()):
-            raise StateError(
-                "the learning rate is 0 in every group (a schedule that has decayed to 0?): pass lr="
-            )
+            raise StateError("the learning rate is 0 in every group (a schedule that has decayed to 0?): pass lr=")
 
     def with_overrides(
         self,
@@ -173,14 +171,22 @@ class AdamWState(Mapping[str, ParameterState]):
         changes = {key: float(value) for key, value in given.items() if value is not None}
         adam_only = sorted(changes.keys() & {"beta1", "beta2", "eps"})
         if adam_only and any(isinstance(state.step, SGDStep) for state in self.values()):
-            raise ArgumentError(
-                f"{', '.join(adam_only)}: the state is of SGD, which has only lr and weight_decay"
-            )
+            raise ArgumentError(f"{', '.join(adam_only)}: the state is of SGD, which has only lr and weight_decay")
         replaced: dict[str, ParameterState] = {}
         for name, state in self.items():
             step = dataclasses.replace(state.step, **changes)  # type: ignore[arg-type]
             replaced[name] = dataclasses.replace(state, step=step)
         return AdamWState(replaced)
+
+    def beside(self, model: nn.Module) -> AdamWState:
+        """The same state with every tensor on the device of its parameter; shared where it is there."""
+        parameters = _trainable(model)
+        moved = {}
+        for name, state in self.items():
+            device = parameters[name].device
+            tensors = {label: tensor.to(device) for label, tensor in state.tensors()}
+            moved[name] = ParameterState(state.step, tensors.get("exp_avg"), tensors.get("exp_avg_sq"))
+        return AdamWState(moved)
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of hyperparameters and tensors; the order of names does not matter."""
@@ -235,9 +241,7 @@ class AdamWState(Mapping[str, ParameterState]):
         except (SafetensorError, OSError) as error:
             raise StateError(f"{path / TENSOR_FILE}: expected a safetensors file, got {error}") from error
         states = {
-            name: ParameterState(
-                step, tensors.pop(f"exp_avg.{name}", None), tensors.pop(f"exp_avg_sq.{name}", None)
-            )
+            name: ParameterState(step, tensors.pop(f"exp_avg.{name}", None), tensors.pop(f"exp_avg_sq.{name}", None))
             for name, step in named_steps.items()
         }
         if tensors:
@@ -352,9 +356,7 @@ def _is_stepped(state: ParameterState) -> bool:
 
 def _check_values(where: str, tensor: Tensor, allow_negative: bool) -> None:
     if not tensor.is_floating_point() or tensor.element_size() == 1:
-        raise StateError(
-            f"{where}: expected 16-bit floating point or wider, got {tensor.dtype}: dequantise the state"
-        )
+        raise StateError(f"{where}: expected 16-bit floating point or wider, got {tensor.dtype}: dequantise the state")
     if tensor.numel() == 0:
         return
     lowest, highest = torch.aminmax(tensor)

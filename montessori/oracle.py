@@ -88,9 +88,7 @@ def _step_parameter(parameter: nn.Parameter, grad: Tensor, state: ParameterState
         _adamw_step(parameter, grad, state.exp_avg, state.exp_avg_sq, state.step)
 
 
-def _adamw_step(
-    parameter: nn.Parameter, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep
-) -> None:
+def _adamw_step(parameter: nn.Parameter, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
     if step.weight_decay:
         if step.decoupled:
             parameter.mul_(1 - step.lr * step.weight_decay)

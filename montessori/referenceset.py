@@ -67,9 +67,14 @@ class ReferenceSets:
                     totals[k] += (losses.double() * weight).sum().cpu()
         return totals
 
-    def gradient(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: LossFunction) -> dict[str, Tensor]:
+    def gradient(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: LossFunction
+    ) -> dict[str, Tensor]:
         """q [K, *shape] per parameter in the parameter's dtype; zeros where a set does not reach it."""
-        q = {name: torch.zeros(len(self.sets), *p.shape, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+        q = {
+            name: torch.zeros(len(self.sets), *p.shape, dtype=p.dtype, device=p.device)
+            for name, p in parameters.items()
+        }
         for position, set_name in enumerate(self.sets):
             with evaluation_mode(model), gradients_aside(parameters.values()):
                 for name, parameter in parameters.items():

@@ -39,9 +39,9 @@ class Plan:
 
     def coverage(self) -> dict[str, int]:
         """Number of trainable scalars per rule, plus `autograd` for the fallback; sums to all of them."""
-        kinds = {
-            name: rule.kind for rule in self.rules.values() for name in rule.parameters.values()
-        } | dict.fromkeys(self.fallback, "autograd")
+        kinds = {name: rule.kind for rule in self.rules.values() for name in rule.parameters.values()} | dict.fromkeys(
+            self.fallback, "autograd"
+        )
         counted: Counter[str] = Counter()
         for name, parameter in self.trainable.items():
             counted[kinds[name]] += parameter.numel()

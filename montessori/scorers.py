@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from montessori.scoring import ClippingSink, InfluenceSink
 class Scorer(Protocol):
     """`score` gives ΔL float64 [B, K] and the candidates' own losses float64 [B], both on the CPU."""
 
-    def running(self) -> contextmanager[None]: ...
+    def running(self) -> AbstractContextManager[None]: ...
 
     def score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]: ...
 
@@ -64,9 +64,7 @@ class LinearScorer:
         return self._score_halves(group)
 
     def _score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        sink = InfluenceSink(
-            self.expansion.q, self.state, self.plan.trainable, self.expansion.drift, self.impl
-        )
+        sink = InfluenceSink(self.expansion.q, self.state, self.plan.trainable, self.expansion.drift, self.impl)
         sink.start(len(group))
         batch = collate(group).to(self._device)
         if self.max_grad_norm is None:

@@ -36,9 +36,7 @@ class InfluenceSink:
         entry = self.state[name]
         rest = (self.q[name], entry.exp_avg, entry.exp_avg_sq, self.parameters[name].detach(), entry.step)
         if isinstance(use, LinearUse):
-            self.scores += ops.linear_influence(
-                use.x, use.dy, use.offsets, *rest, rows=use.rows, impl=self.impl
-            )
+            self.scores += ops.linear_influence(use.x, use.dy, use.offsets, *rest, rows=use.rows, impl=self.impl)
         elif isinstance(use, DenseUse):
             self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
         else:
@@ -56,9 +54,9 @@ def parameter_drift(
     for name, parameter in parameters.items():
         entry, value = state[name], parameter.detach()
         zero = value.new_zeros(()).expand(1, *value.shape)
-        drift[name] = ops.adam_influence(
-            zero, q[name], entry.exp_avg, entry.exp_avg_sq, value, entry.step, impl=impl
-        )[0]
+        drift[name] = ops.adam_influence(zero, q[name], entry.exp_avg, entry.exp_avg_sq, value, entry.step, impl=impl)[
+            0
+        ]
     return drift
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -21,9 +22,7 @@ def check_tensors(tensors: Mapping[str, Tensor | None], device: torch.device) ->
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
-            raise ArgumentError(
-                f"{name}: expected dtype float64, float32, bfloat16 or float16, got {tensor.dtype}"
-            )
+            raise ArgumentError(f"{name}: expected dtype float64, float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.layout is not torch.strided:
             raise ArgumentError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
         if tensor.device != device:
@@ -49,11 +48,9 @@ def check_offsets(offsets: Tensor, num_rows: int, name: str = "offsets") -> list
     if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
         ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "no entry"
         raise ArgumentError(f"{name}: expected to run from 0 to {num_rows} (the rows given), got {ends}")
-    for position, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for position, (low, high) in enumerate(itertools.pairwise(bounds)):
         if high < low:
-            raise ArgumentError(
-                f"{name}: expected sorted offsets, got {low} then {high} at example {position}"
-            )
+            raise ArgumentError(f"{name}: expected sorted offsets, got {low} then {high} at example {position}")
     return bounds
 
 
@@ -62,10 +59,8 @@ def check_ids(ids: Tensor, num_embeddings: int, name: str = "ids") -> None:
     if not isinstance(ids, Tensor) or ids.dtype is not torch.int64 or ids.dim() != 1:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ArgumentError(f"{name}: expected an int64 tensor [T], got {got}")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < num_embeddings):
-        raise ArgumentError(
-            f"{name}: expected ids in 0..{num_embeddings - 1}, got {int(ids.min())}..{int(ids.max())}"
-        )
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < num_embeddings):
+        raise ArgumentError(f"{name}: expected ids in 0..{num_embeddings - 1}, got {int(ids.min())}..{int(ids.max())}")
 
 
 def check_state(

@@ -113,9 +113,7 @@ def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int
         if value < 1:
             raise ArgumentError(f"{name}={value}: expected a positive number of examples")
     if batch_size % per_device:
-        raise ArgumentError(
-            f"batch_size={batch_size}: expected a multiple of per_device_train_batch_size={per_device}"
-        )
+        raise ArgumentError(f"batch_size={batch_size}: expected a multiple of per_device_train_batch_size={per_device}")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ModelError(
@@ -147,9 +145,7 @@ def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) ->
 def _plan_steps(arguments: Any, num_examples: int, batch_size: int) -> int:
     """Set accumulation, warm-up and saving in `arguments`; return the optimizer steps of the whole run."""
     if arguments.world_size > 1:
-        raise ArgumentError(
-            f"world size {arguments.world_size}: expected one process; start warmup without torchrun"
-        )
+        raise ArgumentError(f"world size {arguments.world_size}: expected one process; start warmup without torchrun")
     # With several GPUs, Trainer splits a larger batch over them.
     at_once = arguments.train_batch_size
     if batch_size % at_once:
@@ -173,9 +169,7 @@ def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path |
     weights = model_digest(model)
     if not record_file.exists():
         if checkpoints:
-            raise ArgumentError(
-                f"output_dir {path}: holds checkpoints of another run: choose another directory"
-            )
+            raise ArgumentError(f"output_dir {path}: holds checkpoints of another run: choose another directory")
         _write_record(path, {"settings": settings, "weights": [weights]})
         return None
     if not resume:
@@ -239,15 +233,15 @@ def _restore_weights(model: Any, checkpoint: Path) -> None:
     Trainer does so too when it resumes, but only warns about names that do not match.
     """
     if (checkpoint / "adapter_config.json").is_file():
-        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        missing = model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True).missing_keys
+        if missing:
+            raise ModelError(f"{checkpoint}: the adapter lacks {missing[0]}: delete the checkpoint")
         return
     saved, _ = load_model(checkpoint)
     model.load_state_dict(saved.state_dict())
 
 
-def _train(
-    model: Any, tokenizer: Any, examples: Sequence[Example], arguments: Any, start: Path | None
-) -> None:
+def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: Any, start: Path | None) -> None:
     from transformers import PrinterCallback, Trainer
 
     was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
@@ -282,9 +276,7 @@ def _collator(tokenizer: Any) -> Any:
 def _finish(path: Path, model: nn.Module, total_steps: int) -> Path:
     final = path / f"checkpoint-{total_steps}"
     if not _is_complete(final):
-        raise ResourceError(
-            f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?"
-        )
+        raise ResourceError(f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?")
     record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
     _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
     return final

@@ -141,3 +141,53 @@ def moved(model: nn.Module, step: dict[str, torch.Tensor]) -> nn.Module:
             if name in step:
                 parameter.add_(step[name])
     return other
+
+
+WORDS = "what is the capital of france paris name a colour blue red add two and three five say hello world".split()
+CHATML = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def make_tokenizer():
+    """A word-level tokenizer with ChatML's special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "system", *WORDS]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_text_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Instruction and response rows over the tokenizer's words."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(low: int, high: int) -> str:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (length,), generator=generator).tolist())
+
+    return [{"instruction": words(2, 6), "response": words(1, 8)} for _ in range(count)]
+
+
+def make_student(directory):
+    """Save a tiny student warmed up for two real steps; returns the checkpoint directory."""
+    from montessori.encoding import encode_rows
+    from montessori.warmup import warmup
+
+    model = make_model("llama_tied", torch.float32)
+    tokenizer = make_tokenizer()
+    examples = encode_rows(make_text_rows(8, seed=5), tokenizer, max_length=64).examples
+    return warmup(
+        model, tokenizer, examples, directory, learning_rate=1e-3, batch_size=4,
+        per_device_train_batch_size=4, max_steps=2, weight_decay=0.1, progress=False,
+    )  # fmt: skip

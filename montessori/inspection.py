@@ -1,0 +1,127 @@
+"""Looking at scores: the best and worst candidates, and the histogram for terminal and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from montessori.agreement import Agreement
+from montessori.errors import ArgumentError, ResourceError
+from montessori.scores import Scores
+
+QUANTITIES = ("influence", "centred")
+BAR = 40
+
+
+def select(scores: Scores, quantity: str = "influence", name: str | None = None) -> np.ndarray:
+    """float64 [N]: influence or centred influence on one reference set (the first by default)."""
+    if quantity not in QUANTITIES:
+        raise ArgumentError(f"quantity={quantity!r}: expected one of {', '.join(QUANTITIES)}")
+    name = scores.names[0] if name is None else name
+    if name not in scores.names:
+        raise ArgumentError(f"reference set {name!r}: expected one of {', '.join(scores.names)}")
+    values = getattr(scores, quantity).reshape(len(scores), -1)
+    return values[:, scores.names.index(name)]
+
+
+def print_summary(console: Console, scores: Scores) -> None:
+    """How many were scored and why others were not, the drift and the share of each sign."""
+    skipped = scores.skipped
+    console.print(f"{len(scores)} candidates, {len(scores) - len(skipped)} scored by [bold]{scores.method}[/bold]")
+    for reason in sorted(set(skipped.values())):
+        rows = [str(row) for row, why in skipped.items() if why == reason]
+        console.print(f"  not scored ({reason}): {len(rows)}, rows {', '.join(rows[:10])}{' …' if rows[10:] else ''}")
+    drift = np.atleast_1d(scores.drift)
+    loss = np.atleast_1d(scores.reference_loss)
+    for k, name in enumerate(scores.names):
+        values = select(scores, "influence", name)[scores.ok]
+        centred = select(scores, "centred", name)[scores.ok]
+        console.print(
+            f"  {name}: loss {loss[k]:.4f}, drift {drift[k]:+.3e}, positive influence "
+            f"{np.mean(values > 0):.0%}, positive centred influence {np.mean(centred > 0):.0%}"
+        )
+
+
+def print_histogram(console: Console, values: np.ndarray, title: str, bins: int = 16) -> None:
+    """Counts per bin as bars of text; `values` float [n], all finite."""
+    counts, edges = np.histogram(values, bins=bins)
+    console.print(f"[bold]{title}[/bold]")
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * round(BAR * count / max(counts.max(), 1)) or ("▏" if count else "")
+        console.print(Text(f"{low:+.2e} … {high:+.2e} {count:5d} {bar}"))
+
+
+def save_histogram(scores: Scores, path: Path, quantity: str = "influence") -> None:
+    """Histogram of every reference set as a PNG. Raises ResourceError when it cannot be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name in scores.names:
+        axes.hist(select(scores, quantity, name)[scores.ok], bins=40, alpha=0.7, label=name)
+    axes.axvline(0, color="black", linewidth=0.8)
+    if quantity == "influence":
+        for value in np.atleast_1d(scores.drift):
+            axes.axvline(value, color="tab:red", linewidth=0.8, linestyle="--", label="drift (step with g = 0)")
+    axes.set_xlabel(f"{quantity}: reference loss before the step minus after it (nats per token)")
+    axes.set_ylabel("candidates")
+    axes.legend()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def print_extremes(
+    console: Console, scores: Scores, values: np.ndarray, count: int, rows: Sequence[Mapping] | None
+) -> None:
+    """The `count` highest and lowest candidates, with their text when `rows` are given."""
+    order = np.argsort(np.where(np.isfinite(values), values, -np.inf), kind="stable")
+    ranked = order[len(order) - int(np.isfinite(values).sum()) :]
+    for title, chosen in (("highest", ranked[::-1][:count]), ("lowest", ranked[:count])):
+        table = Table(title=f"{title} {len(chosen)}", title_justify="left")
+        for column in ("row", "value", "loss", "tokens"):
+            table.add_column(column, justify="right", no_wrap=True)
+        if rows is not None:
+            table.add_column("text", overflow="ellipsis", no_wrap=True, ratio=1)
+        for index in chosen:
+            cells = [
+                str(index),
+                f"{values[index]:+.3e}",
+                f"{scores.loss[index]:.3f}",
+                str(scores.num_tokens[index]),
+            ]
+            table.add_row(*cells, *([Text(_one_line(rows[int(index)]))] if rows is not None else []))
+        console.print(table)
+
+
+def agreement_table(title: str, agreements: Mapping[str, Agreement]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("reference", "n", "Pearson", "Spearman", "sign agreement", "median rel. error", "max"):
+        table.add_column(column, justify="left" if column == "reference" else "right")
+    for name, a in agreements.items():
+        table.add_row(
+            name,
+            str(a.num_examples),
+            f"{a.pearson:.6f}",
+            f"{a.spearman:.4f}",
+            f"{a.sign_agreement:.0%}",
+            f"{a.median_relative_error:.3%}",
+            f"{a.max_relative_error:.3%}",
+        )
+    return table
+
+
+def _one_line(row: Mapping) -> str:
+    if "messages" in row:
+        parts = [str(message.get("content", "")) for message in row["messages"]]
+    else:
+        keys = ("instruction", "prompt", "response", "completion")
+        parts = [str(row[key]) for key in keys if key in row]
+    return " → ".join(" ".join(part.split()) for part in parts)

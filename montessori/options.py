@@ -1,0 +1,49 @@
+"""Settings that enter the scores, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from montessori.encoding import TRUNCATIONS
+from montessori.errors import ArgumentError
+
+METHODS = ("anchored", "first_order", "exact")
+DEFAULT_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings that enter the scores; see `InfluenceEstimator` for their meaning."""
+
+    method: str
+    backend: str
+    pilot: int
+    max_grad_norm: float | None
+    reference_weighting: str
+    max_length: int
+    truncation: str
+    chat_template: str | None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ArgumentError(f"method={self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.pilot < 0:
+            raise ArgumentError(f"pilot={self.pilot}: expected a number of examples, 0 for the step with g = 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ArgumentError(f"max_grad_norm={self.max_grad_norm}: expected a positive number, or None")
+        if self.truncation not in TRUNCATIONS:
+            raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype of the model's first floating point parameter."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def default_max_length(model: nn.Module) -> int:
+    """2048 tokens, or the model's own limit if that is smaller."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(DEFAULT_MAX_LENGTH, limit) if isinstance(limit, int) else DEFAULT_MAX_LENGTH

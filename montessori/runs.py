@@ -1,0 +1,206 @@
+"""Scoring runs on files: everything the command line does, as functions without a command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from montessori.agreement import Agreement
+from montessori.data import Rows, load_rows
+from montessori.errors import ArgumentError, DataError, ResourceError
+from montessori.estimator import InfluenceEstimator
+from montessori.inspection import agreement_table
+from montessori.journal import ScoreJournal
+from montessori.models import load_model
+from montessori.scores import Audit, Scores
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """All that a scoring run depends on; `replay` of a saved config gives the same scores.
+
+    `student` and `optimizer`: names or directories; `candidates`: a file, directory or hub name;
+    `reference`: one or more of them, each `path` or `name=path`. The rest as in `InfluenceEstimator`.
+    """
+
+    student: str
+    optimizer: str
+    candidates: str
+    reference: list[str]
+    method: str = "anchored"
+    backend: str = "auto"
+    batch_tokens: int = 4096
+    pilot: int = 8
+    max_grad_norm: float | None = None
+    lr: float | None = None
+    reference_weighting: str = "example_mean"
+    max_length: int | None = None
+    truncation: str = "error"
+    chat_template: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded estimator and its candidates."""
+
+    estimator: InfluenceEstimator
+    candidates: Rows
+
+
+def open_workbench(settings: ScoreSettings) -> Workbench:
+    """Read data first (cheap to get wrong), then the model and its optimizer state."""
+    candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
+    references = _load_references(settings)
+    if settings.dtype not in DTYPES:
+        raise ArgumentError(f"dtype={settings.dtype!r}: expected one of {', '.join(DTYPES)}")
+    model, tokenizer = load_model(settings.student, dtype=DTYPES[settings.dtype])
+    model = model.to(_device(settings.device))
+    estimator = InfluenceEstimator(
+        model,
+        settings.optimizer,
+        references,
+        settings.method,
+        settings.backend,
+        tokenizer=tokenizer,
+        lr=settings.lr,
+        max_length=settings.max_length,
+        truncation=settings.truncation,
+        chat_template=settings.chat_template,
+        pilot=settings.pilot,
+        max_grad_norm=settings.max_grad_norm,
+        reference_weighting=settings.reference_weighting,
+    )
+    return Workbench(estimator, candidates)
+
+
+def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int, progress: bool) -> Scores:
+    """Score, keep finished batches beside `out`, and write `out`, its config and the audit.
+
+    A killed run that is started again with the same settings goes on. `fresh` forgets earlier work.
+    Raises ArgumentError when `out` holds the scores of other settings.
+    """
+    config_path = out.with_name(out.name + ".config.json")
+    journal = ScoreJournal(out.with_name(out.name + ".journal.jsonl"))
+    config = {"command": "score", "settings": asdict(settings), "versions": versions()}
+    if fresh:
+        journal.remove()
+        out.unlink(missing_ok=True)
+    elif out.exists() and not journal.path.exists():
+        return _finished(out, config_path, config)
+    _check_writable(out)
+    bench = open_workbench(settings)
+    scores = bench.estimator.score(
+        bench.candidates, batch_tokens=settings.batch_tokens, progress=progress, journal=journal
+    )
+    write_json(config_path, config)
+    if audit:
+        result = bench.estimator.audit(bench.candidates, k=audit, progress=progress)
+        write_json(out.with_name(out.name + ".audit.json"), audit_record(result))
+    scores.save(out)
+    journal.remove()
+    return scores
+
+
+def audit_record(audit: Audit) -> dict[str, Any]:
+    """The audit as plain numbers, for JSON."""
+    return {
+        "index": audit.index.tolist(),
+        "predicted": audit.predicted.tolist(),
+        "real": audit.real.tolist(),
+        "agreement": {name: agreement.to_dict() for name, agreement in audit.agreement.items()},
+        "centred_agreement": {name: agreement.to_dict() for name, agreement in audit.centred_agreement.items()},
+    }
+
+
+def read_audit_table(out: Path) -> Table:
+    """The agreement with real steps that was saved beside the scores `out`."""
+    path = out.with_name(out.name + ".audit.json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: no audit was saved with these scores; pass --fresh --audit N") from error
+    agreements = {name: Agreement(**values) for name, values in record["agreement"].items()}
+    return agreement_table("influence: predicted against real steps", agreements)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a config written by a run. Raises DataError when it is not one."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected a config written by montessori score, got {error!r}") from error
+    known = {entry.name for entry in fields(ScoreSettings)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise DataError(f"{path}: unknown setting {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+    return settings
+
+
+def versions() -> dict[str, str]:
+    names = ("montessori", "torch", "transformers", "datasets", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all. Raises ResourceError when it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _finished(out: Path, config_path: Path, config: dict[str, Any]) -> Scores:
+    settings = read_settings(config_path) if config_path.exists() else None
+    if settings != json.loads(json.dumps(config["settings"])):
+        raise ArgumentError(
+            f"{out}: exists and was not written with these settings; choose another --out or pass --fresh"
+        )
+    print(f"{out} is complete; pass --fresh to score again", file=sys.stderr)
+    return Scores.load(out)
+
+
+def _check_writable(out: Path) -> None:
+    probe = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def _load_references(settings: ScoreSettings) -> Any:
+    named: dict[str, Rows] = {}
+    for entry in settings.reference:
+        name, found, path = entry.partition("=")
+        if not found:
+            name, path = Path(entry).stem, entry
+        if name in named:
+            raise ArgumentError(f"--reference {entry}: the name {name!r} is taken; give name=path")
+        named[name] = load_rows(path, split=settings.split, name=name)
+    if not named:
+        raise ArgumentError("--reference: expected at least one file, directory or hub name")
+    return next(iter(named.values())) if len(named) == 1 else named
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name

@@ -1,0 +1,172 @@
+"""What a score run returns, and what it says of candidates that cannot be scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from montessori import InfluenceEstimator, Scores
+from montessori.errors import ArgumentError, DataError, ModelError, ResourceError, StateError
+from montessori.losses import response_loss
+from support import make_model, make_rows, warm_optimizer
+
+
+@pytest.fixture(scope="module")
+def warm():
+    model = make_model("llama_tied")
+    return model, warm_optimizer(model)
+
+
+def test_named_sets_are_scored_together_as_if_alone(warm):
+    sets = {"easy": make_rows(3, seed=2), "hard": make_rows(5, seed=3)}
+    candidates = make_rows(6, seed=1)
+    together = InfluenceEstimator(*warm, sets).score(candidates)
+    assert together.names == ("easy", "hard")
+    assert together.influence.shape == together.centred.shape == (6, 2)
+    for k, rows in enumerate(sets.values()):
+        alone = InfluenceEstimator(*warm, rows).score(candidates)
+        np.testing.assert_allclose(together.influence[:, k], alone.influence, rtol=1e-9)
+        np.testing.assert_allclose(together.drift[k], alone.drift, rtol=1e-9)
+
+
+@pytest.mark.parametrize("reference", [make_rows(3), {"a": make_rows(3), "b": make_rows(2, seed=1)}])
+def test_saved_scores_come_back_equal(warm, reference, tmp_path):
+    rows = make_rows(5, seed=1)
+    rows[2]["labels"] = [-100] * len(rows[2]["labels"])
+    scores = InfluenceEstimator(*warm, reference).score(rows)
+    loaded = Scores.load(scores.save(tmp_path / "deep" / "scores.parquet"))
+    for field in ("influence", "centred", "drift", "loss", "num_tokens", "num_label_tokens", "reference_loss"):
+        np.testing.assert_array_equal(getattr(loaded, field), getattr(scores, field))
+    assert (loaded.names, loaded.method, loaded.info) == (scores.names, scores.method, scores.info)
+    assert loaded.skipped == scores.skipped == {2: "no_label_tokens"}
+    frame, dataset = scores.to_pandas(), scores.to_dataset()
+    assert list(frame.columns) == dataset.column_names
+    assert frame["status"].tolist() == ["ok", "ok", "no_label_tokens", "ok", "ok"]
+
+
+def test_candidates_without_labels_are_reported_not_zero(warm):
+    rows = make_rows(4, seed=1)
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    scores = InfluenceEstimator(*warm, make_rows(3)).score(rows)
+    assert scores.skipped == {1: "no_label_tokens"}
+    assert np.isnan(scores.influence[1]) and np.isnan(scores.loss[1])
+    assert np.isfinite(scores.influence[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("method", ["anchored", "first_order", "exact"])
+def test_a_candidate_that_is_not_finite_is_reported_and_the_others_are_scored(warm, method):
+    rows = make_rows(5, seed=1)
+    bad = rows[3]["input_ids"]
+
+    def loss(model, batch):
+        is_bad = [ids[: len(bad)].tolist() == bad for ids in batch.input_ids]
+        return response_loss(model, batch) * torch.where(torch.tensor(is_bad), torch.nan, 1.0)
+
+    settings = {"method": method, "pilot": 0}
+    got = InfluenceEstimator(*warm, make_rows(3), **settings, loss_fn=loss).score(rows)
+    want = InfluenceEstimator(*warm, make_rows(3), **settings).score(rows)
+    assert got.skipped == {3: "non_finite"}
+    others = [0, 1, 2, 4]
+    np.testing.assert_allclose(got.influence[others], want.influence[others], rtol=1e-9)
+
+
+def test_own_losses_are_used_for_candidates_and_reference(warm):
+    def doubled(model, batch):
+        return 2 * response_loss(model, batch)
+
+    rows, reference = make_rows(4, seed=1), make_rows(3)
+    plain = InfluenceEstimator(*warm, reference, method="first_order").score(rows)
+    on_reference = InfluenceEstimator(*warm, reference, method="first_order", reference_loss_fn=doubled).score(rows)
+    np.testing.assert_allclose(on_reference.influence, 2 * plain.influence, rtol=1e-9)
+    assert on_reference.reference_loss == pytest.approx(2 * plain.reference_loss)
+    on_candidates = InfluenceEstimator(*warm, reference, method="first_order", loss_fn=doubled).score(rows)
+    np.testing.assert_allclose(on_candidates.loss, 2 * plain.loss, rtol=1e-12)
+    assert not np.allclose(on_candidates.influence, plain.influence, rtol=1e-3)
+
+
+def test_drift_is_the_influence_of_a_step_without_gradient(warm):
+    def zero(model, batch):
+        return 0 * response_loss(model, batch)
+
+    for method in ("anchored", "first_order", "exact"):
+        scores = InfluenceEstimator(*warm, make_rows(3), method=method, pilot=0, loss_fn=zero).score(make_rows(2))
+        np.testing.assert_allclose(scores.influence, scores.drift, rtol=1e-9)
+        # centred is a difference of two equal numbers: only rounding of the larger ones is left.
+        assert np.abs(scores.centred).max() <= 1e-9 * abs(scores.drift)
+
+
+def test_audit_compares_with_real_steps(warm):
+    audit = InfluenceEstimator(*warm, make_rows(3), pilot=3).audit(make_rows(12, seed=1), k=6)
+    assert len(audit.index) == audit.agreement["reference"].num_examples == 6
+    exact = InfluenceEstimator(*warm, make_rows(3), method="exact").score(make_rows(12, seed=1))
+    np.testing.assert_allclose(audit.real[:, 0], exact.influence[audit.index], rtol=1e-9)
+    assert audit.pearson > 0.99
+
+
+def test_learning_rate_can_be_given(warm):
+    rows, reference = make_rows(3, seed=1), make_rows(3)
+    small, large = (
+        InfluenceEstimator(*warm, reference, method="first_order", lr=lr).score(rows).influence for lr in (1e-4, 3e-4)
+    )
+    np.testing.assert_allclose(large, 3 * small, rtol=1e-9)
+
+
+def test_a_model_in_bfloat16_is_scored_against_a_float32_reference():
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    rows, reference = make_rows(6, seed=1), make_rows(4)
+    full = InfluenceEstimator(model, optimizer, reference).score(rows)
+    half = InfluenceEstimator(model.bfloat16(), optimizer, reference).score(rows)
+    # The weights themselves are rounded to 8 bits; ranks of a random tiny model survive that.
+    assert np.corrcoef(full.influence, half.influence)[0, 1] > 0.95
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"method": "psychic"}, ArgumentError, ["psychic", "anchored"]),
+        ({"backend": "abacus"}, ArgumentError, ["abacus", "reference"]),
+        ({"pilot": -1}, ArgumentError, ["pilot=-1"]),
+        ({"max_grad_norm": 0.0}, ArgumentError, ["max_grad_norm"]),
+        ({"truncation": "left"}, ArgumentError, ["left", "right"]),
+        ({"reference_weighting": "best"}, ArgumentError, ["best", "token_mean"]),
+        ({"max_length": 4}, DataError, ["4 tokens", "raise"]),
+    ],
+)
+def test_wrong_settings_are_one_line_errors(warm, change, error, words):
+    with pytest.raises(error) as caught:
+        InfluenceEstimator(*warm, make_rows(3), **change)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_bad_references_and_candidates(warm):
+    unlabelled = [{**row, "labels": [-100] * len(row["labels"])} for row in make_rows(2)]
+    with pytest.raises(DataError, match="no row has a label token"):
+        InfluenceEstimator(*warm, unlabelled)
+    with pytest.raises(DataError, match=r"row 2: no_label_tokens"):
+        InfluenceEstimator(*warm, make_rows(2) + unlabelled[:1])
+    estimator = InfluenceEstimator(*warm, make_rows(3))
+    with pytest.raises(ArgumentError, match="tokenizer="):
+        estimator.score([{"instruction": "Say hello.", "response": "Hello."}])
+    with pytest.raises(DataError, match="token id 900 is outside the model's vocabulary of 61"):
+        estimator.score([{"input_ids": [1, 900], "labels": [-100, 900]}])
+    with pytest.raises(ResourceError, match="batch_tokens=2"):
+        estimator.score(make_rows(3), batch_tokens=2)
+
+
+def test_models_that_cannot_be_scored():
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    other = make_model("gpt2")
+    with pytest.raises(StateError, match="not in the model"):
+        InfluenceEstimator(other, optimizer, make_rows(2))
+    with pytest.raises(StateError, match="step 0"):
+        InfluenceEstimator(model, torch.optim.AdamW(model.parameters()), make_rows(2))
+    with pytest.raises(StateError, match="Adagrad"):
+        InfluenceEstimator(model, torch.optim.Adagrad(model.parameters()), make_rows(2))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight has NaN"):
+        InfluenceEstimator(model, optimizer, make_rows(2))
