@@ -1,4 +1,4 @@
-"""Package layout that pyproject.toml cannot express; see docs/layout.md for the folder `kernels/`."""
+"""Hook for compiled extensions; metadata stands in pyproject.toml."""
 
 from setuptools import setup
 

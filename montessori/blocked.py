@@ -211,7 +211,7 @@ def adam_influence(
     num_examples = grad.shape[0]
     scores = torch.zeros(num_examples, q.shape[0], dtype=torch.float64, device=grad.device)
     flat = [tensor.flatten() if tensor is not None else None for tensor in (exp_avg, exp_avg_sq, param)]
-    grad, q = grad.flatten(1), q.flatten(1)
+    grad, q = grad.reshape(num_examples, param.numel()), q.reshape(q.shape[0], param.numel())
     for span in _spans(param.numel(), 1):
         parts = [tensor[span] if tensor is not None else None for tensor in flat]
         block = _block(q[:, span], parts[0], parts[1], param.flatten()[span], step, dtype)

@@ -68,6 +68,7 @@ def choose_impl(impl: str) -> str:
     return impl
 
 
+@torch.no_grad()
 def linear_influence(
     x: Tensor,
     dy: Tensor,
@@ -100,6 +101,7 @@ def linear_influence(
     return _LINEAR[choose_impl(impl)](x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, rows)
 
 
+@torch.no_grad()
 def embedding_influence(
     rows: SparseRows,
     q: Tensor,
@@ -126,6 +128,7 @@ def embedding_influence(
     return _EMBEDDING[impl](rows, q, exp_avg, exp_avg_sq, param, step, drift)
 
 
+@torch.no_grad()
 def adam_influence(
     grad: Tensor,
     q: Tensor,
@@ -152,8 +155,10 @@ def _matrix_shape(param: Tensor) -> tuple[int, int]:
 
 
 def _check_rows(rows: SparseRows, param: Tensor, num_bounds: int | None) -> None:
+    if not isinstance(rows, SparseRows):
+        raise ArgumentError(f"rows: expected SparseRows, got {type(rows).__name__}")
     check_tensors({"rows.grad": rows.grad}, param.device)
-    check_ids(rows.ids, param.shape[0], "rows.ids")
+    check_ids(rows.ids, param.shape[0], param.device, "rows.ids")
     check_shape("rows.grad", rows.grad, (rows.ids.shape[0], param.shape[1]), "[T, I]")
     check_offsets(rows.offsets, rows.ids.shape[0], "rows.offsets")
     if num_bounds is not None:

@@ -31,6 +31,8 @@ def check_tensors(tensors: Mapping[str, Tensor | None], device: torch.device) ->
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], legend: str) -> None:
     """`expected` holds None where any size will do; `legend` names the dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name}: expected a torch.Tensor {legend}, got {type(tensor).__name__}")
     fits = tensor.dim() == len(expected) and all(
         want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
     )
@@ -54,11 +56,13 @@ def check_offsets(offsets: Tensor, num_rows: int, name: str = "offsets") -> list
     return bounds
 
 
-def check_ids(ids: Tensor, num_embeddings: int, name: str = "ids") -> None:
-    """Token ids are int64 [T] within the table."""
+def check_ids(ids: Tensor, num_embeddings: int, device: torch.device, name: str = "ids") -> None:
+    """Token ids are int64 [T] on `device` and within the table."""
     if not isinstance(ids, Tensor) or ids.dtype is not torch.int64 or ids.dim() != 1:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ArgumentError(f"{name}: expected an int64 tensor [T], got {got}")
+    if ids.device != device:
+        raise ArgumentError(f"{name}: expected device {device}, got {ids.device}")
     if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < num_embeddings):
         raise ArgumentError(f"{name}: expected ids in 0..{num_embeddings - 1}, got {int(ids.min())}..{int(ids.max())}")
 

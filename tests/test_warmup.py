@@ -320,7 +320,7 @@ def test_a_lora_adapter_is_warmed_up_and_restored(tmp_path, monkeypatch):
     assert all(".lora_" in name for name, p in restored.named_parameters() if p.requires_grad)
     tensors = load_file(checkpoint / "adapter_model.safetensors")
     save_file(dict(list(tensors.items())[1:]), checkpoint / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match="the adapter lacks .*lora_A"):
+    with pytest.raises(ModelError, match=r"the adapter lacks .*lora_A"):
         run(tmp_path, adapted())
 
 

@@ -1,0 +1,120 @@
+"""A run that is killed and started again goes on and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from montessori import InfluenceEstimator, ScoreJournal, scorers
+from montessori.errors import ResourceError, StateError
+from support import make_model, make_rows, make_text_rows, warm_optimizer
+
+
+@pytest.fixture
+def warm():
+    model = make_model("llama_tied")
+    return model, warm_optimizer(model)
+
+
+def score(warm, path, method="anchored", rows=None, **settings):
+    estimator = InfluenceEstimator(*warm, make_rows(3), method=method, **settings)
+    return estimator.score(rows or make_rows(10, seed=1), batch_tokens=24, journal=ScoreJournal(path))
+
+
+def interrupt_after(monkeypatch, method, count):
+    """The scorer raises KeyboardInterrupt after `count` groups."""
+    kind = scorers.ExactScorer if method == "exact" else scorers.LinearScorer
+    original, calls = kind.score, []
+
+    def limited(self, group):
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(group)
+        return original(self, group)
+
+    monkeypatch.setattr(kind, "score", limited)
+    return calls
+
+
+@pytest.mark.parametrize("method", ["anchored", "exact"])
+def test_an_interrupted_run_goes_on_without_scoring_anything_twice(warm, method, tmp_path, monkeypatch):
+    whole = score(warm, tmp_path / "whole.jsonl", method)
+    batches = len((tmp_path / "whole.jsonl").read_bytes().splitlines()) - 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, method, 2)
+        score(warm, tmp_path / "cut.jsonl", method)
+    with (tmp_path / "cut.jsonl").open("ab") as file:
+        file.write(b'{"index": [4, 7], "del')
+    with monkeypatch.context() as patch:
+        calls = interrupt_after(patch, method, -1)
+        rest = score(warm, tmp_path / "cut.jsonl", method)
+    assert len(calls) == batches - 2
+    np.testing.assert_array_equal(rest.influence, whole.influence)
+    files = [scores.save(tmp_path / f"{i}.parquet").read_bytes() for i, scores in enumerate((whole, rest))]
+    assert files[0] == files[1]
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_finished_journal_needs_no_model_pass(warm, tmp_path, monkeypatch):
+    whole = score(warm, tmp_path / "journal.jsonl")
+    calls = interrupt_after(monkeypatch, "anchored", -1)
+    again = score(warm, tmp_path / "journal.jsonl")
+    assert not calls
+    np.testing.assert_array_equal(again.influence, whole.influence)
+    assert again.drift == whole.drift
+
+
+def test_a_journal_of_another_run_is_refused_by_what_differs(warm, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    score(warm, path)
+    content = path.read_bytes()
+    with pytest.raises(StateError, match="other options"):
+        score(warm, path, pilot=2)
+    with pytest.raises(StateError, match="other batches, candidates"):
+        score(warm, path, rows=make_rows(9, seed=1))
+    with pytest.raises(StateError, match="other model, optimizer state"):
+        score((warm[0], warm_optimizer(warm[0])), path)
+    assert path.read_bytes() == content
+
+
+def test_a_full_disk_keeps_what_was_written(warm, tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    path = tmp_path / "journal.jsonl"
+    path.symlink_to("/dev/full")
+    journal = ScoreJournal(path)
+    with pytest.raises(ResourceError, match=r"journal\.jsonl: cannot be written .*space"):
+        journal.append({"index": [1]})
+
+
+def test_kill_9_during_the_command_and_the_same_command_again(student, tmp_path):
+    candidates, reference = tmp_path / "candidates.jsonl", tmp_path / "reference.jsonl"
+    for path, rows in ((candidates, make_text_rows(300, seed=1)), (reference, make_text_rows(4, seed=2))):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def command(out):
+        options = {"student": student, "optimizer": student, "candidates": candidates, "reference": reference}
+        flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        main = "from montessori.cli import main; main()"
+        return [sys.executable, "-c", main, "score", *flags, "--out", str(out), "--batch-tokens", "24", "--quiet"]
+
+    whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    journal = tmp_path / "cut.parquet.journal.jsonl"
+    process = subprocess.Popen(command(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 6):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not cut.exists() and journal.exists()
+    subprocess.run(command(cut), check=True, capture_output=True)
+    assert cut.read_bytes() == whole.read_bytes()
+    assert not journal.exists()
+    again = subprocess.run(command(cut), check=True, capture_output=True, text=True)
+    assert "is complete" in again.stderr
