@@ -239,8 +239,9 @@ class _EmbeddingCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is F.embedding and len(args) > 1 and args[1] is self._module.weight:
-            return self._called(args[0], args[2] if len(args) > 2 else (kwargs or {}).get("padding_idx"), output)
+        if func is F.embedding and args[1] is self._module.weight:
+            # The call's own padding_idx counts, which a subclass need not take from the module.
+            return self._called(args[0], (kwargs or {}).get("padding_idx"), output)
         return output
 
 

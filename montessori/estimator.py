@@ -126,6 +126,14 @@ class InfluenceEstimator:
         """Trainable scalars per capture rule; `autograd` counts those left to the per-example fallback."""
         return self._verified_plan().coverage()
 
+    def prepare(self, candidates: Any) -> None:
+        """Compute what is shared by all candidates now: the proof of the capture, the anchor and q.
+
+        `score` does it on its own; the result is kept as long as the pilot examples stay the same.
+        """
+        pilot = _spread(self._encode(candidates, "candidates").examples, self.options.pilot)
+        self._prepare(self.options.method, pilot)
+
     def score(
         self,
         candidates: Any,
@@ -211,7 +219,7 @@ class InfluenceEstimator:
         records = []
         total = sum(example.num_tokens for batch in batches for example in batch)
         with (
-            tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=not progress) as bar,
+            tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=None if progress else True) as bar,
             scorer.running(),
         ):
             scored = 0

@@ -77,7 +77,8 @@ def optimised_naive_loop(
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)
-        optimizer.load_state_dict(moments)
+        # The optimizer takes the tensors themselves and steps on them in place.
+        optimizer.load_state_dict(copy.deepcopy(moments))
     return np.array(influence)
 
 

@@ -105,6 +105,6 @@ def _check_finite(losses: Tensor, batch: Batch, name: str) -> None:
     bad = (~losses.isfinite()).nonzero().flatten()
     if bad.numel():
         raise ModelError(
-            f"reference {name} row {batch.index[int(bad[0])]}: its loss is {float(losses[bad[0]])}, expected a "
-            "finite number; remove the row, or check the model's weights and dtype"
+            f"reference {name} row {batch.index[int(bad[0])]}: its loss is {float(losses.detach()[bad[0]])}, "
+            "expected a finite number; remove the row, or check the model's weights and dtype"
         )

@@ -28,7 +28,7 @@ from montessori.models import load_model
 
 RECORD_FILE = "warmup.json"
 
-_SAVES_PER_RUN = 10
+_SAVES_PER_RUN = 4
 _CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 

@@ -1,0 +1,1 @@
+"""Measurements behind the README; each module runs as `python -m benchmarks.<name>`."""

@@ -1,0 +1,68 @@
+"""What every benchmark needs: the warmed-up student, the data, and a JSON file with the machine in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from montessori.data import Rows, load_rows
+from montessori.demo import demo_file
+from montessori.encoding import encode_rows
+from montessori.models import load_model
+from montessori.runs import versions
+from montessori.warmup import warmup
+
+RESULTS = Path(__file__).parent / "results"
+MAX_LENGTH = 1024
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options that all benchmarks share; without files, the packaged pairs are used."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--candidates", default=str(demo_file("candidates.jsonl")))
+    options.add_argument("--reference", default=str(demo_file("reference.jsonl")))
+    options.add_argument("--num-candidates", type=int, default=32)
+    options.add_argument("--num-references", type=int, default=8)
+    options.add_argument("--work", type=Path, default=Path("out/bench"), help="where the warmed-up student is kept")
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return options
+
+
+def warm_student(candidates: Rows, num_candidates: int, work: Path) -> Path:
+    """Checkpoint of SmolLM2-135M after 12 AdamW steps at lr 5e-6, batch 8, on rows that are not scored."""
+    model, tokenizer = load_model("smollm2-135m")
+    rows = Rows(list(candidates)[num_candidates:] or load_rows(demo_file("warmup.jsonl")).rows, candidates.source)
+    examples = encode_rows(rows, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
+    return warmup(model, tokenizer, examples, work / "warmup", max_steps=12, batch_size=8)
+
+
+def load_data(arguments: argparse.Namespace) -> tuple[Rows, Rows, Rows]:
+    """All candidate rows, the scored ones, and the reference rows."""
+    everything, reference = load_rows(arguments.candidates), load_rows(arguments.reference)
+    scored = Rows(list(everything)[: arguments.num_candidates], everything.source)
+    return everything, scored, Rows(list(reference)[: arguments.num_references], reference.source)
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "versions": versions()}
+
+
+def write_result(name: str, arguments: argparse.Namespace, content: dict[str, Any]) -> Path:
+    """One JSON under benchmarks/results with settings and machine beside the numbers."""
+    settings = {key: Path(value).name if key in ("candidates", "reference", "work") else value
+                for key, value in vars(arguments).items()}  # fmt: skip
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "machine": machine(), **content}
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -1,0 +1,392 @@
+"""Captured per-example gradients against autograd's own, on models written to be awkward."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from montessori.batching import Example, collate
+from montessori.capture import Capture
+from montessori.coverage import FallbackWarning, verified_plan
+from montessori.errors import ModelError
+from montessori.rules import make_plan
+from montessori.uses import example_gradient
+
+VOCABULARY, WIDTH, PADDING = 12, 6, 3
+
+
+class Model(nn.Module):
+    """Embedding, `body(model, h, ids)`, head; the body uses `middle` in its own way. ids [B, T]."""
+
+    def __init__(self, body=lambda model, h, ids: model.middle(h), middle=None, embed=None, tied=False):
+        super().__init__()
+        self.embed = embed or nn.Embedding(VOCABULARY, WIDTH)
+        self.middle = middle or nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.body = body
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.body(self, self.embed(ids), ids)))
+
+
+def mean_loss(model: nn.Module, batch) -> torch.Tensor:
+    targets = batch.labels[:, 1:]
+    token_loss = F.cross_entropy(model(batch.input_ids)[:, :-1].transpose(1, 2), targets, reduction="none")
+    return token_loss.sum(1) / (targets != -100).sum(1)
+
+
+def example(ids: list[int], index: int = 0) -> Example:
+    return Example(torch.tensor(ids), torch.tensor([-100, *ids[1:]]), index)
+
+
+# Different lengths, a repeated token, the padding token in the text, and one with a single label.
+EXAMPLES = [example([5, 1, 3, 5, 2, 7]), example([3, 8, 4], 1), example([0, 11], 2), example([9, 3, 3, 10, 6, 1, 2], 3)]
+
+
+class Collect:
+    """A sink that keeps everything, and objects when a parameter comes twice."""
+
+    def __init__(self) -> None:
+        self.uses: dict = {}
+
+    def use(self, name, use):
+        assert name not in self.uses
+        self.uses[name] = use
+
+    def absent(self, name):
+        self.use(name, None)
+
+
+def captured(model, plan, examples) -> list[dict]:
+    """Per example, every parameter's gradient as capture gives it, zeros where it is absent."""
+    capture, result = Capture(model, plan), []
+    with capture.installed():
+        for group in [[one] for one in examples] if plan.per_example else [examples]:
+            sink = Collect()
+            capture.run(collate(group), mean_loss, sink)
+            assert sink.uses.keys() == plan.trainable.keys()
+            for position in range(len(group)):
+                result.append({})
+                for name, use in sink.uses.items():
+                    zero = torch.zeros_like(plan.trainable[name])
+                    result[-1][name] = zero if use is None else example_gradient(use, position, zero.shape)
+    return result
+
+
+def plain(model, one: Example) -> dict:
+    """Gradients of one example by an ordinary backward pass, zeros where there is none."""
+    mean_loss(model, collate([one])).sum().backward()
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainable.items()}
+    model.zero_grad()
+    return grads
+
+
+def assert_exact(model, plan, examples=EXAMPLES) -> None:
+    for one, got in zip(examples, captured(model, plan, examples), strict=True):
+        for name, want in plain(model, one).items():
+            # Two orders of summation in float64 over some hundred terms of a gradient of norm 0.01 to 1.
+            torch.testing.assert_close(got[name], want, rtol=1e-11, atol=1e-14, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def build(make) -> nn.Module:
+    torch.manual_seed(0)
+    model = make().double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+# Covered by a rule
+
+
+class ShiftedEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 2) * 1.7
+
+
+class PaddingIgnored(nn.Embedding):
+    """Has a padding_idx and does not use it, so the padding row does get a gradient."""
+
+    def forward(self, ids):
+        return F.embedding(weight=self.weight, input=ids)
+
+
+class PlusOneNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class Heads(nn.Module):
+    """Norm and projection of [B, T, heads, 2] with axis 2, of [B, heads, T, 2] with axis 1."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.norm, self.project, self.axis = nn.LayerNorm(2, bias=False), nn.Linear(2, 2), axis
+
+    def forward(self, x):
+        heads = x.unflatten(-1, (WIDTH // 2, 2)).transpose(2, self.axis)
+        return self.project(self.norm(heads)).transpose(2, self.axis).flatten(-2)
+
+
+def shared_weight() -> Model:
+    pair = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    pair[2].weight = pair[0].weight
+    return Model(middle=pair)
+
+
+def frozen(*trainable: str) -> Model:
+    model = Model(middle=nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return model
+
+
+def checkpointed(reentrant: bool, segments: int) -> Model:
+    """Segments under activation checkpointing, which run again during the backward pass."""
+
+    def body(model, h, ids):
+        for _ in range(segments):
+            h = checkpoint(model.middle, h, use_reentrant=reentrant)
+        return h
+
+    return Model(body, nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), PlusOneNorm()))
+
+
+COVERED = {
+    "linear": Model,
+    "used_twice": lambda: Model(lambda m, h, ids: m.middle(torch.tanh(m.middle(h)))),
+    "shared_weight": shared_weight,
+    "tied_in_two_lookups_and_the_head": lambda: Model(lambda m, h, ids: m.middle(h) + m.embed(ids // 2), tied=True),
+    "embedding_that_shifts_and_scales": lambda: Model(embed=ShiftedEmbedding(VOCABULARY + 2, WIDTH)),
+    "padding_idx": lambda: Model(embed=nn.Embedding(VOCABULARY, WIDTH, padding_idx=PADDING)),
+    "padding_idx_not_used": lambda: Model(embed=PaddingIgnored(VOCABULARY, WIDTH, padding_idx=PADDING)),
+    "conv1d": lambda: Model(middle=Conv1D(WIDTH, WIDTH)),
+    "layernorm_without_bias": lambda: Model(middle=nn.LayerNorm(WIDTH, bias=False)),
+    "norm_of_one_plus_weight": lambda: Model(middle=PlusOneNorm()),
+    "heads": lambda: Model(middle=Heads(axis=2)),
+    "heads_first": lambda: Model(middle=Heads(axis=1)),
+    "flattened_and_by_keyword": lambda: Model(lambda m, h, ids: m.middle(input=h.flatten(0, 1)).view(h.shape)),
+    "one_row_per_example": lambda: Model(lambda m, h, ids: h + m.middle(h[:, 0]).unsqueeze(1)),
+    "unused": lambda: Model(lambda m, h, ids: h),
+    "bias_only": lambda: frozen("middle.0.bias", "middle.2.bias"),
+    "partly_frozen": lambda: frozen("middle.1.weight", "middle.2.weight", "middle.2.bias"),
+    "head_only": lambda: frozen("head.weight"),
+    "checkpointed": lambda: checkpointed(reentrant=False, segments=2),
+    "checkpointed_reentrant": lambda: checkpointed(reentrant=True, segments=1),
+}
+
+
+@pytest.mark.parametrize("make", COVERED.values(), ids=COVERED)
+def test_captured_gradients_are_autograds(make):
+    model = build(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
+    assert_exact(model, plan)
+    assert "autograd" not in plan.coverage()
+    assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_module_that_the_forward_does_not_reach_is_absent():
+    model = build(COVERED["unused"])
+    sink, capture = Collect(), Capture(model, make_plan(model))
+    with capture.installed():
+        capture.run(collate(EXAMPLES), mean_loss, sink)
+    assert {name for name, use in sink.uses.items() if use is None} == {"middle.weight", "middle.bias"}
+
+
+# Found by the check and left to autograd
+
+
+class Gain(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x, gate=None):
+        return x * self.gain * (1 if gate is None else torch.sigmoid(gate))
+
+
+class TiedByHand(Model):
+    def forward(self, ids):
+        return F.linear(torch.tanh(self.middle(self.embed(ids))), self.embed.weight)
+
+
+class Convolved(nn.Conv1d):
+    """Looks back two tokens."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+class Positions(nn.Embedding):
+    def forward(self, h):
+        return h + super().forward(torch.arange(h.shape[1]))
+
+
+MIDDLE = {"middle.weight", "middle.bias"}
+LEFT = {
+    "weight_used_behind_its_modules_back": (
+        lambda: Model(lambda m, h, ids: m.middle(h) @ m.middle.weight),
+        {"middle.weight"},
+    ),
+    "head_tied_by_hand": (TiedByHand, {"embed.weight"}),
+    "mean_over_the_batch": (lambda: Model(lambda m, h, ids: m.middle(h - h[:, :1].mean(0))), {"embed.weight"}),
+    "padding_is_seen": (lambda: Model(lambda m, h, ids: m.middle(h + h.mean(1, keepdim=True))), {"embed.weight"}),
+    "positions_without_examples": (lambda: Model(middle=Positions(9, WIDTH)), {"middle.weight"}),
+    "scalar_parameter": (lambda: Model(middle=Gain()), {"middle.gain"}),
+    "matrix_of_its_own": (lambda: Model(middle=Gain(1, WIDTH)), {"middle.gain"}),
+    "two_inputs": (lambda: Model(lambda m, h, ids: m.middle(h, h.flip(-1)), Gain(WIDTH)), {"middle.gain"}),
+    "time_first": (lambda: Model(lambda m, h, ids: m.middle(h.transpose(0, 1)).transpose(0, 1)), MIDDLE),
+    "convolution": (lambda: Model(middle=Convolved(WIDTH, WIDTH, 3)), MIDDLE),
+    "weight_norm": (
+        lambda: Model(middle=weight_norm(nn.Linear(6, 6))),
+        {f"middle.parametrizations.weight.original{i}" for i in (0, 1)},
+    ),
+    "shared_by_reentrant_checkpoints": (lambda: checkpointed(reentrant=True, segments=2), {"middle.0.weight"}),
+    "output_changed_in_place": (lambda: Model(lambda m, h, ids: F.relu_(m.middle(h).mul_(3))), set()),
+}
+
+
+@pytest.mark.parametrize(("make", "left"), LEFT.values(), ids=LEFT)
+def test_what_no_rule_captures_is_named_and_still_exact(make, left):
+    model = build(make)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
+    told = [str(warning.message) for warning in caught if warning.category is FallbackWarning]
+    assert left <= plan.fallback
+    assert len(told) == bool(plan.fallback)
+    assert all(sorted(plan.fallback)[0] in message for message in told)
+    assert_exact(model, plan)
+    assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_beside_the_fallback_keep_their_rule():
+    with pytest.warns(FallbackWarning, match=r"middle\.gain: no capture rule holds for 1 parameter"):
+        plan = verified_plan(build(lambda: Model(middle=Gain())), EXAMPLES[:2], mean_loss)
+    assert plan.fallback == {"middle.gain"}
+    assert plan.coverage() == {"autograd": 1, "embedding": VOCABULARY * WIDTH, "linear": VOCABULARY * WIDTH}
+
+
+def test_a_plan_with_a_fallback_refuses_several_examples_at_once():
+    model = build(lambda: Model(middle=Gain()))
+    capture = Capture(model, make_plan(model))
+    with capture.installed(), pytest.raises(ModelError, match="one example at a time, got a batch of 4"):
+        capture.run(collate(EXAMPLES), mean_loss, Collect())
+
+
+def test_a_forward_pass_that_is_not_deterministic_is_an_error():
+    model = build(lambda: Model(lambda m, h, ids: m.middle(h + torch.randn_like(h))))
+    with pytest.raises(ModelError, match="not deterministic in eval mode"):
+        verified_plan(model, EXAMPLES[:2], mean_loss)
+
+
+# Holes of the check, to be closed: exactness is what is asked for, with or without the fallback.
+
+
+def routed(model, h, ids):
+    out = h.clone()
+    for residue, expert in enumerate(model.middle):
+        chosen = ids % 4 == residue
+        if chosen.any():
+            out[chosen] = expert(h[chosen])
+    return out
+
+
+def moe() -> Model:
+    return Model(routed, nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+
+
+class NeedsThree(Gain):
+    def forward(self, x):
+        return super().forward(x).transpose(1, 2).transpose(1, 2)
+
+
+class PartlyUsed(PlusOneNorm):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(WIDTH))
+
+
+to_zero = [example([0, 4, 8]), example([4, 0, 8, 4])]
+HOLES = {
+    "mixing_not_seen_with_one_example": (LEFT["mean_over_the_batch"][0], EXAMPLES[:1], EXAMPLES),
+    "padding_not_seen_with_equal_lengths": (LEFT["padding_is_seen"][0], [EXAMPLES[1]] * 2, EXAMPLES),
+    "expert_not_reached_by_the_check": (moe, to_zero, [example([0, 2, 6]), to_zero[0]]),
+    "as_many_heads_as_tokens": (COVERED["heads_first"], EXAMPLES[:2], EXAMPLES[1:3]),
+    "local_module_that_wants_three_dimensions": (lambda: Model(middle=NeedsThree(WIDTH)), EXAMPLES[:2], EXAMPLES),
+    "local_module_with_an_unused_parameter": (lambda: Model(middle=PartlyUsed()), EXAMPLES[:2], EXAMPLES),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="the check before use does not see these yet")
+@pytest.mark.filterwarnings("ignore::montessori.coverage.FallbackWarning")
+@pytest.mark.parametrize(("make", "checked", "scored"), HOLES.values(), ids=HOLES)
+def test_what_the_check_does_not_meet_is_exact(make, checked, scored):
+    model = build(make)
+    assert_exact(model, verified_plan(model, checked, mean_loss), scored)
+
+
+# The model is left as it was
+
+
+def failing_loss(where: str, model, batch):
+    value = mean_loss(model, batch)
+    if where == "loss":
+        raise RuntimeError("no loss today")
+    return value.unsqueeze(0) if where == "shape" else value
+
+
+@pytest.mark.parametrize("where", ["nowhere", "loss", "shape", "sink"])
+def test_gradients_flags_and_modes_of_the_user_are_put_back_whatever_happens(where):
+    model = build(lambda: frozen("embed.weight", "middle.1.weight", "head.weight")).train()
+    model.middle[2].eval()
+    for parameter in (model.embed.weight, model.head.weight, model.middle[0].weight):
+        parameter.grad = torch.randn_like(parameter)
+
+    def flags():
+        return [p.requires_grad for p in model.parameters()] + [module.training for module in model.modules()]
+
+    kept = [(p.grad, p.grad.clone()) if p.grad is not None else None for p in model.parameters()]
+    weights, before = [p.clone() for p in model.parameters()], flags()
+    capture, sink = Capture(model, make_plan(model)), object() if where == "sink" else Collect()
+    expected = pytest.raises((RuntimeError, ModelError, AttributeError)) if where != "nowhere" else nullcontext()
+    with expected, capture.installed():
+        capture.run(collate(EXAMPLES), partial(failing_loss, where), sink)
+    assert flags() == before
+    assert all(torch.equal(p, weight) for p, weight in zip(model.parameters(), weights, strict=True))
+    for parameter, saved in zip(model.parameters(), kept, strict=True):
+        assert (parameter.grad is saved[0] and torch.equal(*saved)) if saved else parameter.grad is None
+
+
+@pytest.mark.parametrize(("where", "error"), [("nowhere", None), ("loss", RuntimeError), ("lookup", IndexError)])
+def test_hooks_are_gone_afterwards(where, error):
+    model = build(COVERED["tied_in_two_lookups_and_the_head"])
+    capture = Capture(model, make_plan(model))
+    given = [example([1, VOCABULARY])] if where == "lookup" else EXAMPLES
+    with pytest.raises(error) if error else nullcontext(), capture.installed():
+        capture.run(collate(given), partial(failing_loss, where), Collect())
+    alive = weakref.ref(capture)
+    del capture
+    gc.collect()
+    assert alive() is None, "a hook that was left behind keeps the capture alive"

@@ -1,0 +1,393 @@
+"""`montessori.ops` against the specification in float64, on ragged and hostile shapes.
+
+How far apart two correct results may be is computed per element of the score by `Case.allowed`.
+Dimensions: B examples, T tokens, O output features, I input features, K reference sets, V table rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from montessori import AdamWStep, SGDStep, blocked, ops, reference
+from montessori.errors import ArgumentError
+from montessori.ops import SparseRows
+from montessori.steps import OptimizerStep
+
+ADAMW = AdamWStep(lr=0.01, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.1, step=7)
+STEPS = {
+    "adamw": ADAMW,
+    "adamw_no_decay": replace(ADAMW, weight_decay=0.0),
+    "adamw_first_step": replace(ADAMW, step=1),
+    "adam_l2": replace(ADAMW, decoupled=False),
+    "sgd": SGDStep(lr=0.1),
+    "sgd_decay": SGDStep(lr=0.1, weight_decay=0.2),
+    "sgd_momentum": SGDStep(lr=0.1, momentum=0.9, dampening=0.3, step=5),
+    "sgd_first_step": SGDStep(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.2),
+    "nesterov": SGDStep(lr=0.1, momentum=0.9, weight_decay=0.2, nesterov=True, step=5),
+    "nesterov_first_step": SGDStep(lr=0.1, momentum=0.9, nesterov=True),
+}
+every_impl = pytest.mark.parametrize("impl", ops.available_impls())
+every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+
+
+def bounds(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@dataclass
+class Case:
+    """Arguments of one operation; `grads` [B, *shape] are the whole gradients that it must imply."""
+
+    q: Tensor
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    param: Tensor
+    step: OptimizerStep
+    x: Tensor | None = None
+    dy: Tensor | None = None
+    offsets: Tensor | None = None
+    rows: SparseRows | None = None
+    ready: Tensor | None = None
+
+    @property
+    def state(self) -> tuple:
+        return self.q, self.exp_avg, self.exp_avg_sq, self.param, self.step
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """Every tensor of floating point in `dtype`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {k: v.to(dtype) for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        rows = self.rows and replace(self.rows, grad=self.rows.grad.to(dtype))
+        return replace(self, **moved, rows=rows)
+
+    def grads(self, magnitude: bool = False) -> Tensor:
+        """Dense gradients; with `magnitude`, the sum of the absolute values of what is added up."""
+        keep = torch.abs if magnitude else lambda tensor: tensor
+        if self.ready is not None:
+            return keep(self.ready)
+        offsets = self.offsets if self.offsets is not None else self.rows.offsets
+        dense = self.param.new_zeros(len(offsets) - 1, *self.param.shape)
+        for example in range(len(dense)):
+            if self.x is not None:
+                span = slice(*self.offsets[example : example + 2].tolist())
+                dense[example] += reference.linear_gradient(keep(self.x[span]), keep(self.dy[span]))
+            if self.rows is not None:
+                span = slice(*self.rows.offsets[example : example + 2].tolist())
+                dense[example] += reference.embedding_gradient(
+                    self.rows.ids[span], keep(self.rows.grad[span]), len(self.param)
+                )
+        return dense
+
+    def specified(self) -> Tensor:
+        """Scores [B, K] by montessori.reference, in the dtype of the case."""
+        state = self.exp_avg, self.exp_avg_sq, self.param, self.step
+        scores = [reference.first_order(self.q, reference.delta(grad, *state)) for grad in self.grads()]
+        return torch.stack(scores) if scores else self.q.new_zeros(0, len(self.q))
+
+    def run(self, **options) -> Tensor:
+        if self.ready is not None:
+            return ops.adam_influence(self.ready, *self.state, **options)
+        if self.x is None:
+            return ops.embedding_influence(self.rows, *self.state, **options)
+        return ops.linear_influence(self.x, self.dy, self.offsets, *self.state, rows=self.rows, **options)
+
+    def allowed(self, dtype: torch.dtype) -> Tensor:
+        """Error [B, K] that arithmetic in `dtype` may make: twice the plain path's own, and a rounding band.
+
+        Band: each of the terms q·Δ comes from some 8 roundings of its parts, taken without cancellation
+        (Δ of absolute values), and each element of a gradient from T + 1 roundings of its products, which
+        Δ passes on with its slope dΔ/dg. Roundings of a long sum are fewer than that: they have signs.
+        """
+        wide, unit = self.to(torch.float64), torch.finfo(dtype).eps / 2
+        plain = (self.to(dtype).specified().double() - wide.specified()).abs()
+        grads, sizes = wide.grads().requires_grad_(), wide.grads(magnitude=True)
+        terms = 1 + max((self.offsets if self.offsets is not None else torch.tensor([0])).diff().tolist(), default=0)
+        terms += 0 if self.rows is None else len(self.rows.ids)
+        state = wide.exp_avg, wide.exp_avg_sq, wide.param, wide.step
+        (slopes,) = torch.autograd.grad(reference.delta(grads, *state).sum(), grads)
+        moments = wide.exp_avg.abs() if wide.exp_avg is not None else None
+        parts = reference.delta(grads.detach().abs(), moments, wide.exp_avg_sq, wide.param.abs(), wide.step)
+        per_element = 8 * parts.abs() + terms * sizes * slopes.abs()
+        return 2 * plain + unit * torch.einsum("k...,b...->bk", wide.q.abs(), per_element)
+
+
+def make_state(shape: tuple[int, ...], sets: int, step: OptimizerStep, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(sets, *shape, dtype=torch.float64, generator=generator)
+    exp_avg, param = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    # Away from 0, where √ has no slope and the band none either.
+    exp_avg_sq = 0.1 + torch.rand(shape, dtype=torch.float64, generator=generator)
+    needs_momentum = isinstance(step, AdamWStep) or step.momentum
+    return {
+        "q": q,
+        "exp_avg": exp_avg if needs_momentum else None,
+        "exp_avg_sq": exp_avg_sq if isinstance(step, AdamWStep) else None,
+        "param": param,
+        "step": step,
+    }
+
+
+def make_rows(lengths: tuple[int, ...], table: int, width: int, seed: int = 7) -> SparseRows:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, table, (sum(lengths),), generator=generator)
+    return SparseRows(ids, torch.randn(len(ids), width, dtype=torch.float64, generator=generator), bounds(*lengths))
+
+
+def linear_case(lengths, num_out=5, num_in=3, sets=2, step=ADAMW, tied=None) -> Case:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(sum(lengths), num_in, dtype=torch.float64, generator=generator)
+    dy = torch.randn(sum(lengths), num_out, dtype=torch.float64, generator=generator)
+    rows = make_rows(tied, num_out, num_in) if tied is not None else None
+    state = make_state((num_out, num_in), sets, step)
+    return Case(**state, x=x, dy=dy, offsets=bounds(*lengths), rows=rows)
+
+
+def embedding_case(lengths, table=9, width=4, sets=2, step=ADAMW) -> Case:
+    return Case(**make_state((table, width), sets, step), rows=make_rows(lengths, table, width))
+
+
+def ready_case(shape, size=4, sets=2, step=ADAMW) -> Case:
+    grads = torch.randn(size, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return Case(**make_state(shape, sets, step), ready=grads)
+
+
+def assert_specified(case: Case, dtype: torch.dtype, impl: str = "auto") -> None:
+    """The result of inputs in `dtype` is as close to the one specified in float64 as it has to be.
+
+    Arithmetic on inputs narrower than float32 is that of float32, so they get no more room.
+    """
+    given = case.to(dtype)
+    want, got = given.to(torch.float64).specified(), given.run(impl=impl)
+    assert got.dtype is torch.float64
+    assert got.shape == want.shape
+    assert torch.all((got - want).abs() <= given.allowed(torch.promote_types(dtype, torch.float32)))
+
+
+HOSTILE = {
+    "ordinary": linear_case((4, 1, 7)),
+    "one_token": linear_case((1,)),
+    "one_output": linear_case((3, 2), num_out=1),
+    "one_input": linear_case((3, 2), num_in=1),
+    "one_of_everything": linear_case((1,), num_out=1, num_in=1, sets=1),
+    "empty_in_the_middle": linear_case((3, 0, 2)),
+    "empty_at_both_ends": linear_case((0, 4, 0)),
+    "all_empty": linear_case((0, 0, 0)),
+    "no_example": linear_case(()),
+    "no_output": linear_case((2, 1), num_out=0),
+    "one_set": linear_case((2, 5), sets=1),
+    "three_sets": linear_case((2, 5), sets=3),
+    "many_of_one_token": linear_case((1,) * 2000, num_out=3, num_in=2),
+    "long": linear_case((700, 2)),
+    "tied": linear_case((3, 2, 4), tied=(5, 1, 9)),
+    "tied_with_nothing_looked_up": linear_case((3, 2), tied=(0, 0)),
+    "tied_with_no_token": linear_case((0, 0), tied=(6, 0)),
+    "table": embedding_case((5, 0, 30)),
+    "table_nothing_touched": embedding_case((0, 0)),
+    "table_no_example": embedding_case(()),
+    "table_of_one_row": embedding_case((3, 1), table=1, width=1),
+    "scalar": ready_case(()),
+    "vector": ready_case((6,)),
+    "matrix": ready_case((3, 5)),
+    "three_dimensions": ready_case((2, 3, 4)),
+    "no_ready_gradient": ready_case((3,), size=0),
+    "no_element": ready_case((0,)),
+}
+hostile = pytest.mark.parametrize("case", HOSTILE.values(), ids=HOSTILE)
+
+
+@every_impl
+@hostile
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_are_as_specified(case, dtype, impl):
+    assert_specified(case, dtype, impl)
+
+
+@every_impl
+@every_step
+@pytest.mark.parametrize("name", ["ordinary", "tied", "table", "matrix", "all_empty"])
+def test_scores_of_every_optimizer_are_as_specified(name, step, impl):
+    case = HOSTILE[name]
+    case = replace(case, **make_state(tuple(case.param.shape), len(case.q), step))
+    assert_specified(case, torch.float64, impl)
+    assert_specified(case, torch.float32, impl)
+
+
+@pytest.mark.parametrize("name", ["ordinary", "table", "matrix"])
+def test_a_momentum_buffer_is_not_used_at_the_first_step(name):
+    case = HOSTILE[name]
+    case = replace(case, **make_state(tuple(case.param.shape), len(case.q), STEPS["sgd_first_step"]))
+    assert torch.equal(case.run(), replace(case, exp_avg=None).run())
+    later = replace(case, step=replace(case.step, step=2))
+    assert not torch.allclose(case.run(), later.run())
+
+
+@hostile
+@pytest.mark.parametrize("elements", [1, 4, 7])
+def test_scores_do_not_depend_on_the_size_of_a_block(monkeypatch, case, elements):
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", elements)
+    if len(case.grads()) > 100:
+        case = replace(case, x=case.x[:50], dy=case.dy[:50], offsets=case.offsets[:51])
+    # A block belongs to this implementation.
+    assert_specified(case, torch.float64, "reference")
+    assert_specified(case, torch.float32, "reference")
+
+
+@pytest.mark.parametrize("name", ["ordinary", "empty_in_the_middle", "tied", "table", "matrix"])
+def test_scores_do_not_depend_on_what_shares_the_call(name):
+    case = HOSTILE[name]
+    parts = torch.cat([split(case, 0, 1).run(), split(case, 1, None).run()])
+    assert torch.all((parts - case.run()).abs() <= case.allowed(torch.float64))
+
+
+def split(case: Case, start: int, stop: int | None) -> Case:
+    """The examples start..stop of a case alone."""
+
+    def part(offsets: Tensor) -> tuple[slice, Tensor]:
+        kept = offsets[start : None if stop is None else stop + 1]
+        return slice(int(kept[0]), int(kept[-1])), kept - kept[0]
+
+    changes: dict = {}
+    if case.ready is not None:
+        changes["ready"] = case.ready[start:stop]
+    if case.x is not None:
+        span, offsets = part(case.offsets)
+        changes |= {"x": case.x[span], "dy": case.dy[span], "offsets": offsets}
+    if case.rows is not None:
+        span, offsets = part(case.rows.offsets)
+        changes["rows"] = SparseRows(case.rows.ids[span], case.rows.grad[span], offsets)
+    return replace(case, **changes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["ordinary", "tied", "table", "matrix"])
+def test_a_broken_example_breaks_its_own_score_alone(name, value):
+    case, position = HOSTILE[name], 0
+    want = case.run()
+    broken = case.to(torch.float64)
+    tensors = {"ordinary": broken.dy, "tied": broken.rows and broken.rows.grad, "matrix": broken.ready}
+    tensor = tensors.get(name, broken.rows and broken.rows.grad).clone()
+    tensor[0] = value
+    if name in ("tied", "table"):
+        broken = replace(broken, rows=replace(broken.rows, grad=tensor))
+    else:
+        broken = replace(broken, **{"dy" if name == "ordinary" else "ready": tensor})
+    got = broken.run()
+    # An infinite gradient gives Inf / Inf = NaN in Eq. 1, as in torch.
+    assert got[position].isnan().all()
+    assert torch.equal(got[1:], want[1:])
+    assert want.isfinite().all()
+
+
+def test_a_given_drift_takes_the_place_of_the_computed_one():
+    case = HOSTILE["table"]
+    zero = ops.adam_influence(torch.zeros(1, *case.param.shape), *case.state)[0]
+    assert torch.equal(case.run(drift=zero), case.run())
+    torch.testing.assert_close(case.run(drift=zero + 5), case.run() + 5, rtol=1e-13, atol=1e-13)
+
+
+def test_inputs_are_left_alone_and_may_require_grad():
+    for case in (HOSTILE["tied"], HOSTILE["table"], HOSTILE["matrix"]):
+        case = replace(case, param=torch.nn.Parameter(case.param), step=STEPS["adam_l2"])
+        floating = {name: value for name, value in vars(case).items() if isinstance(value, Tensor)}
+        before = {name: value.detach().clone() for name, value in floating.items()}
+        assert not case.run().requires_grad
+        assert all(torch.equal(value, before[name]) for name, value in floating.items())
+
+
+def test_strided_views_score_like_their_copies():
+    case = linear_case((3, 2))
+    view = replace(
+        case,
+        **{name: getattr(case, name).T.contiguous().T for name in ("x", "dy", "param", "exp_avg", "exp_avg_sq")},
+        q=torch.stack([case.q, case.q])[::2][0],
+    )
+    assert torch.all((view.run() - case.run()).abs() <= case.allowed(torch.float64))
+
+
+# Bad input
+
+
+def meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+RAGGED = {
+    "x_dtype": (lambda c: replace(c, x=c.x.long()), "x: expected dtype float64, .*got torch.int64"),
+    "q_dtype": (lambda c: replace(c, q=c.q > 0), "q: expected dtype .*got torch.bool"),
+    "x_type": (lambda c: replace(c, x=[1.0]), "x: expected a torch.Tensor.*got list"),
+    "q_none": (lambda c: replace(c, q=None), "q: expected a torch.Tensor.*got NoneType"),
+    "dy_none": (lambda c: replace(c, dy=None), "dy: expected a torch.Tensor.*got NoneType"),
+    "param_none": (lambda c: replace(c, param=None), "param: expected a torch.Tensor, got NoneType"),
+    "x_device": (lambda c: replace(c, x=meta(c.x)), "x: expected device cpu, got meta"),
+    "moment_device": (lambda c: replace(c, exp_avg=meta(c.exp_avg)), "exp_avg: expected device cpu, got meta"),
+    "sparse": (lambda c: replace(c, dy=c.dy.to_sparse()), "dy: expected a dense tensor, got layout torch.sparse_coo"),
+    "x_width": (lambda c: replace(c, x=c.x[:, :2]), r"x: expected shape \[T, I\] = \[any, 3\], got \[9, 2\]"),
+    "dy_rows": (lambda c: replace(c, dy=c.dy[1:]), r"dy: expected shape \[T, O\] = \[9, 5\], got \[8, 5\]"),
+    "x_padded": (lambda c: replace(c, x=c.x[None]), r"x: expected shape \[T, I\] .* got \[1, 9, 3\]"),
+    "q_without_sets": (lambda c: replace(c, q=c.q[0]), r"q: expected shape .* = \[any, 5, 3\], got \[5, 3\]"),
+    "moment_shape": (lambda c: replace(c, exp_avg=c.exp_avg.T), r"exp_avg: expected shape .*\[5, 3\], got \[3, 5\]"),
+    "vector_param": (
+        lambda c: replace(c, **make_state((5,), 2, ADAMW)),
+        r"param: expected shape \[O, I\] .*got \[5\]",
+    ),
+    "no_moment": (lambda c: replace(c, exp_avg=None), "exp_avg: expected a tensor for AdamWStep.*, got None"),
+    "no_second": (lambda c: replace(c, exp_avg_sq=None), "exp_avg_sq: expected a tensor for AdamWStep.*, got None"),
+    "no_buffer": (
+        lambda c: replace(c, exp_avg=None, step=STEPS["sgd_momentum"]),
+        "exp_avg: expected a tensor for SGDStep.*, got None",
+    ),
+    "step_type": (lambda c: replace(c, step=0.1), "step: expected AdamWStep or SGDStep, got float"),
+    "unsorted": (
+        lambda c: replace(c, offsets=torch.tensor([0, 5, 4, 9])),
+        "offsets: expected sorted offsets, got 5 then 4 at example 1",
+    ),
+    "not_all_rows": (lambda c: replace(c, offsets=bounds(3, 2)), "offsets: expected to run from 0 to 9 .*got 0 to 5"),
+    "late_start": (lambda c: replace(c, offsets=bounds(3, 6)[1:]), "offsets: expected to run from 0 to 9.*got 3 to 9"),
+    "no_offsets": (lambda c: replace(c, offsets=bounds()[1:]), "offsets: expected to run from 0 to 9.*got no entry"),
+    "offset_dtype": (lambda c: replace(c, offsets=c.offsets.int()), r"expected an int64 tensor \[B\+1\], got .*int32"),
+    "offset_list": (lambda c: replace(c, offsets=[0, 9]), r"offsets: expected an int64 tensor \[B\+1\], got list"),
+    "rows_type": (lambda c: replace(c, rows=(1, 2)), "rows: expected SparseRows, got tuple"),
+    "row_ids": (
+        lambda c: replace(c, rows=replace(c.rows, ids=c.rows.ids + 5)),
+        r"rows.ids: expected ids in 0..4, got \d+..\d+",
+    ),
+    "row_ids_dtype": (
+        lambda c: replace(c, rows=replace(c.rows, ids=c.rows.ids.int())),
+        r"rows.ids: expected an int64 tensor \[T\], got torch.int32",
+    ),
+    "row_ids_device": (
+        lambda c: replace(c, rows=replace(c.rows, ids=meta(c.rows.ids))),
+        "rows.ids: expected device cpu, got meta",
+    ),
+    "row_examples": (
+        lambda c: replace(c, rows=replace(c.rows, offsets=bounds(15))),
+        r"rows.offsets: expected shape \[B\+1\], as offsets = \[4\], got \[2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), RAGGED.values(), ids=RAGGED)
+def test_an_argument_that_does_not_fit_says_what_was_expected_and_what_came(spoil, message):
+    with pytest.raises(ArgumentError, match=message):
+        spoil(linear_case((3, 2, 4), tied=(5, 1, 9))).run()
+
+
+def test_ready_gradients_and_drifts_that_do_not_fit_are_refused():
+    with pytest.raises(ArgumentError, match=r"grad: expected shape .* = \[any, 3, 5\], got \[3, 5\]"):
+        replace(HOSTILE["matrix"], ready=HOSTILE["matrix"].ready[0]).run()
+    for drift, got in ((torch.zeros(3), r"\[3\]"), (0.0, "float")):
+        with pytest.raises(ArgumentError, match=f"drift: expected .*, got {got}"):
+            HOSTILE["table"].run(drift=drift)
+
+
+@pytest.mark.parametrize("name", ["ordinary", "table", "matrix"])
+def test_an_implementation_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ArgumentError, match=r"impl='abacus': expected 'auto' or one of .*reference"):
+        HOSTILE[name].run(impl="abacus")
+    for impl in ("auto", *ops.available_impls()):
+        torch.testing.assert_close(HOSTILE[name].run(impl=impl), HOSTILE[name].run(impl="reference"))
