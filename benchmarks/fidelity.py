@@ -1,6 +1,6 @@
 """Agreement of each method with real float32 steps on SmolLM2-135M, and a scatter plot.
 
-    python -m benchmarks.fidelity --candidates seed_tasks_175.jsonl --reference reference_256.jsonl
+python -m benchmarks.fidelity --candidates seed_tasks_175.jsonl --reference reference_256.jsonl
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks.common import MAX_LENGTH, RESULTS, load_data, parser, warm_student, write_result
 from montessori import InfluenceEstimator
 from montessori.agreement import Agreement
 from montessori.inspection import agreement_table
 from montessori.models import load_model
-from rich.console import Console
-
-from benchmarks.common import MAX_LENGTH, RESULTS, load_data, parser, warm_student, write_result
 
 METHODS = ("anchored", "first_order", "exact")
 

@@ -1,6 +1,6 @@
 """Write the tables of README.md from the JSON files under benchmarks/results.
 
-    python -m benchmarks.render
+python -m benchmarks.render
 """
 
 from __future__ import annotations

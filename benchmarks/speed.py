@@ -17,15 +17,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from montessori import InfluenceEstimator
-from montessori.batching import Example, collate, make_batches
-from montessori.encoding import encode_rows
-from montessori.models import load_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from benchmarks.common import MAX_LENGTH, load_data, parser, warm_student, write_result
+from montessori import InfluenceEstimator
+from montessori.batching import Example, collate, make_batches
+from montessori.encoding import encode_rows
+from montessori.models import load_model
 
 
 def plain_pass(model: nn.Module, batches: Sequence[Sequence[Example]]) -> None:

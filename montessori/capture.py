@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -142,7 +143,7 @@ class Capture:
     def _linear_gradient(self, rule: ModuleRule, x: Tensor, version: int, dy: Tensor) -> None:
         if x._version != version:
             raise ModelError(f"{rule.module_name}: its input was changed in place after use, cannot be captured")
-        packed_dy, offsets = self._pack(dy, rule)
+        packed_dy, offsets = self._pack_gradient(dy, rule)
         if "weight" in rule.parameters:
             packed_x, _ = self._pack(x, rule)
             factors = (packed_dy, packed_x) if rule.kind == CONV1D else (packed_x, packed_dy)
@@ -165,13 +166,12 @@ class Capture:
         Exact for any module that treats rows alike, whatever its formula and inner precision.
         """
         packed_x, offsets = self._pack(x, rule)
-        packed_dy, _ = self._pack(dy, rule)
+        packed_dy, _ = self._pack_gradient(dy, rule)
         own = {key: getattr(module, key).detach().requires_grad_() for key in rule.parameters}
-        grads: list[tuple[Tensor, ...]] = []
-        for low, high in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        grads = []
+        for low, high in pairwise(offsets.tolist()):
             with self._paused(), torch.enable_grad():
-                y = functional_call(module, own, (packed_x[low:high],))
-                grads.append(torch.autograd.grad(y, list(own.values()), packed_dy[low:high]))
+                grads.append(_replayed_gradients(rule, module, own, packed_x[low:high], packed_dy[low:high]))
         for name, per_example in zip(rule.parameters.values(), zip(*grads, strict=True), strict=True):
             self._deliver(name, DenseUse(torch.stack(per_example)))
 
@@ -180,7 +180,7 @@ class Capture:
         return output if tracked is None else tracked
 
     def _embedding_gradient(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, dy: Tensor) -> None:
-        packed_dy, offsets = self._pack(dy, rule)
+        packed_dy, offsets = self._pack_gradient(dy, rule)
         packed_ids = self._pack(ids.unsqueeze(-1), rule)[0].squeeze(-1)
         if padding_idx is not None:
             # torch gives the padding row no gradient even where the token is part of the text.
@@ -188,9 +188,16 @@ class Capture:
         self._deliver(rule.parameters["weight"], RowsUse(SparseRows(packed_ids, packed_dy, offsets)))
 
     def _pack(self, activation: Tensor, rule: ModuleRule) -> tuple[Tensor, Tensor]:
+        return self._active_rows.pack(activation, rule.module_name)
+
+    def _pack_gradient(self, dy: Tensor, rule: ModuleRule) -> tuple[Tensor, Tensor]:
+        return self._active_rows.pack_gradient(dy, rule.module_name)
+
+    @property
+    def _active_rows(self) -> RowMap:
         if self._rows is None:
             raise ModelError("a capture hook fired outside Capture.run: the model was called by someone else")
-        return self._rows.pack(activation, rule.module_name)
+        return self._rows
 
     def _track(self, rule: ModuleRule, output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor | None:
         """Call `on_gradient` with the output's gradient; returns the output to use instead, if any."""
@@ -243,6 +250,20 @@ class _EmbeddingCalls(TorchFunctionMode):
             # The call's own padding_idx counts, which a subclass need not take from the module.
             return self._called(args[0], (kwargs or {}).get("padding_idx"), output)
         return output
+
+
+def _replayed_gradients(
+    rule: ModuleRule, module: nn.Module, own: dict[str, Tensor], x: Tensor, dy: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of a small module's own parameters from its input rows and output gradients."""
+    try:
+        y = functional_call(module, own, (x,))
+        return torch.autograd.grad(y, list(own.values()), dy, allow_unused=True, materialize_grads=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        # A module that wants its rows in another arrangement; the check before use sends it to autograd.
+        raise UnmappableRowsError(rule.module_name, tuple(x.shape), 1) from error
 
 
 def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from montessori.batching import Example, collate
 from montessori.capture import Capture
-from montessori.errors import ModelError
+from montessori.errors import FallbackWarning, ModelError
 from montessori.losses import LossFunction
 from montessori.oracle import example_gradients
 from montessori.rowmap import UnmappableRowsError
@@ -29,10 +29,6 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 NOISE_SHARE = 1e-3
 
 
-class FallbackWarning(UserWarning):
-    """Some parameters are scored by per-example autograd: exact, but one example at a time."""
-
-
 @dataclass
 class _CompareSink:
     expected: dict[str, Tensor | None]
@@ -40,8 +36,10 @@ class _CompareSink:
     scale: float
     parameters: dict[str, nn.Parameter]
     wrong: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
 
     def use(self, name: str, use: Use) -> None:
+        self.used.add(name)
         got = example_gradient(use, self.position, self.parameters[name].shape)
         self._compare(name, got)
 
@@ -66,10 +64,13 @@ class _CompareSink:
 def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
     """A plan whose captured gradients equal autograd's on `examples` (one or two short ones).
 
-    Parameters that fail are moved to the fallback, with one FallbackWarning that names them.
+    Parameters that fail, and those that none of the examples reaches, are moved to the fallback, with one
+    FallbackWarning that names them.
     """
     plan = make_plan(model)
     parameters = plan.trainable
+    examples = _of_two_lengths(examples)
+    proved: set[str] = set()
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
         norms = [float(grad.double().norm()) for grad in expected.values() if grad is not None]
@@ -83,9 +84,20 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
             if not wrong - plan.fallback:
                 break
             plan.fallback |= wrong
+        proved |= sink.used
+    plan.fallback |= parameters.keys() - proved
     if plan.fallback:
         _warn(plan)
     return plan
+
+
+def _of_two_lengths(examples: Sequence[Example]) -> Sequence[Example]:
+    """Examples of which two differ in length; alone, an example shows neither padding nor mixing."""
+    first = examples[0]
+    if any(example.num_tokens != first.num_tokens for example in examples):
+        return examples
+    ids = first.input_ids[:-1] if first.num_tokens > 2 else first.input_ids.repeat(2)
+    return [*examples, Example(ids, ids.clone(), first.index)]
 
 
 def _disagreeing(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class FallbackWarning(UserWarning):
+    """Something is scored by a slower way that is exact: one example at a time."""
+
+
 class MontessoriError(ValueError):
     """Base of every error this package raises on purpose. `str(error)` is one line."""
 

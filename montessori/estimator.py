@@ -98,7 +98,7 @@ class InfluenceEstimator:
         self.model = model
         self.options = Options(
             method=method,
-            backend=ops.choose_impl(backend),
+            backend=ops.check_impl(backend),
             pilot=pilot,
             max_grad_norm=max_grad_norm,
             reference_weighting=reference_weighting,
@@ -270,7 +270,7 @@ class InfluenceEstimator:
         key = f"{method}:{examples_digest(pilot)}"
         if key not in self._expansions:
             self._expansions.clear()
-            common = (full, self.state, self.references, self._reference_loss, self.options.backend)
+            common = (full, self.state, self.references, self._reference_loss)
             self._expansions[key] = (
                 expand_at_theta(*common)
                 if method == "first_order"

@@ -55,14 +55,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def expand_at_theta(
-    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction, impl: str
+    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction
 ) -> Expansion:
     """Eq. 3: the reference gradient at θ."""
     parameters = trainable_parameters(model)
     loss = sets.loss(model, reference_loss)
     q = sets.gradient(model, parameters, reference_loss)
     zero = torch.zeros_like(loss)
-    return Expansion(q, zero, parameter_drift(q, state, parameters, impl), loss, zero)
+    return Expansion(q, zero, parameter_drift(q, state, parameters), loss, zero)
 
 
 def expand_at_anchor(
@@ -70,7 +70,6 @@ def expand_at_anchor(
     state: AdamWState,
     sets: ReferenceSets,
     reference_loss: LossFunction,
-    impl: str,
     pilot: Sequence[Example],
     loss_function: LossFunction,
     max_grad_norm: float | None,
@@ -88,7 +87,7 @@ def expand_at_anchor(
     q_dot_anchor = _dot(q, anchor)
     moved = loss_at_anchor - loss
     curvature = ((moved - q_dot_anchor) / moved).abs().nan_to_num(nan=0.0)
-    drift = parameter_drift(q, state, parameters, impl)
+    drift = parameter_drift(q, state, parameters)
     return Expansion(q, moved - q_dot_anchor, drift, loss, curvature)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
+from montessori.capture import evaluation_mode, gradients_aside
 from montessori.checkpoints import read_state
 from montessori.errors import ArgumentError
 from montessori.losses import LossFunction, response_loss
@@ -63,10 +64,23 @@ def optimised_naive_loop(
     """Influence float64 [N, K]: the loop a careful engineer writes.
 
     Weights and optimizer state are put back from memory; the reference runs in large batches of similar
-    length. The model is left as it was.
+    length. Dropout is off. The model is left as it was.
     """
     optimizer = make_adamw(model, state)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with evaluation_mode(model), gradients_aside(parameters):
+        return _loop(model, optimizer, parameters, candidates, references, max_grad_norm, loss)
+
+
+def _loop(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    parameters: Sequence[nn.Parameter],
+    candidates: Sequence[Example],
+    references: ReferenceSets,
+    max_grad_norm: float | None,
+    loss: LossFunction,
+) -> np.ndarray:
     weights = [parameter.detach().clone() for parameter in parameters]
     moments = copy.deepcopy(optimizer.state_dict())
     before = references.loss(model, loss)

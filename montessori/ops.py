@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from montessori import blocked
+from montessori import blocked, cpu
 from montessori.errors import ArgumentError
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.validation import check_ids, check_offsets, check_shape, check_state, check_tensors
@@ -28,6 +28,7 @@ __all__ = [
     "SparseRows",
     "adam_influence",
     "available_impls",
+    "check_impl",
     "choose_impl",
     "embedding_influence",
     "linear_influence",
@@ -46,27 +47,43 @@ class SparseRows:
     offsets: Tensor
 
 
-_LINEAR: dict[str, Callable[..., Tensor]] = {"reference": blocked.linear_influence}
-_ADAM: dict[str, Callable[..., Tensor]] = {"reference": blocked.adam_influence}
-_EMBEDDING: dict[str, Callable[..., Tensor]] = {"reference": blocked.embedding_influence}
+_LINEAR: dict[str, Callable[..., Tensor]] = {"reference": blocked.linear_influence, "cpu": cpu.linear_influence}
+# Fastest first; the last one takes every argument that the checks let through.
+_PREFERENCE = ("cpu", "reference")
 
 
 def available_impls() -> tuple[str, ...]:
     """Names that `impl=` accepts in this installation, besides "auto"."""
-    return tuple(_LINEAR)
+    return tuple(name for name in _PREFERENCE if name != "cpu" or cpu.unavailable() is None)
 
 
-def choose_impl(impl: str) -> str:
-    """The implementation that `impl` stands for; "auto" is the last, fastest one available.
+def check_impl(impl: str) -> str:
+    """`impl` itself, if it is "auto" or an implementation of this installation.
 
-    Raises ArgumentError when an implementation asked for by name is not in this installation.
+    Raises ArgumentError with the reason otherwise.
     """
-    available = available_impls()
-    if impl == "auto":
-        return available[-1]
-    if impl not in available:
-        raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of {', '.join(available)} in this installation")
-    return impl
+    if impl == "auto" or impl in available_impls():
+        return impl
+    reason = f": {cpu.unavailable()}" if impl == "cpu" else ""
+    known = ", ".join(repr(name) for name in available_impls())
+    raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of {known} in this installation{reason}")
+
+
+def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tuple[str, str]:
+    """The implementation that `linear_influence` uses for these arguments, and why.
+
+    "auto" takes the compiled CPU kernels where they apply, else plain torch. Raises ArgumentError when
+    an implementation asked for by name cannot take the arguments.
+    """
+    check_impl(impl)
+    if impl == "reference":
+        return impl, "asked for by name"
+    reason = cpu.unsupported(step, *tensors)
+    if reason is None:
+        return "cpu", "compiled kernels for this processor"
+    if impl == "cpu":
+        raise ArgumentError(f"impl='cpu': {reason}; pass impl='auto' or 'reference'")
+    return "reference", f"not 'cpu', because {reason}"
 
 
 @torch.no_grad()
@@ -99,7 +116,9 @@ def linear_influence(
     bounds = check_offsets(offsets, x.shape[0])
     if rows is not None:
         _check_rows(rows, param, len(bounds))
-    return _LINEAR[choose_impl(impl)](x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, rows)
+    extra = rows.grad if rows is not None else None
+    chosen, _ = choose_impl(impl, step, x, dy, q, exp_avg, exp_avg_sq, param, extra)
+    return _LINEAR[chosen](x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, rows)
 
 
 @torch.no_grad()
@@ -122,11 +141,11 @@ def embedding_influence(
     check_state(q, exp_avg, exp_avg_sq, param, step)
     _matrix_shape(param)
     _check_rows(rows, param, None)
-    impl = choose_impl(impl)
+    _check_plain_impl(impl)
     if drift is None:
-        drift = _ADAM[impl](param.new_zeros(1, *param.shape), q, exp_avg, exp_avg_sq, param, step)[0]
+        drift = blocked.adam_influence(param.new_zeros(1, *param.shape), q, exp_avg, exp_avg_sq, param, step)[0]
     check_shape("drift", drift, (q.shape[0],), "[K]")
-    return _EMBEDDING[impl](rows, q, exp_avg, exp_avg_sq, param, step, drift)
+    return blocked.embedding_influence(rows, q, exp_avg, exp_avg_sq, param, step, drift)
 
 
 @torch.no_grad()
@@ -147,7 +166,13 @@ def adam_influence(
     check_state(q, exp_avg, exp_avg_sq, param, step)
     check_tensors({"grad": grad}, param.device)
     check_shape("grad", grad, (None, *param.shape), "[B, *param.shape]")
-    return _ADAM[choose_impl(impl)](grad, q, exp_avg, exp_avg_sq, param, step)
+    _check_plain_impl(impl)
+    return blocked.adam_influence(grad, q, exp_avg, exp_avg_sq, param, step)
+
+
+def _check_plain_impl(impl: str) -> None:
+    if impl not in ("auto", "reference"):
+        raise ArgumentError(f"impl={impl!r}: expected 'auto' or 'reference', this operator has no other implementation")
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from montessori import reference as equations
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.errors import StateError
 from montessori.steps import AdamWStep, SGDStep
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def apply_step(
 def _step_parameter(parameter: nn.Parameter, grad: Tensor, state: ParameterState) -> None:
     if isinstance(state.step, SGDStep):
         _sgd_step(parameter, grad, state.exp_avg, state.step)
-    elif state.exp_avg is not None and state.exp_avg_sq is not None:
+    elif state.exp_avg is None or state.exp_avg_sq is None:
+        raise StateError("an AdamW step needs exp_avg and exp_avg_sq, got None: expected an optimizer that has stepped")
+    else:
         _adamw_step(parameter, grad, state.exp_avg, state.exp_avg_sq, state.step)
 
 
@@ -94,8 +97,8 @@ def _adamw_step(parameter: nn.Parameter, grad: Tensor, exp_avg: Tensor, exp_avg_
             parameter.mul_(1 - step.lr * step.weight_decay)
         else:
             grad = grad.add(parameter, alpha=step.weight_decay)
-    exp_avg = exp_avg.lerp(grad.to(exp_avg.dtype), 1 - step.beta1)
-    exp_avg_sq = exp_avg_sq.mul(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
+    exp_avg = exp_avg.to(grad.dtype).lerp(grad, 1 - step.beta1)
+    exp_avg_sq = exp_avg_sq.to(grad.dtype).mul(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
     step_size = step.lr / (1 - step.beta1**step.step)
     denominator = (exp_avg_sq.sqrt() / (1 - step.beta2**step.step) ** 0.5).add_(step.eps)
     parameter.addcdiv_(exp_avg, denominator, value=-step_size)

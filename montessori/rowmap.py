@@ -29,13 +29,14 @@ class UnmappableRowsError(ModelError):
 class RowMap:
     """Maps activations of one batch to packed rows per example.
 
-    `kept` are the flat positions b·T + t of real tokens (None when there is no padding), `offsets`
-    int64 [B+1] their bounds, `label_offsets` the bounds of the rows that reach the vocabulary head.
+    `kept` and `dropped` are the flat positions b·T + t of real tokens and of padding, `offsets`
+    int64 [B+1] the bounds of the former, `label_offsets` the bounds of the rows that reach the vocabulary head.
     """
 
     size: int
     length: int
-    kept: Tensor | None
+    kept: Tensor
+    dropped: Tensor
     offsets: Tensor
     label_offsets: Tensor
 
@@ -43,9 +44,29 @@ class RowMap:
     def of(cls, batch: Batch) -> RowMap:
         mask = batch.attention_mask.bool()
         size, length = mask.shape
-        kept = None if bool(mask.all()) else mask.flatten().nonzero().flatten()
+        flat = mask.flatten()
         labelled = torch.bincount(label_rows(batch) // length, minlength=size)
-        return cls(size, length, kept, _offsets(mask.sum(1)), _offsets(labelled))
+        return cls(
+            size,
+            length,
+            flat.nonzero().flatten(),
+            (~flat).nonzero().flatten(),
+            _offsets(mask.sum(1)),
+            _offsets(labelled),
+        )
+
+    def pack_gradient(self, dy: Tensor, module: str) -> tuple[Tensor, Tensor]:
+        """`pack` for the gradient of an activation, which must be 0 wherever padding is dropped.
+
+        Raises UnmappableRowsError where it is not: padding takes part in the loss, or the dimensions
+        are not the tokens they look like.
+        """
+        packed, offsets = self.pack(dy, module)
+        if self.dropped.numel() and int(offsets[-1]) < dy[..., 0].numel():
+            lost = dy.reshape(self.size * self.length, -1).index_select(0, self.dropped)
+            if bool((lost.abs() > 0).any()):
+                raise UnmappableRowsError(module, tuple(dy.shape), self.size)
+        return packed, offsets
 
     def pack(self, activation: Tensor, module: str) -> tuple[Tensor, Tensor]:
         """Rows [n, F] of an activation [..., F] without padding, and their offsets int64 [B+1].
@@ -68,7 +89,7 @@ class RowMap:
         raise UnmappableRowsError(module, tuple(activation.shape), self.size)
 
     def _packed_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        kept = rows if self.kept is None else rows.index_select(0, self.kept)
+        kept = rows.index_select(0, self.kept) if self.dropped.numel() else rows
         return kept.flatten(0, 1), self.offsets * rows.shape[1]
 
 

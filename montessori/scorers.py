@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from montessori.batching import Example, collate
 from montessori.capture import Capture
-from montessori.errors import ResourceError
+from montessori.errors import FallbackWarning, ResourceError
 from montessori.expansion import Expansion, trainable_parameters
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, example_gradients, restore, restored
 from montessori.referenceset import ReferenceSets
+from montessori.rowmap import UnmappableRowsError
 from montessori.rules import Plan
 from montessori.scoring import ClippingSink, InfluenceSink
 
@@ -58,6 +59,11 @@ class LinearScorer:
             return _joined([self.score([example]) for example in group])
         try:
             return self._score(group)
+        except UnmappableRowsError as error:
+            if len(group) == 1:
+                raise
+            warnings.warn(f"{error}; this batch is scored one example at a time", FallbackWarning, stacklevel=2)
+            return _joined([self._score([example]) for example in group])
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise

@@ -38,25 +38,23 @@ class InfluenceSink:
         if isinstance(use, LinearUse):
             self.scores += ops.linear_influence(use.x, use.dy, use.offsets, *rest, rows=use.rows, impl=self.impl)
         elif isinstance(use, DenseUse):
-            self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
+            self.scores += ops.adam_influence(use.grad, *rest)
         else:
-            self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name], impl=self.impl)
+            self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name])
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]
 
 
 def parameter_drift(
-    q: Mapping[str, Tensor], state: AdamWState, parameters: Mapping[str, nn.Parameter], impl: str
+    q: Mapping[str, Tensor], state: AdamWState, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     """⟨q, Δ(0)⟩ per parameter, float64 [K]: momentum and weight decay alone."""
     drift = {}
     for name, parameter in parameters.items():
         entry, value = state[name], parameter.detach()
         zero = value.new_zeros(()).expand(1, *value.shape)
-        drift[name] = ops.adam_influence(zero, q[name], entry.exp_avg, entry.exp_avg_sq, value, entry.step, impl=impl)[
-            0
-        ]
+        drift[name] = ops.adam_influence(zero, q[name], entry.exp_avg, entry.exp_avg_sq, value, entry.step)[0]
     return drift
 
 

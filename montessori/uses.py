@@ -87,12 +87,16 @@ def scale(use: Use, factors: Tensor) -> Use:
         return RowsUse(_scale_rows(use.rows, factors))
     per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device))
     rows = _scale_rows(use.rows, factors) if use.rows is not None else None
-    return LinearUse(use.x, use.dy * per_row.to(use.dy.dtype)[:, None], use.offsets, rows)
+    return LinearUse(use.x, _wide(use.dy) * per_row.to(_wide(use.dy).dtype)[:, None], use.offsets, rows)
 
 
 def _scale_rows(rows: SparseRows, factors: Tensor) -> SparseRows:
     per_row = factors.repeat_interleave(rows.offsets.diff().to(factors.device))
-    return replace(rows, grad=rows.grad * per_row.to(rows.grad.dtype)[:, None])
+    return replace(rows, grad=_wide(rows.grad) * per_row.to(_wide(rows.grad).dtype)[:, None])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
 def example_gradient(use: Use, example: int, shape: torch.Size) -> Tensor:

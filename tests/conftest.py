@@ -6,7 +6,6 @@ import pytest
 import torch
 from support import make_student
 
-
 # Tiny models gain nothing from threads and lose much to their barriers on a busy machine.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

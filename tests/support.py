@@ -143,7 +143,28 @@ def moved(model: nn.Module, step: dict[str, torch.Tensor]) -> nn.Module:
     return other
 
 
-WORDS = "what is the capital of france paris name a colour blue red add two and three five say hello world".split()
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "capital",
+    "of",
+    "france",
+    "paris",
+    "name",
+    "a",
+    "colour",
+    "blue",
+    "red",
+    "add",
+    "two",
+    "and",
+    "three",
+    "five",
+    "say",
+    "hello",
+    "world",
+]
 CHATML = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"

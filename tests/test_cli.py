@@ -6,8 +6,9 @@ import json
 import sys
 
 import pytest
-from montessori import Scores, cli
 from support import make_text_rows
+
+from montessori import Scores, cli
 
 
 @pytest.fixture

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from montessori import InfluenceEstimator
 from support import CONFIGS, make_model, make_rows, slow_influence, warm_optimizer
+
+from montessori import InfluenceEstimator
 
 MODELS = [*CONFIGS, "llama_lora"]
 # Two orders of summation in float64 over some 10^4 terms; 1e-9 leaves room for cancellation.
 RTOL = 1e-9
 
-pytestmark = pytest.mark.filterwarnings("ignore::montessori.coverage.FallbackWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::montessori.errors.FallbackWarning")
 
 
 def estimate(model, optimizer, candidates, references, **settings):
@@ -55,6 +55,4 @@ def pad(row, length, left):
     missing = length - len(row["input_ids"])
     filled = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     row = {**row, "attention_mask": [1] * len(row["input_ids"])}
-    return {
-        key: [fill] * missing + row[key] if left else row[key] + [fill] * missing for key, fill in filled.items()
-    }
+    return {key: [fill] * missing + row[key] if left else row[key] + [fill] * missing for key, fill in filled.items()}

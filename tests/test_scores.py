@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support import make_model, make_rows, warm_optimizer
+
 from montessori import InfluenceEstimator, Scores
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError, StateError
 from montessori.losses import response_loss
-from support import make_model, make_rows, warm_optimizer
 
 
 @pytest.fixture(scope="module")

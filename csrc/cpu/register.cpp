@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdlib>
 #include <optional>
 
 #include "tiles.h"
@@ -73,7 +74,10 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets, c
   p.s2 = static_cast<float>(s2);
   p.eps = static_cast<float>(eps);
   Tensor scores = torch::stable::new_zeros(q, {p.examples, p.sets}, ScalarType::Double);
-  montessori::score_linear(p, parallel, static_cast<double*>(scores.mutable_data_ptr()));
+  const char* simd = std::getenv("MONTESSORI_SIMD");
+  const montessori::Kernel* kernel = montessori::choose_kernel(simd ? simd : "");
+  STD_TORCH_CHECK(kernel, "MONTESSORI_SIMD=", simd, ": expected avx512, avx2 or baseline, as this processor has them");
+  montessori::score_linear(p, *kernel, parallel, static_cast<double*>(scores.mutable_data_ptr()));
   return scores;
 }
 

@@ -4,8 +4,8 @@
 //   score  += Σ_{o, i} q[o, i] (m[o, i] + a2 g) / (sqrt(v[o, i] + s2 g²) + ε)   (Eq. 1, constants folded)
 //
 // Included once per instruction set, after its target pragma and with MONTESSORI_SIMD_BITS set; everything
-// is in an anonymous namespace so that the copies stay apart. Dimensions: T tokens, MR rows and NR vectors of a register tile,
-// K reference sets.
+// is in an anonymous namespace so that the copies stay apart. Dimensions: T tokens, MR rows and NR vectors of a
+// register tile, K reference sets.
 #pragma once
 
 #include "tile_job.h"
@@ -63,8 +63,7 @@ void register_tile(const TileJob& job, const float* x, const float* dy, int64_t 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-    for (int c = 0; c < kVectors; ++c)
-      acc[r][c] = start ? load(start + r * kColumns + c * kLanes) : Vector{};
+    for (int c = 0; c < kVectors; ++c) acc[r][c] = start ? load(start + r * kColumns + c * kLanes) : Vector{};
   for (int64_t t = 0; t < tokens; ++t) {
     Vector columns[kVectors];
 #pragma GCC unroll 3

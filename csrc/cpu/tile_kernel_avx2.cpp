@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
+
 #include <cstdint>
 #pragma GCC target("avx2,fma")
 #define MONTESSORI_SIMD_BITS 256

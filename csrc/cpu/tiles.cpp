@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace montessori {
@@ -48,36 +50,52 @@ void with_type(Dtype dtype, F body) {
   }
 }
 
+// to[i] = from[at + i], widened to float32.
+void widen(const Array& from, int64_t at, int64_t count, float* to) {
+  with_type(from.dtype, [&](auto* tag) {
+    using Element = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
+    auto* source = static_cast<decltype(tag)>(from.data) + at;
+    if constexpr (std::is_same_v<Element, float>)
+      std::memcpy(to, source, count * sizeof(float));
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(source[i]);
+  });
+}
+
 // to[r, c] = factor · from[rows[r], columns[c]], padded to [height, width] with `fill`.
 void pack_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns, int64_t height,
                int64_t width, float factor, float fill, float* to) {
-  with_type(from.dtype, [&](auto* tag) {
-    auto* source = static_cast<decltype(tag)>(from.data) + offset;
-    for (int64_t r = 0; r < height; ++r, to += width) {
-      if (r >= rows.size()) {
-        std::fill(to, to + width, fill);
-        continue;
-      }
-      auto* line = source + (rows.begin + r) * stride + columns.begin;
-      for (int64_t c = 0; c < columns.size(); ++c) to[c] = factor * static_cast<float>(line[c]);
-      std::fill(to + columns.size(), to + width, fill);
-    }
-  });
+  for (int64_t r = 0; r < height; ++r, to += width) {
+    const int64_t live = r < rows.size() ? columns.size() : 0;
+    if (live) widen(from, offset + (rows.begin + r) * stride + columns.begin, live, to);
+    if (factor != 1.f)
+      for (int64_t c = 0; c < live; ++c) to[c] *= factor;
+    std::fill(to + live, to + width, fill);
+  }
+}
+
+template <int64_t kRows>
+void interleave(const float* from, int64_t stride, int64_t tokens, float* to) {
+  for (int64_t t = 0; t < tokens; ++t) std::memcpy(to + t * kRows, from + t * stride, kRows * sizeof(float));
 }
 
 // to[tile, t, r] = dy[tokens[t], rows[tile·kernel_rows + r]], zero beyond the last row.
 void pack_dy(const Array& dy, int64_t stride, Span tokens, Span rows, int64_t kernel_rows, float* to) {
-  with_type(dy.dtype, [&](auto* tag) {
-    auto* source = static_cast<decltype(tag)>(dy.data);
-    for (int64_t first = rows.begin; first < rows.end; first += kernel_rows) {
-      const int64_t live = std::min(kernel_rows, rows.end - first);
-      for (int64_t t = tokens.begin; t < tokens.end; ++t, to += kernel_rows) {
-        auto* line = source + t * stride + first;
-        for (int64_t r = 0; r < live; ++r) to[r] = static_cast<float>(line[r]);
-        for (int64_t r = live; r < kernel_rows; ++r) to[r] = 0;
-      }
+  for (int64_t first = rows.begin; first < rows.end; first += kernel_rows) {
+    const int64_t live = std::min(kernel_rows, rows.end - first);
+    const int64_t at = tokens.begin * stride + first;
+    if (live == kernel_rows && dy.dtype == Dtype::kFloat32) {
+      // Copies of a fixed size compile to a few moves; this is a quarter of the whole time otherwise.
+      const float* from = static_cast<const float*>(dy.data) + at;
+      (kernel_rows == 8 ? interleave<8> : interleave<4>)(from, stride, tokens.size(), to);
+      to += tokens.size() * kernel_rows;
+      continue;
     }
-  });
+    for (int64_t t = 0; t < tokens.size(); ++t, to += kernel_rows) {
+      widen(dy, at + t * stride, live, to);
+      std::fill(to + live, to + kernel_rows, 0.f);
+    }
+  }
 }
 
 // Everything one thread needs for its jobs, allocated once.
@@ -131,8 +149,14 @@ class Worker {
   void score_panel(int64_t b, Span tokens, int64_t panel, Span columns, double* scores) {
     pack_tile(p_.x, 0, p_.in, tokens, columns, tokens.size(), kernel_.columns, 1.f, 0.f, x_.data());
     find_starts(b, columns);
-    const TileJob job{m_.data() + panel * tile_, v_.data() + panel * tile_, q_.data() + panel * p_.sets * tile_,
-                      height_,  p_.sets, p_.a2, p_.s2, p_.eps};
+    const TileJob job{m_.data() + panel * tile_,
+                      v_.data() + panel * tile_,
+                      q_.data() + panel * p_.sets * tile_,
+                      height_,
+                      p_.sets,
+                      p_.a2,
+                      p_.s2,
+                      p_.eps};
     const auto score = p_.step == Step::kAdamW ? kernel_.adamw : kernel_.sgd;
     score(job, x_.data(), dy_.data(), tokens.size(), starts_.data(), scores);
   }
@@ -186,20 +210,20 @@ struct Run {
 
 }  // namespace
 
-const Kernel& choose_kernel() {
+const Kernel* choose_kernel(const std::string& name) {
+  const bool any = name.empty();
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
-    return kernel_avx512();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernel_avx2();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx512 && (any || name == "avx512")) return &kernel_avx512();
+  if (avx2 && (any || name == "avx2")) return &kernel_avx2();
 #endif
-  return kernel_baseline();
+  return any || name == "baseline" ? &kernel_baseline() : nullptr;
 }
 
-void score_linear(const LinearProblem& problem, void (*parallel)(int64_t, void (*)(int64_t, int64_t, void*), void*),
-                  double* scores) {
-  const Kernel& kernel = choose_kernel();
+void score_linear(const LinearProblem& problem, const Kernel& kernel, Parallel parallel, double* scores) {
   const int64_t rows = job_rows(kernel, problem), columns = kPanels * kernel.columns;
   const int64_t row_jobs = (problem.out + rows - 1) / rows, column_jobs = (problem.in + columns - 1) / columns;
   const int64_t jobs = row_jobs * column_jobs, size = problem.examples * problem.sets;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "tile_job.h"
 
@@ -28,12 +29,15 @@ struct LinearProblem {
   Step step;
 };
 
-// The widest kernel that this processor runs.
-const Kernel& choose_kernel();
+// "avx512", "avx2" or "baseline"; the widest that this processor runs when `name` is empty. Null when the
+// processor cannot run the one named.
+const Kernel* choose_kernel(const std::string& name);
 
-// scores [B, K] = Σ q·u of every example, in an order of additions that depends on the shape alone.
-// `parallel(jobs, run)` calls run(begin, end) over [0, jobs) on the threads it likes.
-void score_linear(const LinearProblem& problem, void (*parallel)(int64_t, void (*)(int64_t, int64_t, void*), void*),
-                  double* scores);
+// Calls run(begin, end, context) over [0, jobs) on the threads it likes.
+using Parallel = void (*)(int64_t jobs, void (*run)(int64_t, int64_t, void*), void* context);
+
+// Adds Σ q·u of every example to scores [B, K], in an order of additions that depends on the shape of the
+// weight and the kernel alone.
+void score_linear(const LinearProblem& problem, const Kernel& kernel, Parallel parallel, double* scores);
 
 }  // namespace montessori

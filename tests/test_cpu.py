@@ -1,0 +1,133 @@
+"""The compiled CPU kernels: every instruction set, every thread count, the same scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from montessori import AdamWStep, SGDStep, cpu, ops
+from montessori.ops import SparseRows
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{cpu.unavailable()}")
+
+STEP = AdamWStep(lr=1e-3, eps=1e-6, step=5, weight_decay=0.1)
+
+
+def simd_levels() -> list[str]:
+    """Instruction sets of this processor that a kernel exists for."""
+    levels = {"AVX512": ["avx512", "avx2", "baseline"], "AVX2": ["avx2", "baseline"]}
+    return levels.get(torch.backends.cpu.get_cpu_capability(), ["baseline"])
+
+
+def problem(num_out=203, num_in=211, lengths=(37, 0, 1, 64), sets=2, tied=True, seed=0):
+    """Shapes that are no multiple of any tile; returns positional arguments and `rows`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    shape = (num_out, num_in)
+    x, dy = normal(int(offsets[-1]), num_in), normal(int(offsets[-1]), num_out)
+    state = (normal(sets, *shape), normal(*shape), normal(*shape).square() + 0.1, normal(*shape))
+    ids = torch.randint(0, num_out, (int(offsets[-1]),), generator=generator)
+    rows = SparseRows(ids, normal(len(ids), num_in), offsets) if tied else None
+    return (x, dy, offsets, *state), rows
+
+
+def scores(arguments, rows, step=STEP, impl="cpu"):
+    return ops.linear_influence(*arguments, step, rows=rows, impl=impl)
+
+
+@pytest.mark.parametrize("simd", simd_levels())
+@pytest.mark.parametrize("step", [STEP, SGDStep(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, step=3)])
+@pytest.mark.parametrize("num_in", [1, 47, 211])
+def test_every_instruction_set_is_at_least_as_exact_as_plain_torch(monkeypatch, simd, step, num_in):
+    monkeypatch.setenv("MONTESSORI_SIMD", simd)
+    arguments, rows = problem(num_in=num_in)
+    wide = tuple(t.double() if t.is_floating_point() else t for t in arguments)
+    want = scores(wide, SparseRows(rows.ids, rows.grad.double(), rows.offsets), step, "reference")
+    plain, got = scores(arguments, rows, step, "reference"), scores(arguments, rows, step)
+    # Twice the plain path's error, and a rounding of the sum of absolute values that either adds up.
+    q = arguments[3]
+    largest = 2 * step.lr * float(q.abs().sum()) * torch.finfo(torch.float32).eps
+    assert torch.all((got - want).abs() <= 2 * (plain - want).abs() + largest)
+    assert float(want.abs().max()) > 1e3 * largest
+
+
+def test_threads_do_not_change_a_bit():
+    arguments, rows = problem(num_out=700, num_in=600)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(scores(arguments, rows))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_an_example_has_the_same_bits_alone_and_in_a_batch():
+    (x, dy, offsets, *state), rows = problem()
+    together = scores((x, dy, offsets, *state), rows)
+    for b, (low, high) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        one = torch.tensor([0, high - low])
+        alone = scores(
+            (x[low:high], dy[low:high], one, *state), SparseRows(rows.ids[low:high], rows.grad[low:high], one)
+        )
+        assert torch.equal(alone[0], together[b])
+
+
+def test_nan_in_one_example_stays_there():
+    (x, *rest), rows = problem()
+    clean = scores((x, *rest), rows)
+    x = x.clone()
+    x[0, 3] = torch.nan
+    got = scores((x, *rest), rows)
+    assert got[0].isnan().all()
+    assert torch.equal(got[1:], clean[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_inputs_are_computed_in_float32(dtype):
+    (x, dy, offsets, q, exp_avg, exp_avg_sq, param), _ = problem(tied=False)
+    narrow = [tensor.to(dtype) for tensor in (x, dy, q, exp_avg, exp_avg_sq)]
+    x, dy, q, exp_avg, exp_avg_sq = narrow
+    got = scores((x, dy, offsets, q, exp_avg, exp_avg_sq, param), None)
+    x, dy, q, exp_avg, exp_avg_sq = (tensor.float() for tensor in narrow)
+    assert torch.equal(got, scores((x, dy, offsets, q, exp_avg, exp_avg_sq, param), None))
+
+
+def test_auto_says_what_it_chose_and_why():
+    arguments, _ = problem(tied=False)
+    tensors = (arguments[0], arguments[1], *arguments[3:])
+    assert ops.choose_impl("auto", STEP, *tensors)[0] == "cpu"
+    chosen, why = ops.choose_impl("auto", STEP, *(tensor.double() for tensor in tensors))
+    assert chosen == "reference"
+    assert "float64" in why
+
+
+def test_the_operator_passes_opcheck():
+    (x, dy, offsets, q, exp_avg, exp_avg_sq, _), rows = problem(num_out=5, num_in=3, lengths=(2, 1))
+    order = torch.cat([rows.ids[:2].sort().indices, 2 + rows.ids[2:].sort().indices])
+    table = (rows.ids[order], rows.grad[order], rows.offsets)
+    operator = torch.ops.montessori.linear_scores.default
+    torch.library.opcheck(operator, (x, dy, offsets, q, exp_avg, exp_avg_sq, *table, 0.9, 0.1, 0.9, 0.1, 1e-8))
+
+
+def test_the_package_works_where_the_kernels_are_not_built():
+    code = (
+        "from montessori import ops\n"
+        "from montessori.errors import ArgumentError\n"
+        "assert ops.available_impls() == ('reference',)\n"
+        "try: ops.check_impl('cpu')\n"
+        "except ArgumentError as error: print(error)\n"
+    )
+    environment = {"MONTESSORI_NO_KERNELS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert "MONTESSORI_NO_KERNELS is set" in done.stdout
