@@ -29,16 +29,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--num-candidates", type=int, default=32)
     options.add_argument("--num-references", type=int, default=8)
     options.add_argument("--work", type=Path, default=Path("out/bench"), help="where the warmed-up student is kept")
+    options.add_argument("--warmup-batch-size", type=int, default=8)
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     return options
 
 
-def warm_student(candidates: Rows, num_candidates: int, work: Path) -> Path:
-    """Checkpoint of SmolLM2-135M after 12 AdamW steps at lr 5e-6, batch 8, on rows that are not scored."""
+def warm_student(candidates: Rows, arguments: argparse.Namespace) -> Path:
+    """Checkpoint of SmolLM2-135M after 12 AdamW steps at lr 5e-6 on rows that are not scored."""
     model, tokenizer = load_model("smollm2-135m")
-    rows = Rows(list(candidates)[num_candidates:] or load_rows(demo_file("warmup.jsonl")).rows, candidates.source)
+    rows = Rows(
+        list(candidates)[arguments.num_candidates :] or load_rows(demo_file("warmup.jsonl")).rows, candidates.source
+    )
     examples = encode_rows(rows, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
-    return warmup(model, tokenizer, examples, work / "warmup", max_steps=12, batch_size=8)
+    size = arguments.warmup_batch_size
+    out = arguments.work / f"warmup_{size}"
+    return warmup(model, tokenizer, examples, out, max_steps=12, batch_size=size, per_device_train_batch_size=4)
 
 
 def load_data(arguments: argparse.Namespace) -> tuple[Rows, Rows, Rows]:

@@ -5,6 +5,8 @@ python -m benchmarks.fidelity --candidates seed_tasks_175.jsonl --reference refe
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -23,7 +25,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
     everything, candidates, reference = load_data(arguments)
-    checkpoint = warm_student(everything, arguments.num_candidates, arguments.work)
+    checkpoint = warm_student(everything, arguments)
     model, tokenizer = load_model(checkpoint)
     settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "right"}
     scores = {
@@ -35,9 +37,9 @@ def main() -> None:
     for method in METHODS[:2]:
         agreements[method] = Agreement.of(scores[method].influence, real.influence)
         centred[method] = Agreement.of(scores[method].centred, real.centred)
-    _plot(scores)
+    _plot(scores, RESULTS / f"fidelity_{arguments.warmup_batch_size}.png")
     path = write_result(
-        "fidelity",
+        f"fidelity_{arguments.warmup_batch_size}",
         arguments,
         {
             "agreement": {method: value.to_dict() for method, value in agreements.items()},
@@ -53,7 +55,7 @@ def main() -> None:
     console.print(f"wrote {path}")
 
 
-def _plot(scores: dict) -> None:
+def _plot(scores: dict, path: Path) -> None:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     real = scores["exact"].influence
@@ -64,7 +66,7 @@ def _plot(scores: dict) -> None:
     axes.set_xlabel("real step: reference loss before − after")
     axes.set_ylabel("predicted, no step taken")
     axes.legend()
-    figure.savefig(RESULTS / "fidelity.png", dpi=130, metadata={"Software": None})
+    figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":

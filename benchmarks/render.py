@@ -16,17 +16,19 @@ from benchmarks.common import RESULTS
 README = Path(__file__).parent.parent / "README.md"
 
 
-def fidelity(record: dict[str, Any]) -> str:
+def fidelity(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | candidates | Pearson | Spearman | sign agreement | median relative error | max |",
+        "| warm-up batch | method | candidates | Pearson | Spearman | sign agreement | median relative error |",
         "|---|---|---|---|---|---|---|",
     ]
-    for kind, label in (("agreement", ""), ("centred_agreement", ", centred")):
-        for method, a in record[kind].items():
-            lines.append(
-                f"| `{method}`{label} | {a['num_examples']} | {a['pearson']:.6f} | {a['spearman']:.4f} "
-                f"| {a['sign_agreement']:.0%} | {a['median_relative_error']:.2%} | {a['max_relative_error']:.1%} |"
-            )
+    for record in records:
+        for kind, label in (("agreement", ""), ("centred_agreement", ", centred")):
+            for method, a in record[kind].items():
+                lines.append(
+                    f"| {record['settings']['warmup_batch_size']} | `{method}`{label} | {a['num_examples']} "
+                    f"| {a['pearson']:.6f} | {a['spearman']:.4f} | {a['sign_agreement']:.0%} "
+                    f"| {a['median_relative_error']:.2%} |"
+                )
     return "\n".join(lines)
 
 
@@ -46,11 +48,15 @@ def speed(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _records(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+
+
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     tables = {
-        "fidelity": fidelity(json.loads((RESULTS / "fidelity.json").read_text())),
-        "speed": speed([json.loads(path.read_text()) for path in sorted(RESULTS.glob("speed_*.json"))]),
+        "fidelity": fidelity(_records("fidelity_*.json")),
+        "speed": speed(_records("speed_*.json")),
     }
     for name, table in tables.items():
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"

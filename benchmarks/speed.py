@@ -46,15 +46,16 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--batch-tokens", type=int, default=2048)
     options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--backend", default="auto", help="implementation of montessori.ops")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     everything, candidates, reference = load_data(arguments)
-    checkpoint = warm_student(everything, arguments.num_candidates, arguments.work)
+    checkpoint = warm_student(everything, arguments)
     model, tokenizer = load_model(checkpoint)
     examples = encode_rows(candidates, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
     batches = make_batches(examples, arguments.batch_tokens)
     settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "right"}
-    estimator = InfluenceEstimator(model, checkpoint, reference, **settings)
+    estimator = InfluenceEstimator(model, checkpoint, reference, backend=arguments.backend, **settings)
     once = seconds(lambda: estimator.prepare(candidates))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cold = seconds(lambda: plain_pass(model, batches))
@@ -74,7 +75,7 @@ def main() -> None:
         "backend": estimator.options.backend,
         "peak_rss_bytes": {"before": before * 1024, "after": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
     }
-    path = write_result(f"speed_{arguments.threads}t", arguments, result)
+    path = write_result(f"speed_{arguments.backend}_{arguments.threads}t", arguments, result)
     table = Table(title=f"{len(examples)} candidates, {tokens} tokens, {arguments.threads} threads")
     for column in ("", "median s", "tokens/s", "ratio to plain"):
         table.add_column(column)

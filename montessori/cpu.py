@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from montessori.ops import SparseRows
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
+DOT_ELEMENTS = 1 << 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -94,12 +95,12 @@ def linear_influence(
 
 
 def _dot(flat_q: Tensor, values: Tensor) -> Tensor:
-    """Σ q·values in float64, [K]; a row of `values` is widened at a time."""
+    """Σ q·values, float64 [K]; a cache-sized part is widened at a time."""
     total = torch.zeros(flat_q.shape[0], dtype=torch.float64)
-    width = values.shape[-1]
-    for start in range(0, values.numel(), width):
-        part = slice(start, start + width)
-        total += flat_q[:, part].double() @ values.reshape(-1)[part].double()
+    flat = values.reshape(-1)
+    for start in range(0, flat.numel(), DOT_ELEMENTS):
+        part = slice(start, start + DOT_ELEMENTS)
+        total += flat_q[:, part].double() @ flat[part].double()
     return total
 
 

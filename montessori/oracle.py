@@ -124,17 +124,27 @@ def mean_delta(
     loss: LossFunction,
     max_grad_norm: float | None,
 ) -> dict[str, Tensor]:
-    """Δ̄ of Eq. 4 per parameter: the mean step over `examples`, or the step with g = 0 when none is given."""
+    """Δ̄ of Eq. 4 per parameter: the mean step over `examples`, or the step with g = 0 when none is given.
+
+    An example whose gradient is not finite is left out of the mean; scoring reports it.
+    """
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    sources: Sequence[Example | None] = examples or [None]
-    for example in sources:
-        grads: Gradients = dict.fromkeys(parameters)
-        if example is not None:
-            grads = clip_gradients(example_gradients(model, parameters, example, loss)[0], max_grad_norm)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                entry, grad = state[name], grads[name]
-                grad = torch.zeros_like(parameter) if grad is None else grad
-                step = equations.delta(grad, entry.exp_avg, entry.exp_avg_sq, parameter, entry.step)
-                total[name].add_(step, alpha=1 / len(sources))
-    return total
+    taken = 0
+    for example in examples:
+        grads, _ = example_gradients(model, parameters, example, loss)
+        if all(grad is None or bool(grad.isfinite().all()) for grad in grads.values()):
+            _add_delta(total, parameters, state, clip_gradients(grads, max_grad_norm))
+            taken += 1
+    if not taken:
+        _add_delta(total, parameters, state, dict.fromkeys(parameters))
+    return {name: value.div_(max(taken, 1)) for name, value in total.items()}
+
+
+@torch.no_grad()
+def _add_delta(
+    total: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], state: AdamWState, grads: Gradients
+) -> None:
+    for name, parameter in parameters.items():
+        entry, grad = state[name], grads[name]
+        grad = torch.zeros_like(parameter) if grad is None else grad
+        total[name].add_(equations.delta(grad, entry.exp_avg, entry.exp_avg_sq, parameter, entry.step))

@@ -69,6 +69,9 @@ def test_a_candidate_that_is_not_finite_is_reported_and_the_others_are_scored(wa
     assert got.skipped == {3: "non_finite"}
     others = [0, 1, 2, 4]
     np.testing.assert_allclose(got.influence[others], want.influence[others], rtol=1e-9)
+    with_pilots = InfluenceEstimator(*warm, make_rows(3), method=method, pilot=5, loss_fn=loss).score(rows)
+    assert with_pilots.skipped == {3: "non_finite"}
+    assert np.isfinite(with_pilots.influence[others]).all()
 
 
 def test_own_losses_are_used_for_candidates_and_reference(warm):

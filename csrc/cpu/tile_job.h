@@ -19,9 +19,9 @@ struct TileJob {
   float a2, s2, eps;
 };
 
-// Adds Σ q·u of one example to scores [sets]. x is [T, columns]; dy is [rows / kernel rows, T, kernel
-// rows]; starts[r] is null or a gradient [kernel rows, columns] that register tile r starts from.
-using ScoreExample = void (*)(const TileJob& job, const float* x, const float* dy, int64_t tokens,
+// Adds Σ q·u of one example to scores [sets]. x is [T, columns]; register tile r of dy is [T, kernel rows]
+// at r · dy_stride; starts[r] is null or a gradient [kernel rows, columns] that register tile r starts from.
+using ScoreExample = void (*)(const TileJob& job, const float* x, const float* dy, int64_t dy_stride, int64_t tokens,
                               const float* const* starts, double* scores);
 
 struct Kernel {

@@ -95,10 +95,10 @@ void register_tile(const TileJob& job, const float* x, const float* dy, int64_t 
 }
 
 template <Step step>
-void score_example(const TileJob& job, const float* x, const float* dy, int64_t tokens, const float* const* starts,
-                   double* scores) {
-  for (int64_t row = 0; row < job.rows; row += kRows)
-    register_tile<step>(job, x, dy + row * tokens, tokens, starts[row / kRows], row, scores);
+void score_example(const TileJob& job, const float* x, const float* dy, int64_t dy_stride, int64_t tokens,
+                   const float* const* starts, double* scores) {
+  for (int64_t tile = 0; tile < job.rows / kRows; ++tile)
+    register_tile<step>(job, x, dy + tile * dy_stride, tokens, starts[tile], tile * kRows, scores);
 }
 
 constexpr montessori::Kernel kKernel{kRows, kColumns, score_example<Step::kAdamW>, score_example<Step::kSgd>};

@@ -74,26 +74,35 @@ void pack_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Spa
   }
 }
 
+// Floats between two register tiles of packed dy: an odd number of cache lines, so that the tiles do not
+// fall on the same sets of the cache.
+int64_t dy_stride(int64_t tokens, int64_t kernel_rows) { return round_up(tokens * kernel_rows, 32) + 16; }
+
 template <int64_t kRows>
-void interleave(const float* from, int64_t stride, int64_t tokens, float* to) {
-  for (int64_t t = 0; t < tokens; ++t) std::memcpy(to + t * kRows, from + t * stride, kRows * sizeof(float));
+void interleave(const float* line, int64_t tiles, int64_t stride, float* to) {
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    std::memcpy(to + tile * stride, line + tile * kRows, kRows * sizeof(float));
 }
 
-// to[tile, t, r] = dy[tokens[t], rows[tile·kernel_rows + r]], zero beyond the last row.
-void pack_dy(const Array& dy, int64_t stride, Span tokens, Span rows, int64_t kernel_rows, float* to) {
-  for (int64_t first = rows.begin; first < rows.end; first += kernel_rows) {
-    const int64_t live = std::min(kernel_rows, rows.end - first);
-    const int64_t at = tokens.begin * stride + first;
-    if (live == kernel_rows && dy.dtype == Dtype::kFloat32) {
-      // Copies of a fixed size compile to a few moves; this is a quarter of the whole time otherwise.
-      const float* from = static_cast<const float*>(dy.data) + at;
-      (kernel_rows == 8 ? interleave<8> : interleave<4>)(from, stride, tokens.size(), to);
-      to += tokens.size() * kernel_rows;
-      continue;
+// to[tile · stride + t · kernel_rows + r] = dy[tokens[t], rows[tile · kernel_rows + r]], zero beyond the
+// last row. Token by token: dy is read once, in order.
+void pack_dy(const Array& dy, int64_t width, Span tokens, Span rows, int64_t kernel_rows, float* to) {
+  const int64_t stride = dy_stride(tokens.size(), kernel_rows);
+  const int64_t whole = rows.size() / kernel_rows, rest = rows.size() - whole * kernel_rows;
+  std::vector<float> buffer(dy.dtype == Dtype::kFloat32 ? 0 : rows.size());
+  for (int64_t t = 0; t < tokens.size(); ++t, to += kernel_rows) {
+    const int64_t at = (tokens.begin + t) * width + rows.begin;
+    const float* line = static_cast<const float*>(dy.data) + at;
+    if (!buffer.empty()) {
+      widen(dy, at, rows.size(), buffer.data());
+      line = buffer.data();
     }
-    for (int64_t t = 0; t < tokens.size(); ++t, to += kernel_rows) {
-      widen(dy, at + t * stride, live, to);
-      std::fill(to + live, to + kernel_rows, 0.f);
+    // Copies of a fixed size compile to a few moves.
+    (kernel_rows == 8 ? interleave<8> : interleave<4>)(line, whole, stride, to);
+    if (rest) {
+      float* last = to + whole * stride;
+      std::copy(line + whole * kernel_rows, line + rows.size(), last);
+      std::fill(last + rest, last + kernel_rows, 0.f);
     }
   }
 }
@@ -109,7 +118,7 @@ class Worker {
     v_.resize(kPanels * tile_);
     q_.resize(kPanels * p_.sets * tile_);
     x_.resize(longest * kernel.columns);
-    dy_.resize(longest * rows);
+    dy_.resize(dy_stride(longest, kernel.rows) * (rows / kernel.rows));
     starts_.resize(rows / kernel.rows);
     if (p_.row_ids) start_values_.resize(tile_);
   }
@@ -158,7 +167,7 @@ class Worker {
                       p_.s2,
                       p_.eps};
     const auto score = p_.step == Step::kAdamW ? kernel_.adamw : kernel_.sgd;
-    score(job, x_.data(), dy_.data(), tokens.size(), starts_.data(), scores);
+    score(job, x_.data(), dy_.data(), dy_stride(tokens.size(), kernel_.rows), tokens.size(), starts_.data(), scores);
   }
 
   // Register tiles that an embedding row of this example falls into start from that row's gradient.
