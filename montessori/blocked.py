@@ -71,20 +71,19 @@ class _SGDBlock:
 def _adam_block(
     q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor, step: AdamWStep, dtype: torch.dtype
 ) -> _AdamBlock:
-    correction1 = 1 - step.beta1**step.step
-    correction2 = 1 - step.beta2**step.step
+    a1, a2, s1, s2 = step.folded
     q, param = q.flatten(1).to(dtype), param.flatten().to(dtype)
     constant = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     if step.decoupled and step.weight_decay:
         constant = torch.mv(q, param).double() * (-step.lr * step.weight_decay)
     return _AdamBlock(
         q=q,
-        momentum=exp_avg.flatten().to(dtype) * (step.beta1 / correction1),
-        second=exp_avg_sq.flatten().to(dtype) * (step.beta2 / correction2),
+        momentum=exp_avg.flatten().to(dtype) * a1,
+        second=exp_avg_sq.flatten().to(dtype) * s1,
         decay=None if step.decoupled or not step.weight_decay else param * step.weight_decay,
         constant=constant,
-        a2=(1 - step.beta1) / correction1,
-        s2=(1 - step.beta2) / correction2,
+        a2=a2,
+        s2=s2,
         eps=step.eps,
         lr=step.lr,
         scratch=torch.empty_like(param),
@@ -95,17 +94,9 @@ def _sgd_block(
     q: Tensor, momentum_buffer: Tensor | None, param: Tensor, step: SGDStep, dtype: torch.dtype
 ) -> _SGDBlock:
     q, param = q.flatten(1).to(dtype), param.flatten().to(dtype)
-    # The buffer is b = μ' b_old + ρ g', and the direction is g' + μ b (Nesterov) or b.
-    buffered = bool(step.momentum) and step.step > 1 and momentum_buffer is not None
-    rho = 1 - step.dampening if buffered else 1.0
-    if not step.momentum:
-        on_grad, on_buffer = 1.0, 0.0
-    elif step.nesterov:
-        on_grad, on_buffer = 1 + step.momentum * rho, step.momentum**2
-    else:
-        on_grad, on_buffer = rho, step.momentum
+    on_grad, on_buffer = step.line(buffered=step.step > 1 and momentum_buffer is not None)
     at_zero = param * (step.weight_decay * on_grad)
-    if buffered and momentum_buffer is not None:
+    if on_buffer and momentum_buffer is not None:
         at_zero = at_zero + momentum_buffer.flatten().to(dtype) * on_buffer
     return _SGDBlock(q, torch.mv(q, at_zero).double() * -step.lr, -step.lr * on_grad)
 

@@ -76,16 +76,12 @@ def linear_influence(
         return scores * slope + _dot(flat_q, at_zero)
     if exp_avg is None or exp_avg_sq is None:
         raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
-    correction1, correction2 = 1 - step.beta1**step.step, 1 - step.beta2**step.step
     scores = torch.ops.montessori.linear_scores(
         *arguments,
         exp_avg.contiguous(),
         exp_avg_sq.contiguous(),
         *table,
-        step.beta1 / correction1,
-        (1 - step.beta1) / correction1,
-        step.beta2 / correction2,
-        (1 - step.beta2) / correction2,
+        *step.folded,
         step.eps,
     )
     scores = scores * -step.lr
@@ -106,16 +102,10 @@ def _dot(flat_q: Tensor, values: Tensor) -> Tensor:
 
 def _sgd_line(step: SGDStep, buffer: Tensor | None, param: Tensor) -> tuple[float, Tensor]:
     """Δ(g) = slope · g + Δ(0): the slope, and Δ(0) of the parameter's shape."""
-    buffered = bool(step.momentum) and step.step > 1 and buffer is not None
-    share = 1 - step.dampening if buffered else 1.0
-    if not step.momentum:
-        on_grad, on_buffer = 1.0, 0.0
-    elif step.nesterov:
-        on_grad, on_buffer = 1 + step.momentum * share, step.momentum**2
-    else:
-        on_grad, on_buffer = share, step.momentum
+    buffered = step.step > 1 and buffer is not None
+    on_grad, on_buffer = step.line(buffered)
     at_zero = param.float() * (step.weight_decay * on_grad)
-    if buffered and buffer is not None:
+    if on_buffer and buffer is not None:
         at_zero = at_zero + buffer.float() * on_buffer
     return -step.lr * on_grad, at_zero * -step.lr
 

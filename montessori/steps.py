@@ -47,6 +47,17 @@ class AdamWStep:
             "a 1-based integer, the index of the step about to be taken",
         )
 
+    @property
+    def folded(self) -> tuple[float, float, float, float]:
+        """a1, a2, s1, s2 with m'/(1−β1^t) = a1 m + a2 g and v'/(1−β2^t) = s1 v + s2 g² (Eq. 1)."""
+        correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        return (
+            self.beta1 / correction1,
+            (1 - self.beta1) / correction1,
+            self.beta2 / correction2,
+            (1 - self.beta2) / correction2,
+        )
+
 
 @dataclass(frozen=True)
 class SGDStep:
@@ -68,6 +79,18 @@ class SGDStep:
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "0 <= momentum < 1")
         _require(math.isfinite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
         _require(isinstance(self.step, int) and self.step >= 1, "step", self.step, "a 1-based integer")
+
+    def line(self, buffered: bool) -> tuple[float, float]:
+        """(a, b) with Δ(g) = −lr · (a (g + λθ) + b · buffer); `buffered` where there is a momentum buffer.
+
+        The new buffer is μ·buffer + ρ (g + λθ); the step follows it, or looks ahead of it (Nesterov).
+        """
+        if not self.momentum:
+            return 1.0, 0.0
+        share = 1 - self.dampening if buffered else 1.0
+        if self.nesterov:
+            return 1 + self.momentum * share, self.momentum**2 if buffered else 0.0
+        return share, self.momentum if buffered else 0.0
 
 
 OptimizerStep = AdamWStep | SGDStep

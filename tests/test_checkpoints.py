@@ -17,15 +17,6 @@ from montessori.optim_state import AdamWState
 from montessori.steps import SGDStep
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Threads that wait for a busy core cost more than these tiny products.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

@@ -19,15 +19,6 @@ from montessori.errors import ModelError
 from montessori.models import cache_directory, load_model, validate_model
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Threads that wait for a busy core cost more than these tiny products.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(

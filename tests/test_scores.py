@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import make_model, make_rows, warm_optimizer
 
-from montessori import InfluenceEstimator, Scores
+from montessori import InfluenceEstimator, Scores, scorers
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError, StateError
 from montessori.losses import response_loss
 
@@ -174,3 +174,27 @@ def test_models_that_cannot_be_scored():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight has NaN"):
         InfluenceEstimator(model, optimizer, make_rows(2))
+
+
+def short_of_memory(monkeypatch, largest):
+    """Batches of more than `largest` examples run out of memory."""
+    original = scorers.LinearScorer._score
+
+    def limited(self, group):
+        if len(group) > largest:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, group)
+
+    monkeypatch.setattr(scorers.LinearScorer, "_score", limited)
+
+
+def test_out_of_memory_halves_the_batch_once_and_says_so(warm, monkeypatch):
+    rows, estimator = make_rows(8, seed=1), InfluenceEstimator(*warm, make_rows(3))
+    want = estimator.score(rows).influence
+    short_of_memory(monkeypatch, largest=4)
+    with pytest.warns(ResourceWarning, match="lower batch_tokens"):
+        got = estimator.score(rows).influence
+    np.testing.assert_allclose(got, want, rtol=1e-9)
+    short_of_memory(monkeypatch, largest=2)
+    with pytest.warns(ResourceWarning), pytest.raises(ResourceError, match=r"8 example.*also when halved"):
+        estimator.score(rows)

@@ -28,15 +28,6 @@ from montessori.errors import ArgumentError, DataError, ModelError, ResourceErro
 from montessori.warmup import warmup
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Threads that wait for a busy core cost more than these tiny products.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
