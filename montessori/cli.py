@@ -131,7 +131,7 @@ def cli() -> None:
 @click.option("--epochs", type=float, default=1.0, show_default=True)
 @click.option("--max-steps", type=int, default=-1, show_default=True, help="Steps; overrides --epochs.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
-@click.option("--max-grad-norm", type=float, default=1.0, show_default=True)
+@click.option("--max-grad-norm", type=float, help="Clip by global norm; score with the same. [default: no clipping]")
 @click.option("--seed", type=int, default=42, show_default=True)
 @_with(TEXT_OPTIONS)
 def warmup(student: str, data: str, out: Path, epochs: float, max_length: int | None, truncation: str,

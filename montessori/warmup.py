@@ -46,7 +46,7 @@ def warmup(
     weight_decay: float = 0.0,
     seed: int = 42,
     resume: bool = True,
-    max_grad_norm: float = 1.0,
+    max_grad_norm: float | None = None,
     progress: bool = True,
 ) -> Path:
     """Fine-tune `model` on `examples` with AdamW; return `output_dir/checkpoint-N`, N optimizer steps.
@@ -54,7 +54,8 @@ def warmup(
     The checkpoint is an ordinary one of Trainer: model, tokenizer and `optimizer.pt`. One step sees
     `batch_size` examples, `per_device_train_batch_size` of them at a time. The learning rate rises
     linearly over the whole run, from 0 at the first step, so that `optimizer.pt` holds `learning_rate`.
-    `max_steps` > 0 takes the place of `num_train_epochs`.
+    `max_steps` > 0 takes the place of `num_train_epochs`. Without `max_grad_norm` gradients are not
+    clipped; give scoring the same value, or its steps are not those of this run.
 
     `model` is trained in place, holds the weights of the returned checkpoint afterwards, and keeps
     its training or eval mode; it moves to the GPU where there is one. Random generators are seeded
@@ -76,7 +77,8 @@ def warmup(
         "max_steps": max_steps,
         "weight_decay": weight_decay,
         "seed": seed,
-        "max_grad_norm": max_grad_norm,
+        # Trainer's word for no clipping is 0.
+        "max_grad_norm": max_grad_norm or 0.0,
     }
     arguments = _training_arguments(path, settings, progress)
     total_steps = _plan_steps(arguments, len(examples), batch_size)
