@@ -86,10 +86,10 @@ def print_extremes(
     ranked = order[len(order) - int(np.isfinite(values).sum()) :]
     for title, chosen in (("highest", ranked[::-1][:count]), ("lowest", ranked[:count])):
         table = Table(title=f"{title} {len(chosen)}", title_justify="left")
-        for column in ("row", "value", "loss", "tokens"):
-            table.add_column(column, justify="right", no_wrap=True)
+        for column, width in (("row", 6), ("value", 10), ("loss", 6), ("tokens", 6)):
+            table.add_column(column, justify="right", no_wrap=True, min_width=width)
         if rows is not None:
-            table.add_column("text", overflow="ellipsis", no_wrap=True, ratio=1)
+            table.add_column("text", no_wrap=True)
         for index in chosen:
             cells = [
                 str(index),
@@ -97,7 +97,10 @@ def print_extremes(
                 f"{scores.loss[index]:.3f}",
                 str(scores.num_tokens[index]),
             ]
-            table.add_row(*cells, *([Text(_one_line(rows[int(index)]))] if rows is not None else []))
+            table.add_row(
+                *cells,
+                *([Text(_shortened(_one_line(rows[int(index)]), console.width - 46))] if rows is not None else []),
+            )
         console.print(table)
 
 
@@ -116,6 +119,10 @@ def agreement_table(title: str, agreements: Mapping[str, Agreement]) -> Table:
             f"{a.max_relative_error:.3%}",
         )
     return table
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
 def _one_line(row: Mapping) -> str:

@@ -28,10 +28,12 @@ from montessori.errors import ArgumentError, DataError, ModelError, ResourceErro
 from montessori.warmup import warmup
 
 
-@pytest.fixture(autouse=True)
-def save_after_every_step(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def save_after_every_step():
     """Runs of a few steps leave a checkpoint after each, as long runs do after each part."""
-    monkeypatch.setattr("montessori.warmup._SAVES_PER_RUN", 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("montessori.warmup._SAVES_PER_RUN", 10)
+        yield
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
