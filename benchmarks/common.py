@@ -30,6 +30,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--num-references", type=int, default=8)
     options.add_argument("--work", type=Path, default=Path("out/bench"), help="where the warmed-up student is kept")
     options.add_argument("--warmup-batch-size", type=int, default=8)
+    options.add_argument("--warmup-max-grad-norm", type=float, help="clip the warm-up (candidates are not clipped)")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     return options
 
@@ -41,9 +42,23 @@ def warm_student(candidates: Rows, arguments: argparse.Namespace) -> Path:
         list(candidates)[arguments.num_candidates :] or load_rows(demo_file("warmup.jsonl")).rows, candidates.source
     )
     examples = encode_rows(rows, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
-    size = arguments.warmup_batch_size
-    out = arguments.work / f"warmup_{size}"
-    return warmup(model, tokenizer, examples, out, max_steps=12, batch_size=size, per_device_train_batch_size=4)
+    out = arguments.work / f"warmup{warmup_name(arguments)}"
+    return warmup(
+        model,
+        tokenizer,
+        examples,
+        out,
+        max_steps=12,
+        batch_size=arguments.warmup_batch_size,
+        per_device_train_batch_size=4,
+        max_grad_norm=arguments.warmup_max_grad_norm,
+    )
+
+
+def warmup_name(arguments: argparse.Namespace) -> str:
+    """Suffix of files that belong to this warm-up."""
+    clipped = "_clipped" if arguments.warmup_max_grad_norm else ""
+    return f"_{arguments.warmup_batch_size}{clipped}"
 
 
 def load_data(arguments: argparse.Namespace) -> tuple[Rows, Rows, Rows]:

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.common import MAX_LENGTH, RESULTS, load_data, parser, warm_student, write_result
+from benchmarks.common import MAX_LENGTH, RESULTS, load_data, parser, warm_student, warmup_name, write_result
 from montessori import InfluenceEstimator
 from montessori.agreement import Agreement
 from montessori.inspection import agreement_table
@@ -37,9 +37,9 @@ def main() -> None:
     for method in METHODS[:2]:
         agreements[method] = Agreement.of(scores[method].influence, real.influence)
         centred[method] = Agreement.of(scores[method].centred, real.centred)
-    _plot(scores, RESULTS / f"fidelity_{arguments.warmup_batch_size}.png")
+    _plot(scores, RESULTS / f"fidelity{warmup_name(arguments)}.png")
     path = write_result(
-        f"fidelity_{arguments.warmup_batch_size}",
+        f"fidelity{warmup_name(arguments)}",
         arguments,
         {
             "agreement": {method: value.to_dict() for method, value in agreements.items()},

@@ -18,14 +18,17 @@ README = Path(__file__).parent.parent / "README.md"
 
 def fidelity(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| warm-up batch | method | candidates | Pearson | Spearman | sign agreement | median relative error |",
+        "| warm-up | method | candidates | Pearson | Spearman | sign agreement | median relative error |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
+        settings = record["settings"]
+        clipped = f", clipped at {settings['warmup_max_grad_norm']}" if settings["warmup_max_grad_norm"] else ""
+        warmup = f"batch {settings['warmup_batch_size']}{clipped}"
         for kind, label in (("agreement", ""), ("centred_agreement", ", centred")):
             for method, a in record[kind].items():
                 lines.append(
-                    f"| {record['settings']['warmup_batch_size']} | `{method}`{label} | {a['num_examples']} "
+                    f"| {warmup} | `{method}`{label} | {a['num_examples']} "
                     f"| {a['pearson']:.6f} | {a['spearman']:.4f} | {a['sign_agreement']:.0%} "
                     f"| {a['median_relative_error']:.2%} |"
                 )
