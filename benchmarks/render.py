@@ -58,7 +58,9 @@ def _records(pattern: str) -> list[dict[str, Any]]:
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     tables = {
-        "fidelity": fidelity(_records("fidelity_*.json")),
+        "fidelity": fidelity(
+            sorted(_records("fidelity_*.json"), key=lambda record: record["settings"]["warmup_max_grad_norm"] or 0)
+        ),
         "speed": speed(_records("speed_*.json")),
     }
     for name, table in tables.items():
