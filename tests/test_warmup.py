@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -252,17 +251,15 @@ def test_a_run_cut_before_its_first_whole_checkpoint_starts_again(tmp_path, monk
     assert_same_weights(model, resumed)
 
 
-def test_a_finished_run_returns_at_once_with_its_weights(finished, monkeypatch):
+def test_a_finished_run_returns_its_weights_without_training(finished, monkeypatch):
     model, checkpoint = finished
     monkeypatch.setattr(Trainer, "train", None)
     files = {file: file.stat().st_mtime_ns for file in checkpoint.rglob("*")}
-    begun = time.perf_counter()
     for start in (tiny_llama(), copy.deepcopy(model)):
         trained, again = run(checkpoint.parent, start)
         assert again == checkpoint
         assert_same_weights(model, trained)
         assert not trained.training
-    assert time.perf_counter() - begun < 5
     assert files == {file: file.stat().st_mtime_ns for file in checkpoint.rglob("*")}
 
 
