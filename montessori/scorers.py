@@ -1,15 +1,15 @@
 """The two ways to get ΔL of candidates: the linear prediction (Eq. 3, 4) and the real step (Eq. 2).
 
-A scorer is made once per run and is asked for one group of candidates after the other.
+A scorer is made once per run and is asked, within `running()`, for one group of candidates after the other:
+`score` gives ΔL float64 [B, K] and the candidates' own losses float64 [B], both on the CPU.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,6 @@ from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import Plan
 from montessori.scoring import ClippingSink, InfluenceSink
-
-
-class Scorer(Protocol):
-    """`score` gives ΔL float64 [B, K] and the candidates' own losses float64 [B], both on the CPU."""
-
-    def running(self) -> AbstractContextManager[None]: ...
-
-    def score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -198,3 +200,18 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(warm, monkeypatch):
     short_of_memory(monkeypatch, largest=2)
     with pytest.warns(ResourceWarning), pytest.raises(ResourceError, match=r"8 example.*also when halved"):
         estimator.score(rows)
+
+
+def test_no_tensor_of_a_candidate_outlives_its_batch(warm, monkeypatch):
+    original, alive = scorers.LinearScorer._score, []
+
+    def watched(self, group):
+        gc.collect()
+        alive.append(sum(t.nbytes for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)))
+        return original(self, group)
+
+    monkeypatch.setattr(scorers.LinearScorer, "_score", watched)
+    row = make_rows(1, seed=1)[0]
+    InfluenceEstimator(*warm, make_rows(3)).score([row] * 12, batch_tokens=len(row["input_ids"]))
+    assert len(alive) == 12
+    assert alive[-1] == alive[1]
