@@ -163,34 +163,8 @@ def linear_influence(
     return scores
 
 
-def embedding_influence(
-    rows: SparseRows,
-    q: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    param: Tensor,
-    step: OptimizerStep,
-    drift: Tensor,
-) -> Tensor:
-    """Eq. 6: C0 + Σ over touched rows of f(g) − f(0); see `montessori.ops.embedding_influence`."""
-    dtype = _compute_dtype(rows.grad, q, exp_avg, exp_avg_sq, param)
-    bounds = rows.offsets.tolist()
-    scores = drift.double().expand(len(bounds) - 1, -1).clone()
-    for example, (low, high) in enumerate(itertools.pairwise(bounds)):
-        ids, position = rows.ids[low:high].unique(return_inverse=True)
-        if ids.numel() == 0:
-            continue
-        grad = rows.grad.new_zeros(ids.numel(), param.shape[1], dtype=dtype)
-        grad.index_add_(0, position, rows.grad[low:high].to(dtype))
-        state = [tensor[ids] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq)]
-        block = _block(q[:, ids], state[0], state[1], param[ids], step, dtype)
-        at_zero = block.score(torch.zeros_like(grad).view(-1))
-        scores[example] += block.score(grad.view(-1)) - at_zero
-    return scores
-
-
 def adam_influence(
-    grad: Tensor,
+    grad: Tensor | None,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -198,6 +172,8 @@ def adam_influence(
     step: OptimizerStep,
 ) -> Tensor:
     """Eq. 3 for ready gradients; see `montessori.ops.adam_influence`."""
+    if grad is None:
+        grad = param.new_zeros(()).expand(1, *param.shape)
     dtype = _compute_dtype(grad, q, exp_avg, exp_avg_sq, param)
     num_examples = grad.shape[0]
     scores = torch.zeros(num_examples, q.shape[0], dtype=torch.float64, device=grad.device)
@@ -209,3 +185,14 @@ def adam_influence(
         for example in range(num_examples):
             scores[example] += block.score(grad[example, span].to(dtype, copy=True))
     return scores
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Losses of rows, whose logits become weighted gradients; see `montessori.ops.cross_entropy_`."""
+    rows = torch.arange(targets.numel(), device=targets.device)
+    normaliser = logits.logsumexp(-1)
+    losses = normaliser.double() - logits[rows, targets].double()
+    logits.sub_(normaliser[:, None]).exp_()
+    logits[rows, targets] -= 1
+    logits.mul_(weights[:, None])
+    return losses

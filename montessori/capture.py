@@ -11,38 +11,46 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from montessori.batching import Batch
 from montessori.errors import ModelError
+from montessori.head import ChunkedHead, hidden_states
+from montessori.local import local_gradients, sum_per_example
 from montessori.losses import LossFunction
 from montessori.ops import SparseRows
 from montessori.rowmap import RowMap, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, LOCAL, ModuleRule, Plan
-from montessori.uses import DenseUse, LinearUse, RowsUse, Use, merge
+from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
 
 
 class Sink(Protocol):
     """Receives every trainable parameter once per batch, with its gradient or as absent (gradient 0)."""
 
-    def use(self, name: str, use: Use) -> None: ...
+    def use(self, name: str, use: Use | RestUse) -> None: ...
+
+    def part(self, name: str, first: int, use: LinearUse, rows: slice) -> None:
+        """The gradient of `rows` of a matrix for the examples from `first` on; a RestUse ends the parts."""
 
     def absent(self, name: str) -> None: ...
 
 
 class Capture:
-    """Runs batches through `model` and hands each parameter's per-example gradient to a sink."""
+    """Runs batches through `model` and hands each parameter's per-example gradient to a sink.
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    `impl` is that of the chunked head's cross-entropy, see `montessori.ops`.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, impl: str = "auto") -> None:
         self._model = model
         self._plan = plan
+        self._impl = impl
+        self._parts: dict[str, list[TouchedRows]] = {}
         self._rows: RowMap | None = None
         self._sink: Sink | None = None
         self._expected: Counter[str] = Counter()
@@ -60,7 +68,7 @@ class Capture:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
             for module, rule in self._plan.rules.items():
-                if not set(rule.parameters.values()) <= self._plan.fallback:
+                if module is not self._plan.head and not set(rule.parameters.values()) <= self._plan.fallback:
                     for handle in self._hooks(module, rule):
                         stack.callback(handle.remove)
             yield
@@ -74,11 +82,12 @@ class Capture:
         self._received.clear()
         self._remaining = set(self._plan.trainable)
         try:
-            losses = example_losses(self._model, batch, loss)
+            losses = example_losses(self._model, batch, loss if self._plan.head is None else self._chunked_losses)
             losses.sum().backward()
             self._flush()
         finally:
             self._received.clear()
+            self._parts.clear()
             self._rows = self._sink = None
             for parameter in self._plan.trainable.values():
                 parameter.grad = None
@@ -91,6 +100,8 @@ class Capture:
                 self._deliver(name, DenseUse(grad.unsqueeze(0)))
         for name in list(self._received):
             self._deliver_all(name)
+        for name in list(self._parts):
+            self._deliver_rest(name, None)
         for name in sorted(self._remaining):
             self._active_sink.absent(name)
 
@@ -110,8 +121,39 @@ class Capture:
         merged = merge(self._received.pop(name))
         if merged is None:
             raise ModelError(f"{name}: used both as a matrix and element by element, which cannot be captured")
+        if name in self._parts:
+            self._deliver_rest(name, merged)
+            return
         self._remaining.discard(name)
         self._active_sink.use(name, merged)
+
+    def _deliver_rest(self, name: str, use: Use | None) -> None:
+        if use is not None and not isinstance(use, RowsUse):
+            raise ModelError(f"{name}: the vocabulary head's weight is also used as a matrix elsewhere")
+        self._remaining.discard(name)
+        self._active_sink.use(name, RestUse(use.rows if use is not None else None, self._parts.pop(name)))
+
+    def _chunked_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`response_loss` with the head by chunks, whose gradients go to the sink at once."""
+        head = self._plan.head
+        if head is None:
+            raise ModelError("the plan has no head that goes by chunks")
+        hidden = hidden_states(model, head, batch)
+        chunks = ChunkedHead.of(head, batch, self._active_rows.label_offsets, self._impl)
+        names = self._plan.rules[head].parameters if head in self._plan.rules else {}
+        if "weight" in names:
+            name = names["weight"]
+            chunks.receive = partial(self._active_sink.part, name)
+            if any(rule.kind == EMBEDDING and name in rule.parameters.values() for rule in self._plan.rules.values()):
+                chunks.touched = _touched(batch)
+        chunks.wants_bias = "bias" in names
+        losses = chunks.losses(hidden)
+        if "weight" in names:
+            self._parts[names["weight"]] = chunks.touched_rows
+        if chunks.bias_grad is not None:
+            self._expected[names["bias"]] += 1
+            self._deliver(names["bias"], DenseUse(chunks.bias_grad))
+        return losses
 
     def _hooks(self, module: nn.Module, rule: ModuleRule) -> Iterator[Any]:
         rule = self._without_fallback(rule)
@@ -149,7 +191,7 @@ class Capture:
             factors = (packed_dy, packed_x) if rule.kind == CONV1D else (packed_x, packed_dy)
             self._deliver(rule.parameters["weight"], LinearUse(*factors, offsets))
         if "bias" in rule.parameters:
-            self._deliver(rule.parameters["bias"], DenseUse(_sum_per_example(packed_dy, offsets)))
+            self._deliver(rule.parameters["bias"], DenseUse(sum_per_example(packed_dy, offsets)))
 
     def _local_called(
         self, rule: ModuleRule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -167,13 +209,10 @@ class Capture:
         """
         packed_x, offsets = self._pack(x, rule)
         packed_dy, _ = self._pack_gradient(dy, rule)
-        own = {key: getattr(module, key).detach().requires_grad_() for key in rule.parameters}
-        grads = []
-        for low, high in pairwise(offsets.tolist()):
-            with self._paused(), torch.enable_grad():
-                grads.append(_replayed_gradients(rule, module, own, packed_x[low:high], packed_dy[low:high]))
-        for name, per_example in zip(rule.parameters.values(), zip(*grads, strict=True), strict=True):
-            self._deliver(name, DenseUse(torch.stack(per_example)))
+        with self._paused(), torch.enable_grad():
+            grads = local_gradients(rule, module, packed_x, packed_dy, offsets)
+        for name, per_example in zip(rule.parameters.values(), grads, strict=True):
+            self._deliver(name, DenseUse(per_example))
 
     def _embedding_called(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, output: Tensor) -> Tensor:
         tracked = self._track(rule, output, partial(self._embedding_gradient, rule, ids, padding_idx))
@@ -252,18 +291,10 @@ class _EmbeddingCalls(TorchFunctionMode):
         return output
 
 
-def _replayed_gradients(
-    rule: ModuleRule, module: nn.Module, own: dict[str, Tensor], x: Tensor, dy: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of a small module's own parameters from its input rows and output gradients."""
-    try:
-        y = functional_call(module, own, (x,))
-        return torch.autograd.grad(y, list(own.values()), dy, allow_unused=True, materialize_grads=True)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        # A module that wants its rows in another arrangement; the check before use sends it to autograd.
-        raise UnmappableRowsError(rule.module_name, tuple(x.shape), 1) from error
+def _touched(batch: Batch) -> list[Tensor]:
+    """Sorted ids of each example's tokens."""
+    lines = zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
+    return [ids[real].unique() for ids, real in lines]
 
 
 def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
@@ -300,8 +331,3 @@ def gradients_aside(parameters: Any) -> Iterator[None]:
     finally:
         for parameter, grad in kept:
             parameter.grad = grad
-
-
-def _sum_per_example(rows: Tensor, offsets: Tensor) -> Tensor:
-    wide = rows if rows.dtype is torch.float64 else rows.float()
-    return torch.stack([part.sum(0) for part in wide.split(offsets.diff().tolist())])

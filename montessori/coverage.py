@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import Example, collate
-from montessori.capture import Capture
+from montessori.capture import Capture, evaluation_mode
 from montessori.errors import FallbackWarning, ModelError
-from montessori.losses import LossFunction
+from montessori.head import ChunkedHead, HeadError, chunkable_head, hidden_states
+from montessori.losses import LossFunction, response_loss
 from montessori.oracle import example_gradients
-from montessori.rowmap import UnmappableRowsError
+from montessori.rowmap import RowMap, UnmappableRowsError
 from montessori.rules import Plan, make_plan
-from montessori.uses import Use, example_gradient
+from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
 
 # Rounding allowed between two ways to sum the same products, relative to the gradient's norm.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -35,13 +36,32 @@ class _CompareSink:
     position: int
     scale: float
     parameters: dict[str, nn.Parameter]
+    parts: dict[str, Tensor] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
 
-    def use(self, name: str, use: Use) -> None:
+    def use(self, name: str, use: Use | RestUse) -> None:
         self.used.add(name)
-        got = example_gradient(use, self.position, self.parameters[name].shape)
+        if isinstance(use, RestUse):
+            got = self._whole(name, use)
+        else:
+            got = example_gradient(use, self.position, self.parameters[name].shape)
         self._compare(name, got)
+
+    def part(self, name: str, first: int, use: LinearUse, rows: slice) -> None:
+        parameter, position = self.parameters[name], self.position - first
+        if 0 <= position < use.offsets.numel() - 1:
+            grad = example_gradient(use, position, parameter[rows].shape)
+            self.parts.setdefault(name, torch.zeros_like(parameter, dtype=grad.dtype))[rows] = grad
+
+    def _whole(self, name: str, use: RestUse) -> Tensor:
+        """The parts, with the rest added where the parts' own rows say that it belongs."""
+        grad = self.parts.pop(name, torch.zeros_like(self.parameters[name]))
+        if use.rows is not None:
+            ids, rows = use.parts[self.position].ids, use.parts[self.position].grad
+            grad = grad.index_copy(0, ids, rows.to(grad.dtype))
+            grad += example_gradient(RowsUse(use.rows), self.position, grad.shape)
+        return grad
 
     def absent(self, name: str) -> None:
         self._compare(name, None)
@@ -70,6 +90,8 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     plan = make_plan(model)
     parameters = plan.trainable
     examples = _of_two_lengths(examples)
+    if loss is response_loss:
+        plan.head = _proved_head(model, plan, examples)
     proved: set[str] = set()
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
@@ -83,12 +105,33 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
             wrong = _disagreeing(model, plan, group, loss, sink)
             if not wrong - plan.fallback:
                 break
+            if plan.head is not None:
+                # Its hook may hold where the chunks do not.
+                plan.head = None
+                continue
             plan.fallback |= wrong
         proved |= sink.used
     plan.fallback |= parameters.keys() - proved
     if plan.fallback:
         _warn(plan)
     return plan
+
+
+def _proved_head(model: nn.Module, plan: Plan, examples: Sequence[Example]) -> nn.Linear | None:
+    """The vocabulary head if its loss by chunks is the model's own: no scale, no cap, nothing in between."""
+    head = chunkable_head(model, plan.rules)
+    if head is None:
+        return None
+    batch = collate(examples).to(next(iter(plan.trainable.values())).device)
+    with torch.no_grad(), evaluation_mode(model):
+        want = response_loss(model, batch)
+        try:
+            hidden = hidden_states(model, head, batch)
+        except HeadError:
+            return None
+        got, _ = ChunkedHead.of(head, batch, RowMap.of(batch).label_offsets, "auto").run(hidden)
+    allowed = TOLERANCE[hidden.dtype] * want.abs()
+    return head if bool(((got - want).abs() <= allowed).all()) else None
 
 
 def _of_two_lengths(examples: Sequence[Example]) -> Sequence[Example]:

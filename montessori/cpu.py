@@ -6,21 +6,24 @@ Arguments are trusted here; `montessori.ops` has checked them.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from montessori.steps import AdamWStep, OptimizerStep, SGDStep
+from montessori.steps import OptimizerStep, SGDStep
 
 if TYPE_CHECKING:
     from montessori.ops import SparseRows
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-DOT_ELEMENTS = 1 << 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tiles of a stratum of which two are drawn at least, so that the variance within it can be seen.
+DRAWN_PER_STRATUM = 2
 
 
 @lru_cache(maxsize=1)
@@ -35,10 +38,12 @@ def unavailable() -> str | None:
     except OSError as error:
         return f"{LIBRARY.name} cannot be loaded ({error})"
     torch.library.register_fake("montessori::linear_scores", _fake_linear_scores)
+    torch.library.register_fake("montessori::dense_scores", _fake_dense_scores)
+    torch.library.register_fake("montessori::cross_entropy_", _fake_cross_entropy)
     return None
 
 
-def unsupported(step: OptimizerStep, *tensors: Tensor | None) -> str | None:
+def unsupported(*tensors: Tensor | None) -> str | None:
     """Why these arguments are not for this implementation, None when they are."""
     reason = unavailable()
     if reason is not None:
@@ -50,9 +55,32 @@ def unsupported(step: OptimizerStep, *tensors: Tensor | None) -> str | None:
             return f"it runs on the CPU, got a tensor on {tensor.device}"
         if tensor.dtype not in DTYPES:
             return f"it computes in float32 from float32, bfloat16 or float16, got {tensor.dtype}"
-    if isinstance(step, AdamWStep) and not step.decoupled and step.weight_decay:
-        return "it has no Adam with L2 weight decay"
     return None
+
+
+@dataclass(frozen=True)
+class TileSample:
+    """Tiles of a weight drawn by strata: `tiles` int64 [n], of which bounds[h]..bounds[h+1]-1 stand for
+    the population[h] tiles of stratum h."""
+
+    tiles: Tensor
+    bounds: Tensor
+    population: Tensor
+
+    @classmethod
+    def draw(cls, q: Tensor, sample: float, seed: int) -> TileSample:
+        """A share of about `sample` of the tiles of the weight that q [K, O, I] belongs to."""
+        count = int(torch.ops.montessori.linear_tiles(q))
+        strata = max(1, int(count * sample / DRAWN_PER_STRATUM))
+        edges = [count * h // strata for h in range(strata + 1)]
+        generator = torch.Generator().manual_seed(seed)
+        drawn, bounds, population = [], [0], []
+        for low, high in pairwise(edges):
+            size = min(high - low, max(DRAWN_PER_STRATUM, round((high - low) * sample)))
+            drawn.append(low + torch.randperm(high - low, generator=generator)[:size].sort().values)
+            bounds.append(bounds[-1] + size)
+            population.append(high - low)
+        return cls(torch.cat(drawn), torch.tensor(bounds), torch.tensor(population))
 
 
 def linear_influence(
@@ -68,46 +96,78 @@ def linear_influence(
 ) -> Tensor:
     """Eq. 5 tile by tile; see `montessori.ops.linear_influence`."""
     table = _sorted_rows(rows) if rows is not None else (None, None, None)
-    arguments = (x.contiguous(), dy.contiguous(), torch.tensor(bounds), q.contiguous())
-    flat_q = q.flatten(1)
+    call = _prepared(q, exp_avg, exp_avg_sq, param, step)
+    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds))
+    scores, _ = torch.ops.montessori.linear_scores(*batch, *call.state, *table, None, None, None, *call.constants)
+    return scores * call.scale
+
+
+def sampled_linear_influence(
+    x: Tensor,
+    dy: Tensor,
+    bounds: list[int],
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    sample: TileSample,
+) -> tuple[Tensor, Tensor]:
+    """Estimates of Σ q·(Δ(g) − Δ(0)) from the tiles of `sample`, and their variances."""
+    call = _prepared(q, exp_avg, exp_avg_sq, param, step)
+    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds))
+    chosen = (sample.tiles, sample.bounds, sample.population)
+    scores, variance = torch.ops.montessori.linear_scores(
+        *batch, *call.state, None, None, None, *chosen, *call.constants
+    )
+    return scores * call.scale, variance * call.scale**2
+
+
+def adam_influence(
+    grad: Tensor | None,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+) -> Tensor:
+    """Eq. 3 for ready gradients [B, *shape], or with None for one gradient 0."""
+    call = _prepared(q.reshape(q.shape[0], param.numel()), exp_avg, exp_avg_sq, param, step)
+    flat = None if grad is None else grad.reshape(grad.shape[0], param.numel()).contiguous()
+    return torch.ops.montessori.dense_scores(flat, *call.state, *call.constants) * call.scale
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Losses of the rows of `logits` float32 [n, V], float64 [n]; logits become their gradients.
+
+    targets int64 [n], weights float32 [n]: row i becomes weights[i] · (softmax − one-hot).
+    """
+    return torch.ops.montessori.cross_entropy_(logits, targets, weights)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Arguments of an operator, whose result times `scale` is the score."""
+
+    state: tuple[Tensor | None, ...]  # q, exp_avg, exp_avg_sq, param
+    constants: tuple[float, ...]  # a1, a2, s1, s2, eps, decay, on_param, on_exp_avg
+    scale: float
+
+
+def _prepared(
+    q: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, param: Tensor, step: OptimizerStep
+) -> _Prepared:
     if isinstance(step, SGDStep):
-        slope, at_zero = _sgd_line(step, exp_avg, param)
-        scores = torch.ops.montessori.linear_scores(*arguments, None, None, *table, 0.0, 0.0, 0.0, 0.0, 0.0)
-        return scores * slope + _dot(flat_q, at_zero)
+        buffered = step.step > 1 and exp_avg is not None
+        on_grad, on_buffer = step.line(buffered)
+        first = exp_avg.contiguous() if exp_avg is not None and buffered else None
+        constants = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step.weight_decay, on_buffer / on_grad)
+        return _Prepared((q.contiguous(), first, None, param.contiguous()), constants, -step.lr * on_grad)
     if exp_avg is None or exp_avg_sq is None:
         raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
-    scores = torch.ops.montessori.linear_scores(
-        *arguments,
-        exp_avg.contiguous(),
-        exp_avg_sq.contiguous(),
-        *table,
-        *step.folded,
-        step.eps,
-    )
-    scores = scores * -step.lr
-    if step.weight_decay:
-        scores -= _dot(flat_q, param) * (step.lr * step.weight_decay)
-    return scores
-
-
-def _dot(flat_q: Tensor, values: Tensor) -> Tensor:
-    """Σ q·values, float64 [K]; a cache-sized part is widened at a time."""
-    total = torch.zeros(flat_q.shape[0], dtype=torch.float64)
-    flat = values.reshape(-1)
-    for start in range(0, flat.numel(), DOT_ELEMENTS):
-        part = slice(start, start + DOT_ELEMENTS)
-        total += flat_q[:, part].double() @ flat[part].double()
-    return total
-
-
-def _sgd_line(step: SGDStep, buffer: Tensor | None, param: Tensor) -> tuple[float, Tensor]:
-    """Δ(g) = slope · g + Δ(0): the slope, and Δ(0) of the parameter's shape."""
-    buffered = step.step > 1 and buffer is not None
-    on_grad, on_buffer = step.line(buffered)
-    at_zero = param.float() * (step.weight_decay * on_grad)
-    if on_buffer and buffer is not None:
-        at_zero = at_zero + buffer.float() * on_buffer
-    return -step.lr * on_grad, at_zero * -step.lr
+    decay, on_param = (0.0, step.weight_decay) if step.decoupled else (step.weight_decay, 0.0)
+    state = (q.contiguous(), exp_avg.contiguous(), exp_avg_sq.contiguous(), param.contiguous())
+    return _Prepared(state, (*step.folded, step.eps, decay, on_param, 0.0), -step.lr)
 
 
 def _sorted_rows(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +181,20 @@ def _sorted_rows(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_linear_scores(
     x: Tensor, dy: Tensor, offsets: Tensor, q: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None,
-    row_ids: Tensor | None, row_grad: Tensor | None, row_offsets: Tensor | None,
-    a1: float, a2: float, s1: float, s2: float, eps: float,
+    param: Tensor | None, row_ids: Tensor | None, row_grad: Tensor | None, row_offsets: Tensor | None,
+    tiles: Tensor | None, bounds: Tensor | None, population: Tensor | None, a1: float, a2: float, s1: float,
+    s2: float, eps: float, decay: float, on_param: float, on_exp_avg: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (offsets.shape[0] - 1, q.shape[0])
+    return q.new_empty(shape, dtype=torch.float64), q.new_empty(shape, dtype=torch.float64)
+
+
+def _fake_dense_scores(
+    grad: Tensor | None, q: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, param: Tensor | None,
+    a1: float, a2: float, s1: float, s2: float, eps: float, decay: float, on_param: float, on_exp_avg: float,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(offsets.shape[0] - 1, q.shape[0], dtype=torch.float64)
+    return q.new_empty(grad.shape[0] if grad is not None else 1, q.shape[0], dtype=torch.float64)
+
+
+def _fake_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float64)

@@ -11,8 +11,9 @@ K reference sets, V rows of an embedding table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,8 +31,11 @@ __all__ = [
     "available_impls",
     "check_impl",
     "choose_impl",
+    "cross_entropy_",
     "embedding_influence",
     "linear_influence",
+    "row_changes",
+    "sampled_linear_influence",
 ]
 
 
@@ -48,6 +52,8 @@ class SparseRows:
 
 
 _LINEAR: dict[str, Callable[..., Tensor]] = {"reference": blocked.linear_influence, "cpu": cpu.linear_influence}
+_DENSE: dict[str, Callable[..., Tensor]] = {"reference": blocked.adam_influence, "cpu": cpu.adam_influence}
+_CROSS_ENTROPY: dict[str, Callable[..., Tensor]] = {"reference": blocked.cross_entropy_, "cpu": cpu.cross_entropy_}
 # Fastest first; the last one takes every argument that the checks let through.
 _PREFERENCE = ("cpu", "reference")
 
@@ -69,8 +75,8 @@ def check_impl(impl: str) -> str:
     raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of {known} in this installation{reason}")
 
 
-def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tuple[str, str]:
-    """The implementation that `linear_influence` uses for these arguments, and why.
+def choose_impl(impl: str, *tensors: Tensor | None) -> tuple[str, str]:
+    """The implementation that scores these tensors, and why.
 
     "auto" takes the compiled CPU kernels where they apply, else plain torch. Raises ArgumentError when
     an implementation asked for by name cannot take the arguments.
@@ -78,7 +84,7 @@ def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tupl
     check_impl(impl)
     if impl == "reference":
         return impl, "asked for by name"
-    reason = cpu.unsupported(step, *tensors)
+    reason = cpu.unsupported(*tensors)
     if reason is None:
         return "cpu", "compiled kernels for this processor"
     if impl == "cpu":
@@ -117,8 +123,45 @@ def linear_influence(
     if rows is not None:
         _check_rows(rows, param, len(bounds))
     extra = rows.grad if rows is not None else None
-    chosen, _ = choose_impl(impl, step, x, dy, q, exp_avg, exp_avg_sq, param, extra)
+    chosen, _ = choose_impl(impl, x, dy, q, exp_avg, exp_avg_sq, param, extra)
     return _LINEAR[chosen](x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, rows)
+
+
+@torch.no_grad()
+def sampled_linear_influence(
+    x: Tensor,
+    dy: Tensor,
+    offsets: Tensor,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    *,
+    sample: float,
+    seed: int,
+    drift: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`linear_influence` estimated from a share of the weight's tiles, and the variances of the estimates.
+
+    The tiles are drawn by strata of neighbours, the same ones for every example of every call with one
+    `seed`. What is sampled is the difference to gradient 0; `drift` float64 [K] is the score there. The
+    estimate is unbiased over seeds. Two results, float64 [B, K]. Raises ArgumentError when the compiled
+    kernels cannot take the arguments.
+    """
+    check_state(q, exp_avg, exp_avg_sq, param, step)
+    check_tensors({"x": x, "dy": dy}, param.device)
+    num_out, num_in = _matrix_shape(param)
+    check_shape("x", x, (None, num_in), "[T, I]")
+    check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
+    check_shape("drift", drift, (q.shape[0],), "[K]")
+    if not 0 < sample <= 1:
+        raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
+    bounds = check_offsets(offsets, x.shape[0])
+    choose_impl("cpu", x, dy, q, exp_avg, exp_avg_sq, param)
+    tiles = cpu.TileSample.draw(q, sample, seed)
+    scores, variance = cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
+    return drift + scores, variance
 
 
 @torch.no_grad()
@@ -141,16 +184,50 @@ def embedding_influence(
     check_state(q, exp_avg, exp_avg_sq, param, step)
     _matrix_shape(param)
     _check_rows(rows, param, None)
-    _check_plain_impl(impl)
+    chosen, _ = choose_impl(impl, rows.grad, q, exp_avg, exp_avg_sq, param)
     if drift is None:
-        drift = blocked.adam_influence(param.new_zeros(1, *param.shape), q, exp_avg, exp_avg_sq, param, step)[0]
+        drift = _DENSE[chosen](None, q, exp_avg, exp_avg_sq, param, step)[0]
     check_shape("drift", drift, (q.shape[0],), "[K]")
-    return blocked.embedding_influence(rows, q, exp_avg, exp_avg_sq, param, step, drift)
+    return drift + row_changes(rows, q, exp_avg, exp_avg_sq, param, step, impl=impl)
+
+
+@torch.no_grad()
+def row_changes(
+    rows: SparseRows,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    *,
+    base: Sequence[tuple[Tensor, Tensor]] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """What the gradients of single rows add to a table's scores: Σ over touched rows of f(h + g) − f(h).
+
+    h is 0 (Eq. 6), or per example `base[b]`: sorted ids int64 [U] and the gradient [U, I] that these rows
+    have from elsewhere, as a tied head's; U covers every row the example touches. Returns float64 [B, K].
+    """
+    chosen, _ = choose_impl(impl, rows.grad, q, exp_avg, exp_avg_sq, param)
+    wide = torch.promote_types(torch.promote_types(rows.grad.dtype, q.dtype), torch.float32)
+    scores = torch.zeros(rows.offsets.numel() - 1, q.shape[0], dtype=torch.float64, device=param.device)
+    for b, (low, high) in enumerate(pairwise(rows.offsets.tolist())):
+        ids, position = rows.ids[low:high].unique(return_inverse=True)
+        if not ids.numel():
+            continue
+        before = rows.grad.new_zeros(ids.numel(), param.shape[1], dtype=wide)
+        if base is not None:
+            before += base[b][1][torch.searchsorted(base[b][0], ids)]
+        after = before.index_add(0, position, rows.grad[low:high].to(wide))
+        state = [tensor[ids] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq, param)]
+        both = _DENSE[chosen](torch.stack([after, before]), q[:, ids], *state, step)
+        scores[b] = both[0] - both[1]
+    return scores
 
 
 @torch.no_grad()
 def adam_influence(
-    grad: Tensor,
+    grad: Tensor | None,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -161,18 +238,35 @@ def adam_influence(
 ) -> Tensor:
     """Scores of any parameter from ready per-example gradients: grad [B, *shape], q [K, *shape].
 
-    exp_avg, exp_avg_sq and param have the parameter's shape. Returns float64 [B, K].
+    `grad=None` stands for one gradient that is 0 everywhere. exp_avg, exp_avg_sq and param have the
+    parameter's shape. Returns float64 [B, K].
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    check_tensors({"grad": grad}, param.device)
-    check_shape("grad", grad, (None, *param.shape), "[B, *param.shape]")
-    _check_plain_impl(impl)
-    return blocked.adam_influence(grad, q, exp_avg, exp_avg_sq, param, step)
+    if grad is not None:
+        check_tensors({"grad": grad}, param.device)
+        check_shape("grad", grad, (None, *param.shape), "[B, *param.shape]")
+    chosen, _ = choose_impl(impl, grad, q, exp_avg, exp_avg_sq, param)
+    return _DENSE[chosen](grad, q, exp_avg, exp_avg_sq, param, step)
 
 
-def _check_plain_impl(impl: str) -> None:
-    if impl not in ("auto", "reference"):
-        raise ArgumentError(f"impl={impl!r}: expected 'auto' or 'reference', this operator has no other implementation")
+@torch.no_grad()
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: str = "auto") -> Tensor:
+    """Cross-entropy of the rows of `logits` [n, V], float64 [n]; the logits become weighted gradients.
+
+    In place, row i becomes weights[i] · (softmax(logits[i]) − one-hot(targets[i])). targets int64 [n];
+    logits and weights [n] are float32 or float64.
+    """
+    check_tensors({"logits": logits, "weights": weights}, logits.device)
+    check_shape("logits", logits, (None, None), "[n, V]")
+    check_shape("targets", targets, (logits.shape[0],), "[n]")
+    check_shape("weights", weights, (logits.shape[0],), "[n]")
+    check_ids(targets, logits.shape[1], logits.device, "targets")
+    if logits.dtype not in (torch.float32, torch.float64) or not logits.is_contiguous():
+        raise ArgumentError(f"logits: expected contiguous float32 or float64, got {logits.dtype} {logits.stride()}")
+    if weights.dtype is not logits.dtype:
+        raise ArgumentError(f"weights: expected {logits.dtype}, as the logits, got {weights.dtype}")
+    chosen, _ = choose_impl(impl, logits, weights)
+    return _CROSS_ENTROPY[chosen](logits, targets, weights.contiguous())
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

@@ -31,6 +31,8 @@ class Plan:
     rules: dict[nn.Module, ModuleRule]
     trainable: dict[str, nn.Parameter]
     fallback: set[str] = field(default_factory=set)
+    # The vocabulary head, where it goes by chunks with its loss instead of through a hook.
+    head: nn.Linear | None = None
 
     @property
     def per_example(self) -> bool:

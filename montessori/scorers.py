@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,9 @@ class LinearScorer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        self._capture = Capture(self.model, self.plan)
+        # Clipping needs every gradient whole before the first score.
+        plan = self.plan if self.max_grad_norm is None else replace(self.plan, head=None)
+        self._capture = Capture(self.model, plan, self.impl)
         self._device = next(iter(self.plan.trainable.values())).device
         with self._capture.installed():
             yield

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from montessori import ops
 from montessori import reference as equations
+from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
-from montessori.uses import DenseUse, LinearUse, Use, example_gradient, scale
+from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, Use, example_gradient, scale
 
 
 @dataclass
@@ -32,15 +33,25 @@ class InfluenceSink:
         some = next(iter(self.drift.values()))
         self.scores = some.new_zeros(size, some.shape[0])
 
-    def use(self, name: str, use: Use) -> None:
+    def use(self, name: str, use: Use | RestUse) -> None:
         entry = self.state[name]
         rest = (self.q[name], entry.exp_avg, entry.exp_avg_sq, self.parameters[name].detach(), entry.step)
         if isinstance(use, LinearUse):
             self.scores += ops.linear_influence(use.x, use.dy, use.offsets, *rest, rows=use.rows, impl=self.impl)
         elif isinstance(use, DenseUse):
-            self.scores += ops.adam_influence(use.grad, *rest)
-        else:
-            self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name])
+            self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
+        elif isinstance(use, RowsUse):
+            self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name], impl=self.impl)
+        elif use.rows is not None:
+            base = [(rows.ids, rows.grad) for rows in use.parts]
+            self.scores += ops.row_changes(use.rows, *rest, base=base, impl=self.impl)
+
+    def part(self, name: str, first: int, use: LinearUse, rows: slice) -> None:
+        entry = self.state[name]
+        exp_avg, exp_avg_sq = (None if t is None else t[rows] for t in (entry.exp_avg, entry.exp_avg_sq))
+        rest = (self.q[name][:, rows], exp_avg, exp_avg_sq, self.parameters[name].detach()[rows], entry.step)
+        examples = slice(first, first + use.offsets.numel() - 1)
+        self.scores[examples] += ops.linear_influence(use.x, use.dy, use.offsets, *rest, impl=self.impl)
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]
@@ -52,9 +63,9 @@ def parameter_drift(
     """⟨q, Δ(0)⟩ per parameter, float64 [K]: momentum and weight decay alone."""
     drift = {}
     for name, parameter in parameters.items():
-        entry, value = state[name], parameter.detach()
-        zero = value.new_zeros(()).expand(1, *value.shape)
-        drift[name] = ops.adam_influence(zero, q[name], entry.exp_avg, entry.exp_avg_sq, value, entry.step)[0]
+        entry = state[name]
+        rest = (entry.exp_avg, entry.exp_avg_sq, parameter.detach(), entry.step)
+        drift[name] = ops.adam_influence(None, q[name], *rest)[0]
     return drift
 
 
@@ -70,8 +81,13 @@ class ClippingSink:
     max_grad_norm: float
     held: dict[str, Use] = field(default_factory=dict)
 
-    def use(self, name: str, use: Use) -> None:
+    def use(self, name: str, use: Use | RestUse) -> None:
+        if isinstance(use, RestUse):
+            raise ModelError(f"{name}: gradients that are to be clipped must come whole")
         self.held[name] = use
+
+    def part(self, name: str, _first: int, _use: LinearUse, _rows: slice) -> None:
+        raise ModelError(f"{name}: gradients that are to be clipped must come whole")
 
     def absent(self, name: str) -> None:
         self.target.absent(name)

@@ -35,6 +35,31 @@ class DenseUse:
     grad: Tensor
 
 
+@dataclass(frozen=True)
+class TouchedRows:
+    """Gradient `grad` [U, I] of the rows `ids`, sorted int64 [U], of one example."""
+
+    ids: Tensor
+    grad: Tensor
+
+    def add(self, x: Tensor, dy: Tensor, rows: slice) -> None:
+        """Add dYᵀX of x [n, I] and dy [n, O], the gradient of `rows` of the parameter."""
+        low, high = rows.start or 0, rows.stop if rows.stop is not None else int(self.ids[-1:].sum()) + 1
+        here = slice(*torch.searchsorted(self.ids, self.ids.new_tensor([low, high])).tolist())
+        self.grad[here] += dy[:, self.ids[here] - low].to(self.grad.dtype).T @ x.to(self.grad.dtype)
+
+
+@dataclass(frozen=True)
+class RestUse:
+    """What remains of a matrix's gradient after its parts: `rows` [B examples] added to it, or nothing.
+
+    `parts` holds, per example, the gradient of the rows in question from the parts already handed on.
+    """
+
+    rows: SparseRows | None
+    parts: Sequence[TouchedRows]
+
+
 Use = LinearUse | RowsUse | DenseUse
 
 

@@ -162,7 +162,7 @@ def assert_specified(case: Case, dtype: torch.dtype, impl: str = "auto") -> None
     Arithmetic on inputs narrower than float32 is that of float32, so they get no more room.
     """
     given = case.to(dtype)
-    if impl == "cpu" and not is_for_cpu_kernels(given, dtype):
+    if impl == "cpu" and dtype is torch.float64:
         with pytest.raises(ArgumentError, match="impl='cpu': "):
             given.run(impl=impl)
         return
@@ -170,11 +170,6 @@ def assert_specified(case: Case, dtype: torch.dtype, impl: str = "auto") -> None
     assert got.dtype is torch.float64
     assert got.shape == want.shape
     assert torch.all((got - want).abs() <= given.allowed(torch.promote_types(dtype, torch.float32)))
-
-
-def is_for_cpu_kernels(case: Case, dtype: torch.dtype) -> bool:
-    l2 = isinstance(case.step, AdamWStep) and not case.step.decoupled and case.step.weight_decay
-    return case.x is not None and dtype is not torch.float64 and not l2
 
 
 HOSTILE = {

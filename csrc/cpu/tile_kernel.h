@@ -1,87 +1,84 @@
-// One weight tile against one example after the other: the gradient tile lives in registers only.
+// One weight tile against one example: the gradient tile lives in registers only.
 //
 //   g[o, i] = Σ_t dy[t, o] x[t, i]                                          (Eq. 5)
 //   score  += Σ_{o, i} q[o, i] (m[o, i] + a2 g) / (sqrt(v[o, i] + s2 g²) + ε)   (Eq. 1, constants folded)
 //
-// Included once per instruction set, after its target pragma and with MONTESSORI_SIMD_BITS set; everything
-// is in an anonymous namespace so that the copies stay apart. Dimensions: T tokens, MR rows and NR vectors of a
-// register tile, K reference sets.
+// Included as simd.h is. Dimensions: T tokens, MR rows and NR vectors of a register tile, K reference sets.
 #pragma once
 
-#include "tile_job.h"
+#include "kernel.h"
+#include "simd.h"
 
 namespace {
 
 using montessori::Step;
 using montessori::TileJob;
 
-#if MONTESSORI_SIMD_BITS == 512
-constexpr int kBytes = 64, kRows = 8, kVectors = 3;
-#elif MONTESSORI_SIMD_BITS == 256
-constexpr int kBytes = 32, kRows = 4, kVectors = 3;
-#else
-constexpr int kBytes = 16, kRows = 4, kVectors = 2;
-#endif
+// One wide sum per reference set, on the stack for the usual few.
+class Sums {
+ public:
+  explicit Sums(int64_t sets) : sets_(sets), sums_(sets <= kFew ? few_ : new WideSum[sets]) {}
+  Sums(const Sums&) = delete;
+  ~Sums() {
+    if (sums_ != few_) delete[] sums_;
+  }
 
-typedef float Vector __attribute__((vector_size(kBytes), aligned(4)));
-constexpr int kLanes = kBytes / sizeof(float);
-constexpr int kColumns = kLanes * kVectors;
+  WideSum& operator[](int64_t k) { return sums_[k]; }
+  void add_to(double* scores) const {
+    for (int64_t k = 0; k < sets_; ++k) scores[k] += sums_[k].total();
+  }
 
-inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+ private:
+  static constexpr int64_t kFew = 4;
+  WideSum few_[kFew];
+  int64_t sets_;
+  WideSum* sums_;
+};
 
-inline Vector root(Vector w) {
-#if MONTESSORI_SIMD_BITS == 512
-  return (Vector)_mm512_maskz_sqrt_ps((__mmask16)-1, (__m512)w);
-#elif MONTESSORI_SIMD_BITS == 256
-  return (Vector)_mm256_sqrt_ps((__m256)w);
-#else
-  for (int lane = 0; lane < kLanes; ++lane) w[lane] = __builtin_sqrtf(w[lane]);
-  return w;
-#endif
-}
-
-// Lane sums in float64, in a fixed order: the result does not depend on threads or batch.
-inline double lane_sum(Vector value) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(value[lane]);
-  return sum;
-}
-
-template <Step step>
+template <Step step, bool kFast>
 inline Vector update(Vector g, const float* m, const float* v, const TileJob& job) {
   if constexpr (step == Step::kSgd) return g;
-  const Vector numerator = load(m) + job.a2 * g;
-  const Vector second = load(v) + job.s2 * (g * g);
-  return numerator / (root(second) + job.eps);
+  return quotient<kFast>(load(m) + job.a2 * g, load(v) + job.s2 * (g * g), job.eps);
 }
 
-// Register tile `rows` (a multiple of kRows) of one example; x [T, kColumns] and dy [T, kRows] packed.
-template <Step step>
-void register_tile(const TileJob& job, const float* x, const float* dy, int64_t tokens, const float* start,
-                   int64_t tile_row, double* scores) {
+// How a cell of x and of dy enter a product.
+struct Floats {
+  static Vector multiply_add(Vector sum, const void* dy, const void* x) {
+    return sum + *static_cast<const float*>(dy) * load(static_cast<const float*>(x));
+  }
+};
+
+#ifdef MONTESSORI_SIMD_BF16
+struct Pairs {
+  static Vector multiply_add(Vector sum, const void* dy, const void* x) {
+    const __m512i row = _mm512_set1_epi32(*static_cast<const int32_t*>(dy));
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)row);
+  }
+};
+#endif
+
+// The gradient of register tile `tile`, its update, and Σ q·u of sets first..first+count-1 into sums.
+template <Step step, bool kFast, typename Cell>
+void register_tile(const TileJob& job, const char* x, const char* dy, int64_t steps, const float* start, int64_t tile,
+                   Sums& sums) {
   Vector acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
     for (int c = 0; c < kVectors; ++c) acc[r][c] = start ? load(start + r * kColumns + c * kLanes) : Vector{};
-  for (int64_t t = 0; t < tokens; ++t) {
-    Vector columns[kVectors];
-#pragma GCC unroll 3
-    for (int c = 0; c < kVectors; ++c) columns[c] = load(x + t * kColumns + c * kLanes);
+  for (int64_t t = 0; t < steps; ++t, x += kColumns * 4, dy += kRows * 4) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const float row = dy[t * kRows + r];
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-      for (int c = 0; c < kVectors; ++c) acc[r][c] += row * columns[c];
-    }
+      for (int c = 0; c < kVectors; ++c) acc[r][c] = Cell::multiply_add(acc[r][c], dy + r * 4, x + c * kBytes);
   }
-  const int64_t base = tile_row * kColumns;
+  const int64_t base = tile * kRows * kColumns;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
     for (int c = 0; c < kVectors; ++c) {
       const int64_t at = base + r * kColumns + c * kLanes;
-      acc[r][c] = update<step>(acc[r][c], job.m + at, job.v + at, job);
+      acc[r][c] = update<step, kFast>(acc[r][c], job.m + at, job.v + at, job);
     }
   for (int64_t k = 0; k < job.sets; ++k) {
     const float* q = job.q + k * job.rows * kColumns + base;
@@ -90,17 +87,26 @@ void register_tile(const TileJob& job, const float* x, const float* dy, int64_t 
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
       for (int c = 0; c < kVectors; ++c) sum += load(q + r * kColumns + c * kLanes) * acc[r][c];
-    scores[k] += lane_sum(sum);
+    sums[k].add(sum);
   }
 }
 
-template <Step step>
-void score_example(const TileJob& job, const float* x, const float* dy, int64_t dy_stride, int64_t tokens,
-                   const float* const* starts, double* scores) {
+template <Step step, bool kFast, typename Cell>
+void score_tiles(const TileJob& job, const void* x, const void* dy, int64_t dy_stride, int64_t steps,
+                 const float* const* starts, double* scores) {
+  Sums sums(job.sets);
   for (int64_t tile = 0; tile < job.rows / kRows; ++tile)
-    register_tile<step>(job, x, dy + tile * dy_stride, tokens, starts[tile], tile * kRows, scores);
+    register_tile<step, kFast, Cell>(job, static_cast<const char*>(x),
+                                     static_cast<const char*>(dy) + tile * dy_stride * 4, steps, starts[tile], tile,
+                                     sums);
+  sums.add_to(scores);
 }
 
-constexpr montessori::Kernel kKernel{kRows, kColumns, score_example<Step::kAdamW>, score_example<Step::kSgd>};
+template <Step step, typename Cell>
+void score_example(const TileJob& job, const void* x, const void* dy, int64_t dy_stride, int64_t steps,
+                   const float* const* starts, double* scores) {
+  const bool fast = job.eps >= kSmallestFastEps;
+  (fast ? score_tiles<step, true, Cell> : score_tiles<step, false, Cell>)(job, x, dy, dy_stride, steps, starts, scores);
+}
 
 }  // namespace

@@ -1,26 +1,12 @@
 #include "tiles.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
 namespace montessori {
 namespace {
-
-// Columns of a job in kernel tiles: dy is packed once for all of them.
-constexpr int64_t kPanels = 4;
-
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 int64_t l2_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -30,192 +16,217 @@ int64_t l2_bytes() {
   return 512 * 1024;
 }
 
-// Rows of a job: its share of m, v and q fills about a third of the second-level cache, the rest is for
-// the operands that stream through.
-int64_t job_rows(const Kernel& kernel, const LinearProblem& p) {
-  const int64_t per_row = (2 + p.sets) * kPanels * kernel.columns * static_cast<int64_t>(sizeof(float));
-  const int64_t fitting = l2_bytes() / 3 / per_row;
-  return std::clamp(round_up(fitting, kernel.rows), kernel.rows, 16 * kernel.rows);
-}
-
-template <typename F>
-void with_type(Dtype dtype, F body) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return body(static_cast<const float*>(nullptr));
-    case Dtype::kBFloat16:
-      return body(static_cast<const torch::headeronly::BFloat16*>(nullptr));
-    case Dtype::kFloat16:
-      return body(static_cast<const torch::headeronly::Half*>(nullptr));
-  }
-}
-
-// to[i] = from[at + i], widened to float32.
-void widen(const Array& from, int64_t at, int64_t count, float* to) {
-  with_type(from.dtype, [&](auto* tag) {
-    using Element = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
-    auto* source = static_cast<decltype(tag)>(from.data) + at;
-    if constexpr (std::is_same_v<Element, float>)
-      std::memcpy(to, source, count * sizeof(float));
-    else
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(source[i]);
-  });
-}
-
-// to[r, c] = factor · from[rows[r], columns[c]], padded to [height, width] with `fill`.
-void pack_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns, int64_t height,
-               int64_t width, float factor, float fill, float* to) {
-  for (int64_t r = 0; r < height; ++r, to += width) {
-    const int64_t live = r < rows.size() ? columns.size() : 0;
-    if (live) widen(from, offset + (rows.begin + r) * stride + columns.begin, live, to);
-    if (factor != 1.f)
-      for (int64_t c = 0; c < live; ++c) to[c] *= factor;
-    std::fill(to + live, to + width, fill);
-  }
-}
-
-// Floats between two register tiles of packed dy: an odd number of cache lines, so that the tiles do not
-// fall on the same sets of the cache.
-int64_t dy_stride(int64_t tokens, int64_t kernel_rows) { return round_up(tokens * kernel_rows, 32) + 16; }
-
-template <int64_t kRows>
-void interleave(const float* line, int64_t tiles, int64_t stride, float* to) {
-  for (int64_t tile = 0; tile < tiles; ++tile)
-    std::memcpy(to + tile * stride, line + tile * kRows, kRows * sizeof(float));
-}
-
-// to[tile · stride + t · kernel_rows + r] = dy[tokens[t], rows[tile · kernel_rows + r]], zero beyond the
-// last row. Token by token: dy is read once, in order.
-void pack_dy(const Array& dy, int64_t width, Span tokens, Span rows, int64_t kernel_rows, float* to) {
-  const int64_t stride = dy_stride(tokens.size(), kernel_rows);
-  const int64_t whole = rows.size() / kernel_rows, rest = rows.size() - whole * kernel_rows;
-  std::vector<float> buffer(dy.dtype == Dtype::kFloat32 ? 0 : rows.size());
-  for (int64_t t = 0; t < tokens.size(); ++t, to += kernel_rows) {
-    const int64_t at = (tokens.begin + t) * width + rows.begin;
-    const float* line = static_cast<const float*>(dy.data) + at;
-    if (!buffer.empty()) {
-      widen(dy, at, rows.size(), buffer.data());
-      line = buffer.data();
+// m, v, q of one tile, widened, with the constants folded in.
+class TileState {
+ public:
+  TileState(const State& state, const StepConstants& constants, int64_t elements) : s_(state), c_(constants) {
+    if (c_.step == Step::kAdamW) {
+      m_.resize(elements);
+      v_.resize(elements);
     }
-    // Copies of a fixed size compile to a few moves.
-    (kernel_rows == 8 ? interleave<8> : interleave<4>)(line, whole, stride, to);
-    if (rest) {
-      float* last = to + whole * stride;
-      std::copy(line + whole * kernel_rows, line + rows.size(), last);
-      std::fill(last + rest, last + kernel_rows, 0.f);
+    q_.resize(s_.sets * elements);
+    if (c_.decay != 0.f) decay_.resize(elements);
+  }
+
+  // Rows and columns of a matrix [matrix_rows, stride], padded to [height, width].
+  void load(int64_t matrix_rows, int64_t stride, Span rows, Span columns, int64_t height, int64_t width) {
+    const auto pack = [&](const Array& from, int64_t offset, float factor, float fill, float* to) {
+      pack_tile(from, offset, stride, rows, columns, height, width, factor, fill, to);
+    };
+    if (c_.step == Step::kAdamW) {
+      pack(s_.exp_avg, 0, c_.a1, 0.f, m_.data());
+      pack(s_.exp_avg_sq, 0, c_.s1, 1.f, v_.data());
+    }
+    for (int64_t k = 0; k < s_.sets; ++k)
+      pack(s_.q, k * matrix_rows * stride, 1.f, 0.f, q_.data() + k * height * width);
+    if (!decay_.empty()) pack(s_.param, 0, c_.decay, 0.f, decay_.data());
+    constant_.assign(s_.sets, 0.0);
+    if (c_.on_param != 0.f) add_constant(s_.param, c_.on_param, pack, height * width);
+    if (c_.on_exp_avg != 0.f) add_constant(s_.exp_avg, c_.on_exp_avg, pack, height * width);
+  }
+
+  void prefetch(int64_t matrix_rows, int64_t stride, Span rows, Span columns) const {
+    if (c_.step == Step::kAdamW) {
+      prefetch_tile(s_.exp_avg, 0, stride, rows, columns);
+      prefetch_tile(s_.exp_avg_sq, 0, stride, rows, columns);
+    }
+    for (int64_t k = 0; k < s_.sets; ++k) prefetch_tile(s_.q, k * matrix_rows * stride, stride, rows, columns);
+  }
+
+  TileJob job(int64_t rows) const { return {m_.data(), v_.data(), q_.data(), rows, s_.sets, c_.a2, c_.s2, c_.eps}; }
+  // λθ, which every gradient starts from; null without.
+  const float* decay() const { return decay_.empty() ? nullptr : decay_.data(); }
+  // The part of every example's score that no gradient changes, [K].
+  const double* constant() const { return constant_.data(); }
+
+ private:
+  template <typename Pack>
+  void add_constant(const Array& from, float factor, const Pack& pack, int64_t elements) {
+    scratch_.resize(elements);
+    pack(from, 0, factor, 0.f, scratch_.data());
+    for (int64_t k = 0; k < s_.sets; ++k) {
+      double sum = 0;
+      for (int64_t i = 0; i < elements; ++i) sum += static_cast<double>(q_[k * elements + i]) * scratch_[i];
+      constant_[k] += sum;
     }
   }
-}
 
-// Everything one thread needs for its jobs, allocated once.
+  const State& s_;
+  const StepConstants& c_;
+  std::vector<float> m_, v_, q_, decay_, scratch_;
+  std::vector<double> constant_;
+};
+
+// A batch packed for the kernels.
+struct PackedBatch {
+  bool pairs;
+  std::vector<int64_t> steps;
+  Panels x, dy;
+
+  static bool use_pairs(const LinearProblem& p, const Kernel& kernel) {
+    return kernel.adamw_pairs && p.x.dtype == Dtype::kBFloat16 && p.dy.dtype == Dtype::kBFloat16;
+  }
+
+  PackedBatch(const LinearProblem& p, const Kernel& kernel, Parallel parallel)
+      : pairs(use_pairs(p, kernel)),
+        steps(step_bounds(p.offsets, p.examples, pairs)),
+        x(p.x, p.in, kernel.columns, p.offsets, steps, pairs, parallel),
+        dy(p.dy, p.out, kernel.rows, p.offsets, steps, pairs, parallel) {}
+};
+
+// Everything one thread needs for its tiles, allocated once.
 class Worker {
  public:
-  Worker(const LinearProblem& problem, const Kernel& kernel, int64_t rows)
-      : p_(problem), kernel_(kernel), rows_(rows), tile_(rows * kernel.columns) {
-    int64_t longest = 0;
-    for (int64_t b = 0; b < p_.examples; ++b) longest = std::max(longest, p_.offsets[b + 1] - p_.offsets[b]);
-    m_.resize(kPanels * tile_);
-    v_.resize(kPanels * tile_);
-    q_.resize(kPanels * p_.sets * tile_);
-    x_.resize(longest * kernel.columns);
-    dy_.resize(dy_stride(longest, kernel.rows) * (rows / kernel.rows));
-    starts_.resize(rows / kernel.rows);
-    if (p_.row_ids) start_values_.resize(tile_);
+  Worker(const LinearProblem& problem, const PackedBatch& batch, const Kernel& kernel, const Tiling& tiling)
+      : p_(problem),
+        batch_(batch),
+        kernel_(kernel),
+        tiling_(tiling),
+        state_(problem.state, problem.constants, tiling.rows * tiling.columns),
+        starts_(tiling.rows / kernel.rows) {
+    if (p_.row_ids) start_values_.resize(tiling.rows * tiling.columns);
+    const bool adamw = p_.constants.step == Step::kAdamW;
+    score_ = batch.pairs ? (adamw ? kernel.adamw_pairs : kernel.sgd_pairs) : (adamw ? kernel.adamw : kernel.sgd);
   }
 
-  // Adds the scores of one job to scores [B, K].
-  void run(Span rows, Span columns, double* scores) {
-    rows_span_ = rows;
-    height_ = round_up(rows.size(), kernel_.rows);
-    const int64_t panels = round_up(columns.size(), kernel_.columns) / kernel_.columns;
-    for (int64_t panel = 0; panel < panels; ++panel) pack_state(panel, panel_columns(columns, panel));
+  // Adds the scores of one tile to scores [B, K], and the score at gradient 0 to at_zero [K] if wanted. The
+  // state of tile `next` (none below 0) is on its way meanwhile.
+  void run(int64_t tile, int64_t next, double* scores, double* at_zero) {
+    panel_ = tile % tiling_.column_tiles;
+    rows_ = rows_of(tile);
+    columns_ = columns_of(tile);
+    height_ = round_up(rows_.size(), kernel_.rows);
+    state_.load(p_.out, p_.in, rows_, columns_, height_, tiling_.columns);
+    if (next >= 0) state_.prefetch(p_.out, p_.in, rows_of(next), columns_of(next));
     for (int64_t b = 0; b < p_.examples; ++b) {
-      const Span tokens{p_.offsets[b], p_.offsets[b + 1]};
-      pack_dy(p_.dy, p_.out, tokens, rows, kernel_.rows, dy_.data());
-      for (int64_t panel = 0; panel < panels; ++panel)
-        score_panel(b, tokens, panel, panel_columns(columns, panel), scores + b * p_.sets);
+      find_starts(b);
+      score(batch_.steps[b], batch_.steps[b + 1] - batch_.steps[b], scores + b * p_.state.sets);
+      for (int64_t k = 0; k < p_.state.sets; ++k) scores[b * p_.state.sets + k] += state_.constant()[k];
+    }
+    if (!at_zero) return;
+    std::copy(state_.constant(), state_.constant() + p_.state.sets, at_zero);
+    clear_starts();
+    score(0, 0, at_zero);
+  }
+
+ private:
+  Span rows_of(int64_t tile) const {
+    const int64_t row = tile / tiling_.column_tiles * tiling_.rows;
+    return {row, std::min(p_.out, row + tiling_.rows)};
+  }
+
+  Span columns_of(int64_t tile) const {
+    const int64_t column = tile % tiling_.column_tiles * tiling_.columns;
+    return {column, std::min(p_.in, column + tiling_.columns)};
+  }
+
+  void score(int64_t step, int64_t steps, double* scores) const {
+    const uint32_t* dy = batch_.dy.at(rows_.begin / kernel_.rows, step);
+    score_(state_.job(height_), batch_.x.at(panel_, step), dy, batch_.dy.stride(), steps, starts_.data(), scores);
+  }
+
+  int64_t start_size() const { return kernel_.rows * tiling_.columns; }
+
+  void clear_starts() {
+    const float* decay = state_.decay();
+    for (size_t tile = 0; tile < starts_.size(); ++tile) starts_[tile] = decay ? decay + tile * start_size() : nullptr;
+  }
+
+  // Register tiles that an embedding row of this example falls into start from that row's gradient.
+  void find_starts(int64_t b) {
+    clear_starts();
+    if (!p_.row_ids) return;
+    const int64_t* end = p_.row_ids + p_.row_offsets[b + 1];
+    const int64_t* id = std::lower_bound(p_.row_ids + p_.row_offsets[b], end, rows_.begin);
+    for (; id < end && *id < rows_.end; ++id) {
+      const int64_t row = *id - rows_.begin, tile = row / kernel_.rows;
+      float* values = start_values_.data() + tile * start_size();
+      begin_start(tile, values);
+      widen_add(p_.row_grad, (id - p_.row_ids) * p_.in + columns_.begin, columns_.size(), 1.f,
+                values + row % kernel_.rows * tiling_.columns);
+    }
+  }
+
+  void begin_start(int64_t tile, float* values) {
+    if (starts_[tile] == values) return;
+    if (starts_[tile])
+      std::copy(starts_[tile], starts_[tile] + start_size(), values);
+    else
+      std::fill(values, values + start_size(), 0.f);
+    starts_[tile] = values;
+  }
+
+  const LinearProblem& p_;
+  const PackedBatch& batch_;
+  const Kernel& kernel_;
+  const Tiling& tiling_;
+  TileState state_;
+  ScoreExample score_;
+  int64_t panel_ = 0, height_ = 0;
+  Span rows_{0, 0}, columns_{0, 0};
+  std::vector<float> start_values_;
+  std::vector<const float*> starts_;
+};
+
+// One stratum: the estimate of its total and the variance of that (simple random sampling within it).
+class Stratum {
+ public:
+  explicit Stratum(int64_t size) : one_(size), sum_(size), squares_(size) {}
+
+  void start() {
+    std::fill(sum_.begin(), sum_.end(), 0.0);
+    std::fill(squares_.begin(), squares_.end(), 0.0);
+  }
+
+  double* tile() {
+    std::fill(one_.begin(), one_.end(), 0.0);
+    return one_.data();
+  }
+
+  void add(const double* at_zero, int64_t sets) {
+    for (size_t i = 0; i < one_.size(); ++i) {
+      const double value = one_[i] - (at_zero ? at_zero[i % sets] : 0.0);
+      sum_[i] += value;
+      squares_[i] += value * value;
+    }
+  }
+
+  void finish(int64_t drawn, int64_t population, double* scores, double* variance) const {
+    const double n = static_cast<double>(drawn), all = static_cast<double>(population);
+    for (size_t i = 0; i < sum_.size(); ++i) {
+      scores[i] += sum_[i] * (all / n);
+      if (drawn == population || drawn < 2) continue;
+      const double spread = std::max(0.0, squares_[i] - sum_[i] * sum_[i] / n) / (n - 1);
+      variance[i] += all * all * (1 - n / all) * spread / n;
     }
   }
 
  private:
-  Span panel_columns(Span columns, int64_t panel) const {
-    const int64_t begin = columns.begin + panel * kernel_.columns;
-    return {begin, std::min(columns.end, begin + kernel_.columns)};
-  }
-
-  void pack_state(int64_t panel, Span columns) {
-    const auto pack = [&](const Array& from, int64_t offset, float factor, float fill, float* to) {
-      pack_tile(from, offset, p_.in, rows_span_, columns, height_, kernel_.columns, factor, fill, to);
-    };
-    if (p_.step == Step::kAdamW) {
-      pack(p_.exp_avg, 0, p_.a1, 0.f, m_.data() + panel * tile_);
-      pack(p_.exp_avg_sq, 0, p_.s1, 1.f, v_.data() + panel * tile_);
-    }
-    for (int64_t k = 0; k < p_.sets; ++k)
-      pack(p_.q, k * p_.out * p_.in, 1.f, 0.f, q_.data() + panel * p_.sets * tile_ + k * height_ * kernel_.columns);
-  }
-
-  void score_panel(int64_t b, Span tokens, int64_t panel, Span columns, double* scores) {
-    pack_tile(p_.x, 0, p_.in, tokens, columns, tokens.size(), kernel_.columns, 1.f, 0.f, x_.data());
-    find_starts(b, columns);
-    const TileJob job{m_.data() + panel * tile_,
-                      v_.data() + panel * tile_,
-                      q_.data() + panel * p_.sets * tile_,
-                      height_,
-                      p_.sets,
-                      p_.a2,
-                      p_.s2,
-                      p_.eps};
-    const auto score = p_.step == Step::kAdamW ? kernel_.adamw : kernel_.sgd;
-    score(job, x_.data(), dy_.data(), dy_stride(tokens.size(), kernel_.rows), tokens.size(), starts_.data(), scores);
-  }
-
-  // Register tiles that an embedding row of this example falls into start from that row's gradient.
-  void find_starts(int64_t b, Span columns) {
-    std::fill(starts_.begin(), starts_.end(), nullptr);
-    if (!p_.row_ids) return;
-    const int64_t* end = p_.row_ids + p_.row_offsets[b + 1];
-    const int64_t* id = std::lower_bound(p_.row_ids + p_.row_offsets[b], end, rows_span_.begin);
-    for (; id < end && *id < rows_span_.end; ++id) {
-      const int64_t row = *id - rows_span_.begin;
-      const int64_t tile = row / kernel_.rows, size = kernel_.rows * kernel_.columns;
-      float* values = start_values_.data() + tile * size;
-      if (!starts_[tile]) std::fill(values, values + size, 0.f);
-      starts_[tile] = values;
-      add_row(id - p_.row_ids, columns, values + (row % kernel_.rows) * kernel_.columns);
-    }
-  }
-
-  void add_row(int64_t entry, Span columns, float* to) const {
-    with_type(p_.row_grad.dtype, [&](auto* tag) {
-      auto* line = static_cast<decltype(tag)>(p_.row_grad.data) + entry * p_.in + columns.begin;
-      for (int64_t c = 0; c < columns.size(); ++c) to[c] += static_cast<float>(line[c]);
-    });
-  }
-
-  const LinearProblem& p_;
-  const Kernel& kernel_;
-  int64_t rows_, tile_, height_ = 0;
-  Span rows_span_{0, 0};
-  std::vector<float> m_, v_, q_, x_, dy_, start_values_;
-  std::vector<const float*> starts_;
+  std::vector<double> one_, sum_, squares_;
 };
 
-struct Run {
-  const LinearProblem& problem;
-  const Kernel& kernel;
-  int64_t rows, columns, column_jobs;
-  double* partial;
-
-  void operator()(int64_t begin, int64_t end) const {
-    Worker worker(problem, kernel, rows);
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t row = job / column_jobs * rows, column = job % column_jobs * columns;
-      worker.run({row, std::min(problem.out, row + rows)}, {column, std::min(problem.in, column + columns)},
-                 partial + job * problem.examples * problem.sets);
-    }
-  }
-};
+// Elements of a ready gradient that one job covers.
+constexpr int64_t kDenseBlock = 4096;
 
 }  // namespace
 
@@ -226,21 +237,79 @@ const Kernel* choose_kernel(const std::string& name) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && (any || name == "avx512bf16")) return &kernel_avx512bf16();
   if (avx512 && (any || name == "avx512")) return &kernel_avx512();
   if (avx2 && (any || name == "avx2")) return &kernel_avx2();
 #endif
   return any || name == "baseline" ? &kernel_baseline() : nullptr;
 }
 
-void score_linear(const LinearProblem& problem, const Kernel& kernel, Parallel parallel, double* scores) {
-  const int64_t rows = job_rows(kernel, problem), columns = kPanels * kernel.columns;
-  const int64_t row_jobs = (problem.out + rows - 1) / rows, column_jobs = (problem.in + columns - 1) / columns;
-  const int64_t jobs = row_jobs * column_jobs, size = problem.examples * problem.sets;
-  std::vector<double> partial(jobs * size, 0.0);
-  Run run{problem, kernel, rows, columns, column_jobs, partial.data()};
-  parallel(jobs, [](int64_t begin, int64_t end, void* context) { (*static_cast<Run*>(context))(begin, end); }, &run);
-  for (int64_t job = 0; job < jobs; ++job)
-    for (int64_t i = 0; i < size; ++i) scores[i] += partial[job * size + i];
+Tiling tiling_of(const Kernel& kernel, int64_t out, int64_t in, int64_t sets) {
+  // m, v and q of a tile fill about an eighth of the second-level cache; the operands that stream through and
+  // the neighbouring tile's, which they share, have the rest.
+  const int64_t per_row = (2 + sets) * kernel.columns * static_cast<int64_t>(sizeof(float));
+  const int64_t rows = std::clamp(round_up(l2_bytes() / 8 / per_row, kernel.rows), 2 * kernel.rows, 16 * kernel.rows);
+  return {rows, kernel.columns, (out + rows - 1) / rows, (in + kernel.columns - 1) / kernel.columns};
+}
+
+void score_linear(const LinearProblem& problem, const Selection& selection, const Kernel& kernel, Parallel parallel,
+                  double* scores, double* variance) {
+  const Tiling tiling = tiling_of(kernel, problem.out, problem.in, problem.state.sets);
+  const PackedBatch batch(problem, kernel, parallel);
+  const int64_t size = problem.examples * problem.state.sets;
+  // Estimate and variance per stratum; added up in order afterwards.
+  std::vector<double> partial(selection.strata * 2 * size, 0.0);
+  auto run = [&](int64_t begin, int64_t end) {
+    Worker worker(problem, batch, kernel, tiling);
+    Stratum stratum(size);
+    std::vector<double> at_zero(problem.state.sets);
+    for (int64_t h = begin; h < end; ++h) {
+      stratum.start();
+      for (int64_t i = selection.bounds[h]; i < selection.bounds[h + 1]; ++i) {
+        std::fill(at_zero.begin(), at_zero.end(), 0.0);
+        double* zero = selection.from_zero ? at_zero.data() : nullptr;
+        const int64_t next = i + 1 < selection.bounds[end] ? selection.tiles[i + 1] : -1;
+        worker.run(selection.tiles[i], next, stratum.tile(), zero);
+        stratum.add(zero, problem.state.sets);
+      }
+      double* to = partial.data() + h * 2 * size;
+      stratum.finish(selection.bounds[h + 1] - selection.bounds[h], selection.population[h], to, to + size);
+    }
+  };
+  for_all(parallel, selection.strata, run);
+  for (int64_t h = 0; h < selection.strata; ++h)
+    for (int64_t i = 0; i < size; ++i) {
+      scores[i] += partial[h * 2 * size + i];
+      variance[i] += partial[(h * 2 + 1) * size + i];
+    }
+}
+
+void score_dense(const Array& grad, int64_t examples, int64_t elements, const State& state,
+                 const StepConstants& constants, const Kernel& kernel, Parallel parallel, double* scores) {
+  const int64_t blocks = (elements + kDenseBlock - 1) / kDenseBlock, size = examples * state.sets;
+  std::vector<double> partial(blocks * size, 0.0);
+  auto run = [&](int64_t begin, int64_t end) {
+    TileState tile(state, constants, kDenseBlock);
+    std::vector<float> values(kDenseBlock);
+    const auto score = constants.step == Step::kAdamW ? kernel.dense_adamw : kernel.dense_sgd;
+    for (int64_t block = begin; block < end; ++block) {
+      const Span span{block * kDenseBlock, std::min(elements, (block + 1) * kDenseBlock)};
+      const int64_t width = round_up(span.size(), kernel.lanes);
+      tile.load(1, elements, {0, 1}, span, 1, width);
+      for (int64_t b = 0; b < examples; ++b) {
+        std::fill(values.begin(), values.begin() + width, 0.f);
+        if (grad.data) widen(grad, b * elements + span.begin, span.size(), 1.f, values.data());
+        if (tile.decay())
+          for (int64_t i = 0; i < width; ++i) values[i] += tile.decay()[i];
+        double* to = partial.data() + block * size + b * state.sets;
+        score(tile.job(1), values.data(), width, to);
+        for (int64_t k = 0; k < state.sets; ++k) to[k] += tile.constant()[k];
+      }
+    }
+  };
+  for_all(parallel, blocks, run);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t i = 0; i < size; ++i) scores[i] += partial[block * size + i];
 }
 
 }  // namespace montessori

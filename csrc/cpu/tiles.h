@@ -1,43 +1,71 @@
-// Cutting a weight into tiles, packing what a tile needs, and running all tiles on all threads.
+// Cutting a weight into tiles and running them on all threads.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
-#include "tile_job.h"
+#include "kernel.h"
+#include "packing.h"
 
 namespace montessori {
 
-// Element type of an array in memory; packing widens it to float32.
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
-
-struct Array {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::kFloat32;
+// Eq. 1 with its constants folded; `decay` is λ where weight decay is part of the gradient (Adam with L2).
+// Every example's score has Σ q·(on_param θ + on_exp_avg exp_avg) beside the kernel's sum.
+struct StepConstants {
+  Step step;
+  float a1, a2, s1, s2, eps, decay, on_param, on_exp_avg;
 };
 
-// A linear layer's packed batch and its optimizer state, all contiguous. x [T, I], dy [T, O], offsets
-// [B+1], q [K, O, I], exp_avg and exp_avg_sq [O, I] (absent for SGD). Sparse rows that are added to the
-// gradient: per example sorted row_ids [R] with row_grad [R, I] and row_offsets [B+1], or null.
+// A parameter's optimizer state: q [K, n], exp_avg, exp_avg_sq and param [n], contiguous; SGD has no
+// exp_avg_sq, and exp_avg only with momentum.
+struct State {
+  Array q, exp_avg, exp_avg_sq, param;
+  int64_t sets;
+};
+
+// A linear layer's packed batch, all contiguous: x [T, I], dy [T, O], offsets [B+1], state of [O, I]. Sparse
+// rows that are added to the gradient: per example sorted row_ids [R] with row_grad [R, I] and row_offsets
+// [B+1], or null.
 struct LinearProblem {
-  Array x, dy, q, exp_avg, exp_avg_sq, row_grad;
+  Array x, dy, row_grad;
+  State state;
+  StepConstants constants;
   const int64_t* offsets;
   const int64_t* row_ids = nullptr;
   const int64_t* row_offsets = nullptr;
-  int64_t examples, out, in, sets;
-  float a1, a2, s1, s2, eps;
-  Step step;
+  int64_t examples, out, in;
 };
 
-// "avx512", "avx2" or "baseline"; the widest that this processor runs when `name` is empty. Null when the
-// processor cannot run the one named.
+// Tiles to score: stratum h has tiles[bounds[h]..bounds[h+1]-1], drawn from population[h] of them. Where
+// `from_zero`, a tile counts by what it adds to its score at gradient 0.
+struct Selection {
+  const int64_t* tiles;
+  const int64_t* bounds;
+  const int64_t* population;
+  int64_t strata;
+  bool from_zero;
+};
+
+// Rows and columns of the tiles that a weight [O, I] is cut into, numbered along the columns first.
+struct Tiling {
+  int64_t rows, columns, row_tiles, column_tiles;
+  int64_t count() const { return row_tiles * column_tiles; }
+};
+
+// "avx512bf16", "avx512", "avx2" or "baseline"; the widest that this processor runs when `name` is empty. Null
+// when the processor cannot run the one named.
 const Kernel* choose_kernel(const std::string& name);
 
-// Calls run(begin, end, context) over [0, jobs) on the threads it likes.
-using Parallel = void (*)(int64_t jobs, void (*run)(int64_t, int64_t, void*), void* context);
+Tiling tiling_of(const Kernel& kernel, int64_t out, int64_t in, int64_t sets);
 
-// Adds Σ q·u of every example to scores [B, K], in an order of additions that depends on the shape of the
-// weight and the kernel alone.
-void score_linear(const LinearProblem& problem, const Kernel& kernel, Parallel parallel, double* scores);
+// Adds Σ q·u of every example, as estimated from the selection, to scores [B, K], and the variance of the
+// estimate to variance [B, K]. The order of additions depends on the shape of the weight, the kernel and the
+// selection alone.
+void score_linear(const LinearProblem& problem, const Selection& selection, const Kernel& kernel, Parallel parallel,
+                  double* scores, double* variance);
+
+// Adds Σ q·u of ready gradients grad [B, n] to scores [B, K]; without data in grad, of one gradient 0.
+void score_dense(const Array& grad, int64_t examples, int64_t elements, const State& state,
+                 const StepConstants& constants, const Kernel& kernel, Parallel parallel, double* scores);
 
 }  // namespace montessori

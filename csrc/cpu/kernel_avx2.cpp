@@ -4,7 +4,7 @@
 #include <cstdint>
 #pragma GCC target("avx2,fma")
 #define MONTESSORI_SIMD_BITS 256
-#include "tile_kernel.h"
+#include "rows_kernel.h"
 
 namespace montessori {
 const Kernel& kernel_avx2() { return kKernel; }

@@ -4,7 +4,7 @@
 #include <cstdint>
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma")
 #define MONTESSORI_SIMD_BITS 512
-#include "tile_kernel.h"
+#include "rows_kernel.h"
 
 namespace montessori {
 const Kernel& kernel_avx512() { return kKernel; }

@@ -1,0 +1,51 @@
+// What the kernels of all instruction sets share: their contract, in packed float32 arrays.
+#pragma once
+
+#include <cstdint>
+
+namespace montessori {
+
+enum class Step { kAdamW, kSgd };
+
+// One weight tile of `rows` × columns (padded), constants of the step folded in by the packing:
+// m = a1·exp_avg and v = s1·exp_avg_sq are [rows, columns], q is [sets, rows, columns]. Padding holds
+// m = q = 0 and v = 1.
+struct TileJob {
+  const float* m;
+  const float* v;
+  const float* q;
+  int64_t rows;
+  int64_t sets;
+  float a2, s2, eps;
+};
+
+// Adds Σ q·u of one example to scores [sets]. A cell is four bytes: one token's float32, or two tokens'
+// bfloat16 in the kernels for pairs, the earlier one low. x is [steps, columns] cells; register tile r of
+// dy is [steps, kernel rows] cells at r · dy_stride; starts[r] is null or a gradient [kernel rows, columns]
+// that register tile r starts from.
+using ScoreExample = void (*)(const TileJob& job, const void* x, const void* dy, int64_t dy_stride, int64_t steps,
+                              const float* const* starts, double* scores);
+
+// Adds Σ q·u of a ready gradient [1, columns] (null: of gradient 0) to scores [sets]; columns is a multiple
+// of Kernel::lanes and job.rows is 1.
+using ScoreDense = void (*)(const TileJob& job, const float* grad, int64_t columns, double* scores);
+
+// Cross-entropy of one row of logits [columns], which it replaces by their gradient times `weight`.
+using CrossEntropy = double (*)(float* logits, int64_t columns, int64_t target, float weight);
+
+struct Kernel {
+  int64_t rows;     // of a register tile
+  int64_t columns;  // of a weight tile
+  int64_t lanes;
+  ScoreExample adamw, sgd;
+  ScoreExample adamw_pairs, sgd_pairs;  // null where the processor has no bfloat16 products
+  ScoreDense dense_adamw, dense_sgd;
+  CrossEntropy cross_entropy;
+};
+
+const Kernel& kernel_avx512bf16();
+const Kernel& kernel_avx512();
+const Kernel& kernel_avx2();
+const Kernel& kernel_baseline();
+
+}  // namespace montessori

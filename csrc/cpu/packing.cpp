@@ -1,0 +1,212 @@
+#include "packing.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+namespace montessori {
+namespace {
+
+constexpr int64_t kCacheLine = 64;
+// Steps and columns that one packing job moves: both sides of the copy stay in the cache.
+constexpr int64_t kJobSteps = 32, kJobColumns = 768;
+
+template <typename F>
+void with_type(Dtype dtype, F body) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return body(static_cast<const float*>(nullptr));
+    case Dtype::kBFloat16:
+      return body(static_cast<const torch::headeronly::BFloat16*>(nullptr));
+    case Dtype::kFloat16:
+      return body(static_cast<const torch::headeronly::Half*>(nullptr));
+  }
+}
+
+// Memory of earlier calls of this thread. Fresh pages cost as much as packing itself, and one layer follows
+// the other in the same few sizes.
+class Spare {
+ public:
+  ~Spare() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+
+  void* take(size_t& bytes) {
+    auto fits = [&](const Block& block) { return block.bytes >= bytes; };
+    const auto found = std::find_if(blocks_.begin(), blocks_.end(), fits);
+    if (found != blocks_.end()) {
+      const Block block = *found;
+      blocks_.erase(found);
+      bytes = block.bytes;
+      return block.data;
+    }
+    void* data = std::aligned_alloc(kCacheLine, bytes);
+    if (!data) throw std::bad_alloc();
+    return data;
+  }
+
+  void give(void* data, size_t bytes) {
+    if (bytes > kMostKept) return std::free(data);
+    if (blocks_.size() == kBlocks) {
+      std::free(blocks_.front().data);
+      blocks_.erase(blocks_.begin());
+    }
+    blocks_.push_back({data, bytes});
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  static constexpr size_t kBlocks = 2, kMostKept = size_t{32} << 20;
+  std::vector<Block> blocks_;
+};
+
+thread_local Spare spare;
+
+// A run of steps within one example.
+struct Chunk {
+  int64_t step, steps;
+  Span tokens;
+};
+
+std::vector<Chunk> chunks_of(const int64_t* offsets, const std::vector<int64_t>& bounds, bool pairs) {
+  const int64_t per_step = pairs ? 2 : 1;
+  std::vector<Chunk> chunks;
+  for (size_t b = 0; b + 1 < bounds.size(); ++b)
+    for (int64_t step = bounds[b]; step < bounds[b + 1]; step += kJobSteps) {
+      const int64_t token = offsets[b] + (step - bounds[b]) * per_step;
+      const int64_t steps = std::min(kJobSteps, bounds[b + 1] - step);
+      chunks.push_back({step, steps, {token, std::min(offsets[b + 1], token + steps * per_step)}});
+    }
+  return chunks;
+}
+
+// One panel of one chunk; `live` columns of it exist. A fixed kColumns turns the copies into a few moves.
+template <int64_t kColumns>
+void copy_floats(const float* from, int64_t width, const Chunk& chunk, int64_t live, float* to) {
+  for (int64_t s = 0; s < chunk.steps; ++s, from += width, to += kColumns) {
+    if (live == kColumns) {
+      std::memcpy(to, from, kColumns * sizeof(float));
+    } else {
+      std::memcpy(to, from, live * sizeof(float));
+      std::fill(to + live, to + kColumns, 0.f);
+    }
+  }
+}
+
+void widen_panel(const Array& from, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
+                 float* to) {
+  if (from.dtype == Dtype::kFloat32) {
+    const float* source = static_cast<const float*>(from.data) + chunk.tokens.begin * width + column;
+    switch (columns) {
+      case 4:
+        return copy_floats<4>(source, width, chunk, live, to);
+      case 8:
+        return copy_floats<8>(source, width, chunk, live, to);
+      case 24:
+        return copy_floats<24>(source, width, chunk, live, to);
+      case 48:
+        return copy_floats<48>(source, width, chunk, live, to);
+    }
+  }
+  for (int64_t s = 0; s < chunk.steps; ++s, to += columns) {
+    widen(from, (chunk.tokens.begin + s) * width + column, live, 1.f, to);
+    std::fill(to + live, to + columns, 0.f);
+  }
+}
+
+void pair_panel(const uint16_t* from, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
+                uint32_t* to) {
+  for (int64_t s = 0; s < chunk.steps; ++s, to += columns) {
+    const int64_t token = chunk.tokens.begin + 2 * s;
+    const uint16_t* first = from + token * width + column;
+    if (token + 1 < chunk.tokens.end) {
+      const uint16_t* second = first + width;
+      for (int64_t c = 0; c < live; ++c) to[c] = first[c] | static_cast<uint32_t>(second[c]) << 16;
+    } else {
+      for (int64_t c = 0; c < live; ++c) to[c] = first[c];
+    }
+    std::fill(to + live, to + columns, 0u);
+  }
+}
+
+}  // namespace
+
+void widen(const Array& from, int64_t at, int64_t count, float factor, float* to) {
+  with_type(from.dtype, [&](auto* tag) {
+    auto* source = static_cast<decltype(tag)>(from.data) + at;
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(source[i]) * factor;
+  });
+}
+
+void widen_add(const Array& from, int64_t at, int64_t count, float factor, float* to) {
+  with_type(from.dtype, [&](auto* tag) {
+    auto* source = static_cast<decltype(tag)>(from.data) + at;
+    for (int64_t i = 0; i < count; ++i) to[i] += static_cast<float>(source[i]) * factor;
+  });
+}
+
+void pack_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns, int64_t height,
+               int64_t width, float factor, float fill, float* to) {
+  for (int64_t r = 0; r < height; ++r, to += width) {
+    const int64_t live = r < rows.size() ? columns.size() : 0;
+    if (live) widen(from, offset + (rows.begin + r) * stride + columns.begin, live, factor, to);
+    std::fill(to + live, to + width, fill);
+  }
+}
+
+void prefetch_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns) {
+  const int64_t size = from.dtype == Dtype::kFloat32 ? 4 : 2;
+  const char* first = static_cast<const char*>(from.data) + (offset + rows.begin * stride + columns.begin) * size;
+  for (int64_t r = 0; r < rows.size(); ++r, first += stride * size)
+    for (int64_t at = 0; at < columns.size() * size; at += kCacheLine) __builtin_prefetch(first + at, 0, 2);
+}
+
+std::vector<int64_t> step_bounds(const int64_t* offsets, int64_t examples, bool pairs) {
+  std::vector<int64_t> bounds{0};
+  for (int64_t b = 0; b < examples; ++b) {
+    const int64_t tokens = offsets[b + 1] - offsets[b];
+    bounds.push_back(bounds.back() + (pairs ? (tokens + 1) / 2 : tokens));
+  }
+  return bounds;
+}
+
+Panels::~Panels() { spare.give(cells_, bytes_); }
+
+Panels::Panels(const Array& from, int64_t width, int64_t columns, const int64_t* offsets,
+               const std::vector<int64_t>& steps, bool pairs, Parallel parallel)
+    : columns_(columns) {
+  // An odd number of cache lines apart, so that the panels do not fall on the same sets of the cache.
+  constexpr int64_t kLine = kCacheLine / sizeof(uint32_t);
+  stride_ = round_up(steps.back() * columns, 2 * kLine) + kLine;
+  const int64_t panels = (width + columns - 1) / columns;
+  bytes_ = std::max<size_t>(round_up(panels * stride_, kLine) * sizeof(uint32_t), kCacheLine);
+  cells_ = static_cast<uint32_t*>(spare.take(bytes_));
+
+  const std::vector<Chunk> chunks = chunks_of(offsets, steps, pairs);
+  const int64_t group = std::max<int64_t>(1, kJobColumns / columns), groups = (panels + group - 1) / group;
+  auto pack = [&](int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < end; ++job) {
+      const Chunk& chunk = chunks[job / groups];
+      const int64_t first = job % groups * group;
+      for (int64_t panel = first; panel < std::min(panels, first + group); ++panel) {
+        const int64_t column = panel * columns, live = std::min(columns, width - column);
+        uint32_t* to = cells_ + panel * stride_ + chunk.step * columns;
+        if (pairs)
+          pair_panel(static_cast<const uint16_t*>(from.data), width, chunk, column, live, columns, to);
+        else
+          widen_panel(from, width, chunk, column, live, columns, reinterpret_cast<float*>(to));
+      }
+    }
+  };
+  for_all(parallel, static_cast<int64_t>(chunks.size()) * groups, pack);
+}
+
+}  // namespace montessori

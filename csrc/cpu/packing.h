@@ -1,0 +1,69 @@
+// Arrays in memory, and the packed copies of them that the kernels read.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace montessori {
+
+// Element type of an array in memory; packing widens it to float32.
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+struct Array {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Calls run(begin, end, context) over [0, jobs) on the threads it likes.
+using Parallel = void (*)(int64_t jobs, void (*run)(int64_t, int64_t, void*), void* context);
+
+// Calls body(begin, end) through `parallel`.
+template <typename Body>
+void for_all(Parallel parallel, int64_t jobs, Body& body) {
+  parallel(jobs, [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); }, &body);
+}
+
+// to[i] = factor · from[at + i], widened to float32.
+void widen(const Array& from, int64_t at, int64_t count, float factor, float* to);
+
+// to[i] += factor · from[at + i].
+void widen_add(const Array& from, int64_t at, int64_t count, float factor, float* to);
+
+// to[r, c] = factor · from[offset + rows[r] · stride + columns[c]], padded to [height, width] with `fill`.
+void pack_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns, int64_t height,
+               int64_t width, float factor, float fill, float* to);
+
+// Asks for the same lines of memory to be brought to the cache meanwhile.
+void prefetch_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns);
+
+// First step of every example [B+1]: a step is one token, or two of the same example when `pairs`.
+std::vector<int64_t> step_bounds(const int64_t* offsets, int64_t examples, bool pairs);
+
+// A matrix [T, width] cut into panels of `columns` columns: panel p is [steps, columns] cells at p · stride,
+// so that a kernel reads one example's part of a panel front to back. Columns beyond the last are zero.
+class Panels {
+ public:
+  Panels(const Array& from, int64_t width, int64_t columns, const int64_t* offsets, const std::vector<int64_t>& steps,
+         bool pairs, Parallel parallel);
+  Panels(const Panels&) = delete;
+  ~Panels();
+
+  // Example that begins at `step`, panel `panel`.
+  const uint32_t* at(int64_t panel, int64_t step) const { return cells_ + panel * stride_ + step * columns_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  int64_t columns_, stride_;
+  std::size_t bytes_;
+  uint32_t* cells_;
+};
+
+}  // namespace montessori

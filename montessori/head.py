@@ -1,0 +1,194 @@
+"""The vocabulary head with its cross-entropy, by chunks: the logits of a batch are never held at once.
+
+For one chunk of labelled tokens: logits = h Wᵀ, their cross-entropy, the logits' gradient in their place, its
+products with W (dh) and with h (the head's gradient, handed on). The loss of an example is the mean over its
+labelled tokens, as in `montessori.losses.response_loss`, so the gradient is known before the backward pass.
+
+Dimensions: B examples, n labelled tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from montessori import ops
+from montessori.batching import IGNORE_INDEX, Batch
+from montessori.errors import ModelError
+from montessori.losses import label_rows, model_inputs
+from montessori.rules import LINEAR, ModuleRule
+from montessori.uses import LinearUse, TouchedRows
+
+# Bytes of logits alive at a time.
+LOGITS_BYTES = 64 << 20
+
+
+class HeadError(ModelError):
+    """The model does not use its vocabulary head in the way that chunks need."""
+
+
+# Receives (first example, gradient of these rows of the weight for the examples from there on, rows).
+ReceivePart = Callable[[int, LinearUse, slice], None]
+
+
+def chunkable_head(model: nn.Module, rules: dict[nn.Module, ModuleRule]) -> nn.Linear | None:
+    """The output embedding if it is a plain linear layer that nothing else listens to, else None."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return None
+    listened = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
+    rule = rules.get(head)
+    return None if listened or (rule is not None and rule.kind != LINEAR) else head
+
+
+def hidden_states(model: nn.Module, head: nn.Linear, batch: Batch) -> Tensor:
+    """What the head is given at the labelled positions, [n, H], from a forward pass that leaves it out."""
+    rows, caught = label_rows(batch), []
+
+    def catch(hidden: Tensor) -> Tensor:
+        if hidden.dim() != 3 or hidden.shape[:2] != batch.labels.shape:
+            raise HeadError(f"the vocabulary head was given {list(hidden.shape)}, expected [B, T, H]")
+        caught.append(hidden.reshape(-1, hidden.shape[-1])[rows])
+        return hidden
+
+    with _forward_replaced(head, catch):
+        model(**model_inputs(model, batch))
+    if len(caught) != 1:
+        raise HeadError(f"the vocabulary head was called {len(caught)} times in one forward pass, expected once")
+    return caught[0]
+
+
+@dataclass
+class ChunkedHead:
+    """Losses of a batch from hidden states; hands the head's gradient on part by part.
+
+    `receive` is None where the head's weight has no rule. `touched` are the sorted ids int64 [U_b] per example
+    whose rows the weight's other use, the embedding, also changes; `rows_of_touched` has the head's own gradient
+    of them afterwards. `bias_grad` [B, V] is there afterwards where `wants_bias`.
+    """
+
+    head: nn.Linear
+    targets: Tensor
+    offsets: list[int]
+    impl: str
+    receive: ReceivePart | None = None
+    touched: list[Tensor] = field(default_factory=list)
+    wants_bias: bool = False
+    touched_rows: list[TouchedRows] = field(default_factory=list)
+    bias_grad: Tensor | None = None
+
+    @classmethod
+    def of(cls, head: nn.Linear, batch: Batch, offsets: Tensor, impl: str) -> ChunkedHead:
+        shifted = batch.labels[:, 1:]
+        return cls(head, shifted[shifted != IGNORE_INDEX], offsets.tolist(), impl)
+
+    def losses(self, hidden: Tensor) -> Tensor:
+        """Mean token losses, float64 [B], connected to `hidden` [n, H]."""
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        return _HeadLosses.apply(hidden, self)
+
+    def run(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(losses float64 [B], their gradient with respect to `hidden` [n, H])."""
+        counts = torch.tensor(self.offsets).diff().to(hidden.device)
+        weights = (1.0 / counts.double()).repeat_interleave(counts).to(_wide(hidden.dtype))
+        token_losses = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+        grad = torch.zeros_like(hidden)
+        self.touched_rows = [TouchedRows(ids, hidden.new_zeros(len(ids), hidden.shape[1], dtype=weights.dtype))
+                             for ids in self.touched]  # fmt: skip
+        if self.wants_bias:
+            self.bias_grad = hidden.new_zeros(len(counts), self.head.out_features, dtype=weights.dtype)
+        for first, last in self._groups(_wide(hidden.dtype).itemsize):
+            span = slice(self.offsets[first], self.offsets[last])
+            for rows, losses, dlogits in self._blocks(hidden[span], span, weights[span]):
+                token_losses[span] = losses
+                dlogits = dlogits.to(hidden.dtype)
+                grad[span] += dlogits @ self.head.weight[rows]
+                self._hand_on(first, last, hidden[span], dlogits, rows)
+        example = torch.repeat_interleave(counts)
+        sums = torch.zeros(len(counts), dtype=torch.float64, device=hidden.device)
+        return sums.index_add(0, example, token_losses) / counts, grad
+
+    def _groups(self, itemsize: int) -> Iterator[tuple[int, int]]:
+        """Runs of examples whose logits fit, each of one example at least."""
+        most = LOGITS_BYTES // (self.head.out_features * itemsize)
+        first = 0
+        for last in range(1, len(self.offsets)):
+            if last == len(self.offsets) - 1 or self.offsets[last + 1] - self.offsets[first] > most:
+                if self.offsets[last] > self.offsets[first]:
+                    yield first, last
+                first = last
+
+    def _blocks(self, hidden: Tensor, span: slice, weights: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows of the weight, token losses [n], logits' gradient [n, rows]) of one group.
+
+        One example whose logits alone are too large goes by blocks of the vocabulary, twice: the first time for
+        the normaliser, the second for the gradient.
+        """
+        size, targets = self.head.out_features, self.targets[span]
+        width = max(1, LOGITS_BYTES // (hidden.shape[0] * weights.itemsize))
+        if width >= size:
+            logits = self._logits(hidden, slice(None))
+            yield slice(None), ops.cross_entropy_(logits, targets, weights, impl=self.impl), logits
+            return
+        blocks = [slice(low, min(low + width, size)) for low in range(0, size, width)]
+        normaliser = torch.stack([self._logits(hidden, rows).logsumexp(-1) for rows in blocks]).logsumexp(0)
+        losses = normaliser.double() - (hidden * self.head.weight[targets]).sum(-1).double()
+        if self.head.bias is not None:
+            losses -= self.head.bias[targets].double()
+        for rows in blocks:
+            probability = self._logits(hidden, rows).sub_(normaliser[:, None]).exp_()
+            here = ((targets >= rows.start) & (targets < rows.stop)).nonzero().flatten()
+            probability[here, targets[here] - rows.start] -= 1
+            yield rows, losses, probability.mul_(weights[:, None])
+
+    def _logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        bias = self.head.bias[rows] if self.head.bias is not None else None
+        logits = F.linear(hidden, self.head.weight[rows], bias)
+        return logits.to(_wide(logits.dtype))
+
+    def _hand_on(self, first: int, last: int, hidden: Tensor, dlogits: Tensor, rows: slice) -> None:
+        start = self.offsets[first]
+        offsets = torch.tensor(self.offsets[first : last + 1]) - start
+        if self.receive is not None:
+            self.receive(first, LinearUse(hidden, dlogits, offsets), rows)
+        spans = [slice(low, high) for low, high in pairwise(offsets.tolist())]
+        for example, span in enumerate(spans, start=first):
+            if self.touched_rows:
+                self.touched_rows[example].add(hidden[span], dlogits[span], rows)
+            if self.bias_grad is not None:
+                self.bias_grad[example, rows] = dlogits[span].to(self.bias_grad.dtype).sum(0)
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: ChunkedHead) -> Tensor:
+        losses, grad = head.run(hidden)
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        if not bool((upstream[0] == 1).all()):
+            raise ModelError("the losses of a chunked head were scaled before their backward pass, expected their sum")
+        return ctx.saved_tensors[0], None
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
