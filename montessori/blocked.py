@@ -190,9 +190,10 @@ def adam_influence(
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Losses of rows, whose logits become weighted gradients; see `montessori.ops.cross_entropy_`."""
     rows = torch.arange(targets.numel(), device=targets.device)
-    normaliser = logits.logsumexp(-1)
-    losses = normaliser.double() - logits[rows, targets].double()
-    logits.sub_(normaliser[:, None]).exp_()
-    logits[rows, targets] -= 1
-    logits.mul_(weights[:, None])
-    return losses
+    # The largest logit is taken off first: the normaliser itself may be too large to tell them apart.
+    logits.sub_(logits.amax(-1, keepdim=True))
+    of_target = logits[rows, targets].double()
+    total = logits.exp_().sum(-1, dtype=torch.float64)
+    logits.mul_((weights / total).to(logits.dtype)[:, None])
+    logits[rows, targets] -= weights
+    return total.log() - of_target

@@ -77,6 +77,13 @@ SCORING_OPTIONS = [
         show_default=True,
         help="Candidates that set the anchor; 0 anchors at the step with g = 0.",
     ),
+    click.option(
+        "--sample",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Share of each weight to score; less is faster, with a standard error.",
+    ),
     click.option("--max-grad-norm", type=float, help="Clip each step by global norm. [default: no clipping]"),
     click.option("--lr", type=float, help="Learning rate of the step. [default: the optimizer's]"),
     click.option("--reference-weighting", type=click.Choice(WEIGHTINGS), default="example_mean", show_default=True),
@@ -161,13 +168,13 @@ def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> No
 
 @cli.command()
 @_with(SCORING_OPTIONS)
-@click.option("-k", "sample", type=click.IntRange(min=2), default=16, show_default=True, help="Candidates to step on.")
+@click.option("-k", "size", type=click.IntRange(min=2), default=16, show_default=True, help="Candidates to step on.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file with both sides of the comparison.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def audit(sample: int, out: Path | None, quiet: bool, **values: Any) -> None:
+def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     """Compare predicted influence with real float32 steps on a sample of the candidates."""
     bench = runs.open_workbench(_settings(values))
-    result = bench.estimator.audit(bench.candidates, k=sample, progress=not quiet)
+    result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()
     console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))
     console.print(inspection.agreement_table("centred: the same without the shared drift", result.centred_agreement))

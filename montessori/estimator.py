@@ -66,6 +66,8 @@ class InfluenceEstimator:
         chat_template: see `montessori.encoding.encode_rows`.
         pilot: number of candidates whose mean step is the anchor; 0 anchors at the step with g = 0.
             They are chosen by content, so the order of the candidates does not matter.
+        sample: share of each weight's tiles to score, 1 for all. Less is faster and gives unbiased estimates
+            with `Scores.standard_error`; the tiles are the same for all candidates. Needs the compiled kernels.
         max_grad_norm: clipping by global norm as the training run would apply it, None for none.
         reference_weighting: "example_mean" (w_r = 1/R) or "token_mean".
         reference_batch_tokens: padded tokens per batch of the reference; does not change the loss.
@@ -88,6 +90,7 @@ class InfluenceEstimator:
         truncation: str = "error",
         chat_template: str | None = None,
         pilot: int = 8,
+        sample: float = 1.0,
         max_grad_norm: float | None = None,
         reference_weighting: str = "example_mean",
         reference_batch_tokens: int = 4096,
@@ -105,7 +108,10 @@ class InfluenceEstimator:
             max_length=max_length or default_max_length(model),
             truncation=truncation,
             chat_template=chat_template,
+            sample=sample,
         )
+        if sample < 1:
+            ops.check_impl("cpu")
         self._tokenizer = tokenizer
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
         self.state = _read_optimizer(optimizer, model, lr)
@@ -224,12 +230,8 @@ class InfluenceEstimator:
         ):
             scored = 0
             for batch in batches:
-                deltas, losses = scorer.score(batch)
-                record = {
-                    "index": [example.index for example in batch],
-                    "delta": deltas.tolist(),
-                    "loss": losses.tolist(),
-                }
+                scored_batch = scorer.score(batch)
+                record = {"index": [example.index for example in batch], **scored_batch.record()}
                 if journal is not None:
                     journal.append(record)
                 records.append(record)
@@ -263,6 +265,7 @@ class InfluenceEstimator:
             self._loss,
             self.options.backend,
             self.options.max_grad_norm,
+            self.options.sample,
         )
         return _Prepared(linear, expansion.drift_delta, expansion.loss, expansion.curvature)
 
@@ -283,7 +286,7 @@ class InfluenceEstimator:
     ) -> Scores:
         size, sets = encoded.num_rows, len(self.references.names)
         influence = np.full((size, sets), np.nan)
-        loss = np.full(size, np.nan)
+        loss, variance = np.full(size, np.nan), np.full((size, sets), np.nan)
         status = np.full(size, OK, dtype=object)
         tokens = np.zeros((2, size), dtype=np.int64)
         for example in encoded.examples:
@@ -293,6 +296,7 @@ class InfluenceEstimator:
         for record in records:
             influence[record["index"]] = -np.array(record["delta"], dtype=np.float64)
             loss[record["index"]] = record["loss"]
+            variance[record["index"]] = record.get("variance", np.nan)
         broken = (status == OK) & ~(np.isfinite(influence).all(axis=1) & np.isfinite(loss))
         status[broken], influence[broken] = NON_FINITE, np.nan
         shape = (size, sets) if self._named else (size,)
@@ -306,6 +310,7 @@ class InfluenceEstimator:
             reference_loss=self._per_set(summary["reference_loss"]),
             names=self.references.names,
             method=method,
+            standard_error=np.sqrt(variance).reshape(shape) if self.options.sample < 1 and method != "exact" else None,
             info={
                 **asdict(self.options),
                 "curvature": summary["curvature"],

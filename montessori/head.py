@@ -139,15 +139,29 @@ class ChunkedHead:
             yield slice(None), ops.cross_entropy_(logits, targets, weights, impl=self.impl), logits
             return
         blocks = [slice(low, min(low + width, size)) for low in range(0, size, width)]
-        normaliser = torch.stack([self._logits(hidden, rows).logsumexp(-1) for rows in blocks]).logsumexp(0)
-        losses = normaliser.double() - (hidden * self.head.weight[targets]).sum(-1).double()
+        most, total = self._normaliser(hidden, blocks)
+        of_target = (hidden * self.head.weight[targets]).sum(-1)
         if self.head.bias is not None:
-            losses -= self.head.bias[targets].double()
+            of_target += self.head.bias[targets]
+        losses = total.log() - (of_target - most).double()
         for rows in blocks:
-            probability = self._logits(hidden, rows).sub_(normaliser[:, None]).exp_()
+            gradient = self._logits(hidden, rows).sub_(most[:, None]).exp_()
+            gradient *= (weights / total).to(gradient.dtype)[:, None]
             here = ((targets >= rows.start) & (targets < rows.stop)).nonzero().flatten()
-            probability[here, targets[here] - rows.start] -= 1
-            yield rows, losses, probability.mul_(weights[:, None])
+            gradient[here, targets[here] - rows.start] -= weights[here]
+            yield rows, losses, gradient
+
+    def _normaliser(self, hidden: Tensor, blocks: list[slice]) -> tuple[Tensor, Tensor]:
+        """The largest logit of each row [n], and Σ exp(logit − largest), float64 [n]."""
+        most = torch.full((hidden.shape[0],), -torch.inf, dtype=_wide(hidden.dtype), device=hidden.device)
+        total = torch.zeros(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+        for rows in blocks:
+            logits = self._logits(hidden, rows)
+            higher = torch.maximum(most, logits.amax(-1))
+            total *= (most - higher).double().exp()
+            total += logits.sub_(higher[:, None]).exp_().sum(-1, dtype=torch.float64)
+            most = higher
+        return most, total
 
     def _logits(self, hidden: Tensor, rows: slice) -> Tensor:
         bias = self.head.bias[rows] if self.head.bias is not None else None

@@ -140,13 +140,12 @@ def sampled_linear_influence(
     *,
     sample: float,
     seed: int,
-    drift: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_influence` estimated from a share of the weight's tiles, and the variances of the estimates.
+    """Σ q · (Δ(dYᵀX) − Δ(0)) estimated from a share of the weight's tiles, and the variances of the estimates.
 
-    The tiles are drawn by strata of neighbours, the same ones for every example of every call with one
-    `seed`. What is sampled is the difference to gradient 0; `drift` float64 [K] is the score there. The
-    estimate is unbiased over seeds. Two results, float64 [B, K]. Raises ArgumentError when the compiled
+    The score at gradient 0, which all examples share, is left out: it can be known exactly. The tiles are drawn
+    by strata of neighbours, the same ones for every example of every call with one `seed`; the estimate is
+    unbiased over seeds. Two results, float64 [B, K]. Raises ArgumentError when the compiled
     kernels cannot take the arguments.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
@@ -154,14 +153,12 @@ def sampled_linear_influence(
     num_out, num_in = _matrix_shape(param)
     check_shape("x", x, (None, num_in), "[T, I]")
     check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
-    check_shape("drift", drift, (q.shape[0],), "[K]")
     if not 0 < sample <= 1:
         raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
     bounds = check_offsets(offsets, x.shape[0])
     choose_impl("cpu", x, dy, q, exp_avg, exp_avg_sq, param)
     tiles = cpu.TileSample.draw(q, sample, seed)
-    scores, variance = cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
-    return drift + scores, variance
+    return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
 
 
 @torch.no_grad()

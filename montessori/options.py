@@ -26,6 +26,7 @@ class Options:
     max_length: int
     truncation: str
     chat_template: str | None
+    sample: float
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -34,6 +35,10 @@ class Options:
             raise ArgumentError(f"pilot={self.pilot}: expected a number of examples, 0 for the step with g = 0")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ArgumentError(f"max_grad_norm={self.max_grad_norm}: expected a positive number, or None")
+        if not 0 < self.sample <= 1:
+            raise ArgumentError(f"sample={self.sample}: expected a share of the weights' tiles, 0 < sample <= 1")
+        if self.sample < 1 and self.method == "exact":
+            raise ArgumentError(f"sample={self.sample}: method='exact' takes real steps, which cannot be sampled")
         if self.truncation not in TRUNCATIONS:
             raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
 

@@ -51,6 +51,7 @@ class ScoreSettings:
     dtype: str = "float32"
     device: str = "auto"
     split: str = "train"
+    sample: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def open_workbench(settings: ScoreSettings) -> Workbench:
         truncation=settings.truncation,
         chat_template=settings.chat_template,
         pilot=settings.pilot,
+        sample=settings.sample,
         max_grad_norm=settings.max_grad_norm,
         reference_weighting=settings.reference_weighting,
     )

@@ -1,7 +1,7 @@
 """The two ways to get ΔL of candidates: the linear prediction (Eq. 3, 4) and the real step (Eq. 2).
 
 A scorer is made once per run and is asked, within `running()`, for one group of candidates after the other:
-`score` gives ΔL float64 [B, K] and the candidates' own losses float64 [B], both on the CPU.
+`score` gives ΔL and the candidates' own losses.
 """
 
 from __future__ import annotations
@@ -27,6 +27,29 @@ from montessori.rules import Plan
 from montessori.scoring import ClippingSink, InfluenceSink
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Of a group: `delta` ΔL float64 [B, K], `loss` its own losses float64 [B], `variance` [B, K] of a sampled ΔL."""
+
+    delta: Tensor
+    loss: Tensor
+    variance: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scored]) -> Scored:
+        variances = [part.variance for part in parts if part.variance is not None]
+        return cls(
+            torch.cat([part.delta for part in parts]),
+            torch.cat([part.loss for part in parts]),
+            torch.cat(variances) if variances else None,
+        )
+
+    def record(self) -> dict[str, list]:
+        """Plain numbers for a journal."""
+        values = {"delta": self.delta, "loss": self.loss, "variance": self.variance}
+        return {name: value.tolist() for name, value in values.items() if value is not None}
+
+
 @dataclass
 class LinearScorer:
     """One forward and one backward pass per group, no step taken."""
@@ -38,6 +61,7 @@ class LinearScorer:
     loss: LossFunction
     impl: str
     max_grad_norm: float | None
+    sample: float
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -48,23 +72,24 @@ class LinearScorer:
         with self._capture.installed():
             yield
 
-    def score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    def score(self, group: Sequence[Example]) -> Scored:
         if self.plan.per_example and len(group) > 1:
-            return _joined([self.score([example]) for example in group])
+            return Scored.joined([self.score([example]) for example in group])
         try:
             return self._score(group)
         except UnmappableRowsError as error:
             if len(group) == 1:
                 raise
             warnings.warn(f"{error}; this batch is scored one example at a time", FallbackWarning, stacklevel=2)
-            return _joined([self._score([example]) for example in group])
+            return Scored.joined([self._score([example]) for example in group])
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
         return self._score_halves(group)
 
-    def _score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        sink = InfluenceSink(self.expansion.q, self.state, self.plan.trainable, self.expansion.drift, self.impl)
+    def _score(self, group: Sequence[Example]) -> Scored:
+        expansion = self.expansion
+        sink = InfluenceSink(expansion.q, self.state, self.plan.trainable, expansion.drift, self.impl, self.sample)
         sink.start(len(group))
         batch = collate(group).to(self._device)
         if self.max_grad_norm is None:
@@ -73,9 +98,10 @@ class LinearScorer:
             clipping = ClippingSink(sink, self.max_grad_norm)
             losses = self._capture.run(batch, self.loss, clipping)
             clipping.release(len(group))
-        return self.expansion.constant + sink.scores.cpu(), losses.double().cpu()
+        variance = sink.variance.cpu() if self.sample < 1 else None
+        return Scored(expansion.constant + sink.scores.cpu(), losses.double().cpu(), variance)
 
-    def _score_halves(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    def _score_halves(self, group: Sequence[Example]) -> Scored:
         tokens = len(group) * max(example.num_tokens for example in group)
         half = len(group) // 2
         if half:
@@ -85,7 +111,7 @@ class LinearScorer:
                 stacklevel=2,
             )
             try:
-                return _joined([self._score(group[:half]), self._score(group[half:])])
+                return Scored.joined([self._score(group[:half]), self._score(group[half:])])
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -113,22 +139,17 @@ class ExactScorer:
         with restored(self._parameters) as self._saved:
             yield
 
-    def score(self, group: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        return _joined([self._score(example) for example in group])
+    def score(self, group: Sequence[Example]) -> Scored:
+        return Scored.joined([self._score(example) for example in group])
 
-    def _score(self, example: Example) -> tuple[Tensor, Tensor]:
+    def _score(self, example: Example) -> Scored:
         grads, loss = example_gradients(self.model, self._parameters, example, self.loss)
         apply_step(self._parameters, self.state, grads, self.max_grad_norm)
         try:
             after = self.sets.loss(self.model, self.reference_loss, require_finite=False)
         finally:
             restore(self._parameters, self._saved)
-        return (after - self.loss_before)[None], torch.tensor([loss], dtype=torch.float64)
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    deltas, losses = zip(*parts, strict=True)
-    return torch.cat(deltas), torch.cat(losses)
+        return Scored((after - self.loss_before)[None], torch.tensor([loss], dtype=torch.float64))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -32,6 +32,7 @@ class Scores:
     `influence − drift`. `drift`: influence of the step with g = 0, a float or [K]. `loss`: the candidate's
     own mean token loss, float64 [N]. `num_tokens`, `num_label_tokens`: int64 [N]. `status`: str [N], "ok"
     or why there is no score. `reference_loss`: L(θ), a float or [K]. `info`: settings of the run.
+    `standard_error`: that of `influence` where only a share of the weights' tiles was scored, else None.
     """
 
     influence: np.ndarray
@@ -44,6 +45,7 @@ class Scores:
     names: tuple[str, ...]
     method: str
     info: dict[str, Any] = field(default_factory=dict)
+    standard_error: np.ndarray | None = None
 
     @property
     def centred(self) -> np.ndarray:
@@ -65,7 +67,10 @@ class Scores:
     def to_table(self) -> pa.Table:
         """Arrow table with one row per candidate and the scalars in the schema's metadata."""
         columns: dict[str, Any] = {"index": np.arange(len(self), dtype=np.int64)}
-        for quantity, values in (("influence", self.influence), ("centred", self.centred)):
+        quantities = [("influence", self.influence), ("centred", self.centred)]
+        if self.standard_error is not None:
+            quantities.append(("standard_error", self.standard_error))
+        for quantity, values in quantities:
             if values.ndim == 1:
                 columns[quantity] = values
             else:
@@ -121,8 +126,12 @@ class Scores:
         names = tuple(scalars["names"])
         column = {name: table[name].to_numpy() for name in table.column_names}
         several = "influence" not in column
+
+        def quantity(name: str) -> np.ndarray:
+            return np.stack([column[f"{name}/{n}"] for n in names], 1) if several else column[name]
+
         return cls(
-            influence=np.stack([column[f"influence/{n}"] for n in names], 1) if several else column["influence"],
+            influence=quantity("influence"),
             drift=np.array(scalars["drift"]) if several else scalars["drift"],
             loss=column["loss"],
             num_tokens=column["num_tokens"],
@@ -132,6 +141,7 @@ class Scores:
             names=names,
             method=scalars["method"],
             info=scalars["info"],
+            standard_error=quantity("standard_error") if any(c.startswith("standard_error") for c in column) else None,
         )
 
 

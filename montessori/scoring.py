@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,8 @@ from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, Use, example_
 class InfluenceSink:
     """Adds up ⟨q, Δ(g_i)⟩ over all parameters (Eq. 3); `scores` is float64 [B, K].
 
-    `drift` is ⟨q, Δ(0)⟩ per parameter, [K]: the score where an example has no gradient.
+    `drift` is ⟨q, Δ(0)⟩ per parameter, [K]: the score where an example has no gradient. With `sample` below 1,
+    matrices are scored on that share of their tiles, and `variance` [B, K] is that of the sum.
     """
 
     q: Mapping[str, Tensor]
@@ -27,31 +29,49 @@ class InfluenceSink:
     parameters: Mapping[str, nn.Parameter]
     drift: Mapping[str, Tensor]
     impl: str
+    sample: float = 1.0
     scores: Tensor = field(init=False)
+    variance: Tensor = field(init=False)
 
     def start(self, size: int) -> None:
         some = next(iter(self.drift.values()))
-        self.scores = some.new_zeros(size, some.shape[0])
+        self.scores, self.variance = some.new_zeros(size, some.shape[0]), some.new_zeros(size, some.shape[0])
 
     def use(self, name: str, use: Use | RestUse) -> None:
         entry = self.state[name]
         rest = (self.q[name], entry.exp_avg, entry.exp_avg_sq, self.parameters[name].detach(), entry.step)
-        if isinstance(use, LinearUse):
+        if isinstance(use, LinearUse) and use.rows is None:
+            self.part(name, 0, use, slice(None))
+            if self.sample < 1:
+                self.scores += self.drift[name]
+        elif isinstance(use, LinearUse):
             self.scores += ops.linear_influence(use.x, use.dy, use.offsets, *rest, rows=use.rows, impl=self.impl)
         elif isinstance(use, DenseUse):
             self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
         elif isinstance(use, RowsUse):
             self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name], impl=self.impl)
-        elif use.rows is not None:
-            base = [(rows.ids, rows.grad) for rows in use.parts]
-            self.scores += ops.row_changes(use.rows, *rest, base=base, impl=self.impl)
+        else:
+            # Sampled parts are differences to gradient 0.
+            self.scores += self.drift[name] if self.sample < 1 else 0.0
+            if use.rows is not None:
+                base = [(rows.ids, rows.grad) for rows in use.parts]
+                self.scores += ops.row_changes(use.rows, *rest, base=base, impl=self.impl)
 
     def part(self, name: str, first: int, use: LinearUse, rows: slice) -> None:
         entry = self.state[name]
         exp_avg, exp_avg_sq = (None if t is None else t[rows] for t in (entry.exp_avg, entry.exp_avg_sq))
         rest = (self.q[name][:, rows], exp_avg, exp_avg_sq, self.parameters[name].detach()[rows], entry.step)
         examples = slice(first, first + use.offsets.numel() - 1)
-        self.scores[examples] += ops.linear_influence(use.x, use.dy, use.offsets, *rest, impl=self.impl)
+        if self.sample == 1:
+            self.scores[examples] += ops.linear_influence(use.x, use.dy, use.offsets, *rest, impl=self.impl)
+            return
+        # One draw per parameter and block of it, the same in every batch.
+        seed = zlib.crc32(f"{name}:{rows.start}:{rows.stop}".encode())
+        scores, variance = ops.sampled_linear_influence(
+            use.x, use.dy, use.offsets, *rest, sample=self.sample, seed=seed
+        )
+        self.scores[examples] += scores
+        self.variance[examples] += variance
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]

@@ -1,0 +1,141 @@
+"""The vocabulary head by chunks: the same scores, whatever fits into memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from support import CONFIGS, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
+
+from montessori import InfluenceEstimator, head, ops
+from montessori.batching import collate, examples_from_tokens
+from montessori.coverage import verified_plan
+from montessori.errors import ArgumentError
+from montessori.losses import response_loss
+
+RTOL = 1e-9
+# All at once; some examples at a time; one example at a time, by blocks of 7 rows of the vocabulary and less.
+SIZES = [1 << 20, 8 * VOCABULARY * 12, 8 * 7 * 8]
+
+
+def phi():
+    """A model whose head has a bias."""
+    torch.manual_seed(0)
+    config = transformers.PhiConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    return model
+
+
+MODELS = {"phi": phi} | {name: lambda name=name: make_model(name) for name in ("llama_tied", "llama_untied", "gpt2")}
+
+
+def examples(count=4):
+    return list(examples_from_tokens(make_rows(count, seed=3), "rows"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_of_any_size_give_the_scores_of_single_examples(monkeypatch, name, size):
+    monkeypatch.setattr(head, "LOGITS_BYTES", size)
+    model = MODELS[name]()
+    optimizer, candidates, references = warm_optimizer(model), make_rows(6, seed=1), make_rows(3, seed=2)
+    got = InfluenceEstimator(model, optimizer, references, method="first_order").score(candidates)
+    want = slow_influence(model, optimizer, candidates, references, "first_order")
+    np.testing.assert_allclose(got.influence, want, rtol=RTOL)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ordinary_models_have_their_head_by_chunks(name):
+    model = MODELS[name]()
+    assert verified_plan(model, examples(2), response_loss).head is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("name", ["gemma2"])
+def test_a_head_whose_logits_are_capped_goes_another_way(name):
+    model = make_model(name)
+    assert CONFIGS[name]().final_logit_softcapping
+    assert verified_plan(model, examples(2), response_loss).head is None
+
+
+def test_no_chunk_holds_more_logits_than_allowed(monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_BYTES", 8 * 7 * 8)
+    model, batch = make_model("llama_tied"), collate(examples())
+    seen = []
+    linear = torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        out = linear(x, weight, bias)
+        seen.append(out.numel() * out.element_size())
+        return out
+
+    with torch.no_grad():
+        want = response_loss(model, batch)
+        hidden = head.hidden_states(model, model.lm_head, batch)
+        offsets = torch.tensor([0, *((row.labels[1:] != -100).sum() for row in examples())]).cumsum(0)
+        monkeypatch.setattr(head.F, "linear", watched)
+        losses, _ = head.ChunkedHead.of(model.lm_head, batch, offsets, "auto").run(hidden)
+    torch.testing.assert_close(losses, want, rtol=RTOL, atol=0)
+    assert 0 < max(seen) <= 8 * 7 * 8
+
+
+HOSTILE = {
+    "ordinary": torch.randn(5, 61, generator=torch.Generator().manual_seed(0)),
+    "one_class": torch.zeros(3, 1),
+    "many_classes": torch.randn(2, 5003, generator=torch.Generator().manual_seed(1)) * 3,
+    "far_apart": torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]]),
+    "sharp": torch.randn(4, 333, generator=torch.Generator().manual_seed(2)) * 60,
+    "no_row": torch.zeros(0, 7),
+}
+
+
+@pytest.mark.parametrize("impl", ops.available_impls())
+@pytest.mark.parametrize("name", HOSTILE)
+def test_cross_entropy_is_as_exact_as_plain_torch(name, impl):
+    logits = HOSTILE[name]
+    targets = torch.arange(len(logits)) % logits.shape[1]
+    weights = torch.linspace(0.1, 1, len(logits))
+
+    def specified(values):
+        leaf = values.clone().requires_grad_()
+        losses = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
+        (losses * weights.to(values.dtype)).sum().backward()
+        return losses.detach().double(), leaf.grad.double()
+
+    got = logits.clone()
+    losses = ops.cross_entropy_(got, targets, weights, impl=impl)
+    eps = torch.finfo(torch.float32).eps
+    (want_loss, want_grad), (plain_loss, plain_grad) = specified(logits.double()), specified(logits)
+    # Twice the plain path's error, and a few roundings of the largest number in it.
+    scale = 4 * eps * logits.abs().amax(-1).clamp(min=1)
+    assert torch.all((losses - want_loss).abs() <= 2 * (plain_loss - want_loss).abs() + scale)
+    assert torch.all((got.double() - want_grad).abs() <= 2 * (plain_grad - want_grad).abs() + 8 * eps)
+
+
+@pytest.mark.parametrize("impl", ops.available_impls())
+def test_nan_in_one_row_of_logits_stays_there(impl):
+    logits = torch.randn(3, 40)
+    logits[1, 5] = torch.nan
+    losses = ops.cross_entropy_(logits, torch.tensor([0, 1, 2]), torch.ones(3), impl=impl)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert logits.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"targets": torch.tensor([0, 9])}, "expected ids in 0..3"),
+        ({"targets": torch.tensor([0])}, "targets"),
+        ({"weights": torch.ones(2, dtype=torch.float64)}, "as the logits"),
+        ({"logits": torch.zeros(4, 2).T}, "contiguous"),
+    ],
+)
+def test_cross_entropy_refuses_what_does_not_fit(change, words):
+    given = {"logits": torch.zeros(2, 4), "targets": torch.tensor([0, 1]), "weights": torch.ones(2)} | change
+    with pytest.raises(ArgumentError, match=words):
+        ops.cross_entropy_(given["logits"], given["targets"], given["weights"])

@@ -1,0 +1,105 @@
+"""Scoring a share of each weight's tiles: unbiased, with an honest standard error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from support import make_rows, warm_optimizer
+
+from montessori import AdamWStep, InfluenceEstimator, Scores, SGDStep, cpu, ops
+from montessori.errors import ArgumentError
+
+needs_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{cpu.unavailable()}")
+
+ADAMW = AdamWStep(lr=1e-3, eps=1e-6, step=5, weight_decay=0.1)
+SGD = SGDStep(lr=0.1, momentum=0.9, weight_decay=0.1, step=3)
+
+
+@pytest.fixture
+def layer():
+    """A weight of some 80 tiles; (x, dy, offsets) and (q, exp_avg, exp_avg_sq, param)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    shape = (700, 600)
+    state = (normal(2, *shape), normal(*shape), normal(*shape).square() + 0.1, normal(*shape))
+    return (normal(9, 600), normal(9, 700), torch.tensor([0, 4, 4, 9])), state
+
+
+def score_at_zero(state, step):
+    return ops.adam_influence(None, *state, step)
+
+
+@needs_kernels
+@pytest.mark.parametrize("step", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_all_tiles_give_the_exact_score_without_error(layer, step):
+    batch, state = layer
+    scores, variance = ops.sampled_linear_influence(*batch, *state, step, sample=1.0, seed=0)
+    exact = ops.linear_influence(*batch, *state, step) - score_at_zero(state, step)
+    torch.testing.assert_close(scores, exact, rtol=1e-6, atol=float(exact.abs().max()) * 1e-6)
+    assert not variance.any()
+
+
+@needs_kernels
+def test_estimates_are_unbiased_and_their_variance_is_what_they_show(layer):
+    batch, state = layer
+    exact = ops.linear_influence(*batch, *state, ADAMW) - score_at_zero(state, ADAMW)
+    draws = [ops.sampled_linear_influence(*batch, *state, ADAMW, sample=0.25, seed=seed) for seed in range(400)]
+    scores, variances = (torch.stack(values) for values in zip(*draws, strict=True))
+    seen = scores.var(0)
+    # Example 1 is empty: nothing is sampled there. Five standard errors of a mean of 400 draws.
+    some = [0, 2]
+    assert torch.all((scores.mean(0) - exact)[some].abs() <= 5 * (seen[some] / 400).sqrt())
+    assert torch.all((variances.mean(0)[some] / seen[some] - 1).abs() < 0.35)
+    assert not variances[:, 1].any()
+
+
+@needs_kernels
+def test_an_example_has_the_same_estimate_in_any_company(layer):
+    (x, dy, _), state = layer
+    together, _ = ops.sampled_linear_influence(x, dy, torch.tensor([0, 4, 9]), *state, ADAMW, sample=0.3, seed=7)
+    alone, _ = ops.sampled_linear_influence(x[4:], dy[4:], torch.tensor([0, 5]), *state, ADAMW, sample=0.3, seed=7)
+    assert torch.equal(together[1], alone[0])
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return model, warm_optimizer(model)
+
+
+def scored(student, **settings):
+    model, optimizer = student
+    return InfluenceEstimator(model, optimizer, make_rows(4, seed=2), **settings).score(make_rows(12, seed=1))
+
+
+@needs_kernels
+def test_a_sampled_run_reports_its_error_and_keeps_it_in_the_file(student, tmp_path):
+    full, part = scored(student), scored(student, sample=0.25)
+    assert full.standard_error is None
+    assert part.standard_error.shape == part.influence.shape
+    assert np.all(part.standard_error > 0)
+    assert np.all(np.abs(part.influence - full.influence) <= 6 * part.standard_error)
+    assert part.drift == pytest.approx(full.drift, rel=1e-6)
+    loaded = Scores.load(part.save(tmp_path / "scores.parquet"))
+    np.testing.assert_array_equal(loaded.standard_error, part.standard_error)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"sample": 0.0}, "0 < sample <= 1"), ({"sample": 1.5}, "0 < sample <= 1"),
+     ({"sample": 0.5, "method": "exact"}, "real steps")],
+)  # fmt: skip
+def test_impossible_samples_are_one_line_errors(student, settings, words):
+    with pytest.raises(ArgumentError, match=words):
+        scored(student, **settings)
