@@ -2,15 +2,15 @@
 
     python -m benchmarks.speed --candidates seed_tasks_175.jsonl --reference reference_256.jsonl
 
-Plain forward + backward is what training does without its optimizer step: the ordinary Hugging Face forward on the
-padded batch, loss over the response, `backward()` with all weight gradients. Scoring adds the Adam map and the dot
-product with q and leaves out autograd's weight gradients. What is computed once for all candidates (reference
-gradient, anchor) is timed apart.
+Two yardsticks. Plain: what training does without its optimizer step, the ordinary Hugging Face forward on the padded
+batch, loss over the response, `backward()` with all weight gradients. Trimmed: the same with the head on the labelled
+positions alone, as scoring has it. Scoring adds the Adam map and the dot product with q and leaves out autograd's
+weight gradients; `sampled` does so for a quarter of each weight. What is computed once for all candidates (reference
+gradient, anchor, proof of the capture) is timed apart.
 """
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +19,19 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 from torch import nn
 
 from benchmarks.common import MAX_LENGTH, load_data, parser, warm_student, write_result
 from montessori import InfluenceEstimator
 from montessori.batching import Example, collate, make_batches
+from montessori.data import Rows
 from montessori.encoding import encode_rows
+from montessori.losses import response_loss
 from montessori.models import load_model
+from montessori.runs import DTYPES
+
+SAMPLE = 0.25
 
 
 def plain_pass(model: nn.Module, batches: Sequence[Sequence[Example]]) -> None:
@@ -36,56 +42,95 @@ def plain_pass(model: nn.Module, batches: Sequence[Sequence[Example]]) -> None:
         model.zero_grad()
 
 
+def trimmed_pass(model: nn.Module, batches: Sequence[Sequence[Example]]) -> None:
+    for batch in map(collate, batches):
+        response_loss(model, batch).sum().backward()
+        model.zero_grad()
+
+
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
+def interleaved(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each arm, one of each in turn; the first round, cold, is left out."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for name, work in list(arms.items()) * (repeats + 1):
+        times[name].append(seconds(work))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def ratios(times: dict[str, list[float]], of: str, to: str) -> dict[str, float]:
+    """Speed of `of` relative to `to`, pair by pair: median and range."""
+    values = [b / a for a, b in zip(times[of], times[to], strict=True)]
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--batch-tokens", type=int, default=2048)
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--scored", type=int, default=16, help="how many of the candidates are scored")
+    options.add_argument("--batch-tokens", type=int, default=4096)
+    options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--backend", default="auto", help="implementation of montessori.ops")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options.add_argument("--precision", choices=["highest", "medium"], default="highest", help="of float32 products")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_float32_matmul_precision(arguments.precision)
     everything, candidates, reference = load_data(arguments)
     checkpoint = warm_student(everything, arguments)
-    model, tokenizer = load_model(checkpoint)
+    candidates = Rows(list(candidates)[: arguments.scored], candidates.source)
+    model, tokenizer = load_model(checkpoint, dtype=DTYPES[arguments.dtype])
     examples = encode_rows(candidates, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
     batches = make_batches(examples, arguments.batch_tokens)
-    settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "right"}
-    estimator = InfluenceEstimator(model, checkpoint, reference, backend=arguments.backend, **settings)
+    settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "right", "backend": arguments.backend}
+    estimator = InfluenceEstimator(model, checkpoint, reference, **settings)
     once = seconds(lambda: estimator.prepare(candidates))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cold = seconds(lambda: plain_pass(model, batches))
-    plain, ours = [], []
-    for _ in range(arguments.repeats):
-        plain.append(seconds(lambda: plain_pass(model, batches)))
-        ours.append(seconds(lambda: estimator.score(candidates, batch_tokens=arguments.batch_tokens)))
-    ratios = [b / a for a, b in zip(plain, ours, strict=True)]
-    tokens = sum(example.num_tokens for example in examples)
-    padded = sum(len(batch) * batch[0].num_tokens for batch in batches)
-    result = {
-        "seconds": {"plain": plain, "score": ours, "once": once, "plain_cold": cold},
-        "ratio_median": statistics.median(ratios),
-        "ratio_spread": [min(ratios), max(ratios)],
-        "tokens": tokens,
-        "padded_tokens": padded,
-        "backend": estimator.options.backend,
-        "peak_rss_bytes": {"before": before * 1024, "after": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
+    results = {}
+
+    def score(chosen: InfluenceEstimator, name: str) -> None:
+        results[name] = chosen.score(candidates, batch_tokens=arguments.batch_tokens).influence
+
+    arms: dict[str, Callable[[], object]] = {
+        "plain": lambda: plain_pass(model, batches),
+        "trimmed": lambda: trimmed_pass(model, batches),
+        "score": lambda: score(estimator, "score"),
     }
-    path = write_result(f"speed_{arguments.backend}_{arguments.threads}t", arguments, result)
-    table = Table(title=f"{len(examples)} candidates, {tokens} tokens, {arguments.threads} threads")
-    for column in ("", "median s", "tokens/s", "ratio to plain"):
+    if arguments.backend == "auto":
+        sampled = InfluenceEstimator(model, checkpoint, reference, sample=SAMPLE, **settings)
+        sampled.prepare(candidates)
+        arms["sampled"] = lambda: score(sampled, "sampled")
+    times = interleaved(arms, arguments.repeats)
+    compared = [(of, to) for of in ("score", "sampled") for to in ("plain", "trimmed") if of in times]
+    result = {
+        "seconds": {**times, "once": once},
+        "speed": {f"{of}/{to}": ratios(times, of, to) for of, to in compared},
+        "tokens": sum(example.num_tokens for example in examples),
+        "label_tokens": sum(example.num_label_tokens for example in examples),
+        "padded_tokens": sum(len(batch) * batch[0].num_tokens for batch in batches),
+        "backend": arguments.backend,
+    }
+    if "sampled" in results:
+        result["sampled_spearman"] = float(spearmanr(results["score"], results["sampled"]).statistic)
+    kind = "" if arguments.precision == "highest" else f"_{arguments.precision}"
+    path = write_result(f"speed_{arguments.backend}_{arguments.dtype}{kind}_{arguments.threads}t", arguments, result)
+    show(result, path)
+
+
+def show(result: dict, path: object) -> None:
+    table = Table(title=f"{result['tokens']} tokens, {result['label_tokens']} with a label")
+    for column in ("", "median s", "tokens/s"):
         table.add_column(column)
-    for name, times in (("plain forward + backward", plain), (f"score ({estimator.options.backend})", ours)):
-        median = statistics.median(times)
-        ratio = f"{result['ratio_median']:.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if times is ours else "1"
-        table.add_row(name, f"{median:.2f}", f"{tokens / median:.0f}", ratio)
-    table.add_row("once: q, anchor, proof", f"{once:.2f}", "", "")
+    for name, times in result["seconds"].items():
+        median = statistics.median(times) if isinstance(times, list) else times
+        table.add_row(name, f"{median:.2f}", f"{result['tokens'] / median:.0f}" if name != "once" else "")
     console = Console()
     console.print(table)
+    for name, ratio in result["speed"].items():
+        console.print(f"speed {name}: {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})")
+    console.print(f"Spearman of sampled against all tiles: {result.get('sampled_spearman', float('nan')):.4f}")
     console.print(f"wrote {path}")
 
 

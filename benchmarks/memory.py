@@ -1,0 +1,82 @@
+"""Peak resident size of scoring against plain forward + backward, each in a process of its own.
+
+    python -m benchmarks.memory --candidates seed_tasks_175.jsonl --reference reference_256.jsonl
+
+The plain process also holds arrays of the size of m, v and q, which scoring cannot do without.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import MAX_LENGTH, load_data, parser, warm_student, write_result
+from benchmarks.speed import plain_pass
+from montessori import InfluenceEstimator
+from montessori.batching import make_batches
+from montessori.encoding import encode_rows
+from montessori.models import load_model
+
+ARMS = ("plain", "score")
+
+
+def run_arm(arguments, arm: str, batch_tokens: int) -> int:
+    """Do the work of one arm here and return the peak resident size of this process in bytes."""
+    everything, candidates, reference = load_data(arguments)
+    checkpoint = warm_student(everything, arguments)
+    model, tokenizer = load_model(checkpoint)
+    settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "right"}
+    if arm == "score":
+        InfluenceEstimator(model, checkpoint, reference, **settings).score(candidates, batch_tokens=batch_tokens)
+    else:
+        held = [torch.ones_like(parameter) for parameter in model.parameters() for _ in range(3)]
+        examples = encode_rows(candidates, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
+        plain_pass(model, make_batches(examples, batch_tokens))
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--batch-tokens", type=int, nargs="+", default=[1024, 2048, 4096])
+    options.add_argument("--arm", choices=ARMS, help="run this one here and print its peak")
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.arm:
+        print(run_arm(arguments, arguments.arm, arguments.batch_tokens[0]))
+        return
+    warm_student(load_data(arguments)[0], arguments)
+    peaks = {}
+    for tokens in arguments.batch_tokens:
+        for arm in ARMS:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.memory",
+                *sys.argv[1:],
+                "--arm",
+                arm,
+                "--batch-tokens",
+                str(tokens),
+            ]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            peaks[f"{arm}/{tokens}"] = int(done.stdout.split()[-1])
+    path = write_result("memory", arguments, {"peak_rss_bytes": peaks})
+    table = Table(title="peak resident size, GB")
+    for column in ("padded tokens of a batch", "plain forward + backward, with m, v, q", "score", "score / plain"):
+        table.add_column(column)
+    for tokens in arguments.batch_tokens:
+        plain, score = (peaks[f"{arm}/{tokens}"] for arm in ARMS)
+        table.add_row(str(tokens), f"{plain / 1e9:.2f}", f"{score / 1e9:.2f}", f"{score / plain:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
