@@ -105,6 +105,24 @@ def encode_rows(
     return _limit([examples[index] for index in range(len(table))], table, max_length, truncation)
 
 
+def encode_continuations(
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, name: str = "rows"
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each (prompt, completion), both texts as a model read and wrote them.
+
+    The prompt's ids are those of the prompt alone, `tokenizer(prompt, add_special_tokens=False)`, which is
+    what generation feeds; the completion is tokenised on its own after it, so that no token spans the two.
+    """
+    pieces = _Pieces.of(tokenizer)
+    encoded: list[tuple[list[int], list[int]]] = []
+    for start in range(0, len(texts), ROWS_PER_CALL):
+        group = texts[start : start + ROWS_PER_CALL]
+        places = [Chat(start + i, f"{name}, row {start + i}", []) for i in range(len(group))]
+        tokens = pieces.tokenise([list(pair) for pair in group], places)
+        encoded += [(prompt, completion) for prompt, completion in tokens]
+    return encoded
+
+
 def _limit(examples: list[Example], table: Rows, max_length: int, truncation: str) -> Encoded:
     """Apply the limit of length; an example without labels is skipped for that, whatever its length."""
     encoded = Encoded([], {}, [], len(examples))
