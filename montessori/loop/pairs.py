@@ -115,9 +115,7 @@ def _ordered(
 def _pair(rows: Sequence[Mapping[str, Any]], values: np.ndarray, better: int, worse: int) -> dict[str, Any]:
     chosen, rejected = rows[better], rows[worse]
     if chosen["prompt"] != rejected["prompt"]:
-        raise DataError(
-            f"{chosen['id']} and {rejected['id']}: expected the same prompt (one prompt_id), got two texts"
-        )
+        raise DataError(f"{chosen['id']} and {rejected['id']}: expected the same prompt (one prompt_id), got two texts")
     return {
         "prompt_id": chosen["prompt_id"],
         "prompt": chosen["prompt"],
