@@ -99,7 +99,7 @@ def encode_rows(
     if chats:
         if tokenizer is None:
             raise ArgumentError(f"{table.where(chats[0].index)}: a row of text needs tokenizer=, none was given")
-        template = _Template(tokenizer, _resolve_template(tokenizer, chat_template))
+        template = _Template(tokenizer, resolve_template(tokenizer, chat_template))
         encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
         examples.update((example.index, example) for example in encode(chats, template))
     return _limit([examples[index] for index in range(len(table))], table, max_length, truncation)
@@ -159,7 +159,8 @@ def _from_tokens(row: Mapping, index: int, where: str) -> Example:
 # Templates.
 
 
-def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+    """The Jinja source that `chat_template` means (see `encode_rows`); DataError or ArgumentError if none."""
     if chat_template is None:
         if not tokenizer.chat_template:
             raise DataError(
