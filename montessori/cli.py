@@ -1,4 +1,4 @@
-"""The command line: warmup, score, audit, inspect."""
+"""The command line: the estimator's commands, and those of the loop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.console import Console
 
 from montessori import inspection, runs
 from montessori.data import Rows, load_rows
-from montessori.demo import demo_file
 from montessori.encoding import TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
+from montessori.loop.commands import demo_command, generate_command, run_command
 from montessori.models import load_model
 from montessori.options import METHODS, default_max_length
 from montessori.referenceset import WEIGHTINGS
@@ -176,29 +176,6 @@ def audit(sample: int, out: Path | None, quiet: bool, **values: Any) -> None:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Warm-up steps.")
-def demo(out: Path, steps: int) -> None:
-    """Warm up SmolLM2-135M on packaged pairs, score the packaged candidates, audit 8 of them."""
-    paths = {name: str(demo_file(f"{name}.jsonl")) for name in ("warmup", "candidates", "reference")}
-    checkpoint = _warm_up("smollm2-135m", paths["warmup"], out / "warmup", max_steps=steps, batch_size=8)
-    click.echo(f"warmed-up student: {checkpoint}")
-    settings = ScoreSettings(
-        student=str(checkpoint),
-        optimizer=str(checkpoint),
-        candidates=paths["candidates"],
-        reference=[paths["reference"]],
-    )
-    target = out / "scores.parquet"
-    scores = runs.score_to_file(settings, target, fresh=False, audit=8, progress=True)
-    console = Console()
-    _show(console, scores, load_rows(paths["candidates"]), "centred", None, top=5)
-    console.print(runs.read_audit_table(target))
-    inspection.save_histogram(scores, out / "influence.png")
-    console.print(f"wrote {target} and {out / 'influence.png'}", soft_wrap=True)
-
-
-@cli.command()
 @click.argument("scores_file", type=click.Path())
 @click.option("--candidates", help="The scored file, to show its text.")
 @click.option("--split", default="train", show_default=True)
@@ -218,6 +195,10 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
     if png is not None:
         inspection.save_histogram(scores, png, quantity)
         console.print(f"wrote {png}", soft_wrap=True)
+
+
+for command in (run_command, generate_command, demo_command):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -206,7 +206,12 @@ class _Writer:
 
     @classmethod
     def start(
-        cls, engine: TransformersEngine, request: Request, prompt: Sequence[int], sampling: Sampling, stop: Sequence[str]
+        cls,
+        engine: TransformersEngine,
+        request: Request,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[str],
     ) -> _Writer:
         limit = min(sampling.max_new_tokens, engine.room(prompt))
         generator = torch.Generator().manual_seed(request.seed)

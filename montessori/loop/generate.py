@@ -186,7 +186,9 @@ class _Memory:
         for record in self.journal.records:
             self._take(record)
 
-    def complete(self, engine: Engine, requests: list[Request], sampling: Sampling, stop: Sequence[str]) -> list[Sample]:
+    def complete(
+        self, engine: Engine, requests: list[Request], sampling: Sampling, stop: Sequence[str]
+    ) -> list[Sample]:
         """One sample per request; those not on disk are written by the engine and put there."""
         for batch in engine.batches(requests) if requests else []:
             if not all(request.id in self.samples for request in batch):
@@ -216,7 +218,10 @@ class _Writer:
 
     def waves(self, needed: int) -> Iterator[int]:
         """Write wave after wave; yields the number of rows kept so far."""
-        settings, per_prompt = self.recipe.generate, self.recipe.generate.samples_per_prompt * self.recipe.responses.samples
+        settings, per_prompt = (
+            self.recipe.generate,
+            self.recipe.generate.samples_per_prompt * self.recipe.responses.samples,
+        )
         most = settings.max_prompts or 8 * -(-needed // per_prompt)
         start = 0
         while len(self.made.rows) < needed:

@@ -65,9 +65,7 @@ def ask(tokenizer: Any, content: str, template: str | None) -> str:
     messages = [{"role": "user", "content": content}]
     source = resolve_template(tokenizer, template)
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=source, tokenize=False, add_generation_prompt=True
-        )
+        return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template fails on a generated instruction ({one_line(error)})") from error
 

@@ -77,6 +77,14 @@ class RunDirectory:
     def is_done(self, name: str) -> bool:
         return (self.path / name / DONE).is_file()
 
+    def exists(self, name: str) -> bool:
+        """Whether the stage `name` has been started."""
+        return (self.path / name / INPUTS).is_file()
+
+    def check(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Raise ArgumentError naming the inputs that differ from those that the stage `name` was started with."""
+        _compare(self.path / name, _flatten(json.loads(json.dumps(inputs))))
+
     def digest(self, name: str) -> str:
         """Digest of all that the finished stage `name` was made from; an input of the stages after it."""
         try:
@@ -98,7 +106,10 @@ class RunDirectory:
         if fresh and path.exists():
             shutil.rmtree(path)
         flat = _flatten(json.loads(json.dumps(inputs)))
-        _claim(path, flat)
+        if self.exists(name):
+            _compare(path, flat)
+        else:
+            write_json(path / INPUTS, flat)
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
         stage = Stage(name, path, digest, (path / DONE).is_file())
         if stage.done:
@@ -141,13 +152,8 @@ def content_digest(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _claim(path: Path, flat: dict[str, Any]) -> None:
-    """Write the inputs of a new stage; compare them with those of one that is there."""
-    file = path / INPUTS
-    if not file.exists():
-        write_json(file, flat)
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
+def _compare(path: Path, flat: dict[str, Any]) -> None:
+    before = json.loads((path / INPUTS).read_text(encoding="utf-8"))
     changed = sorted(key for key in {*before, *flat} if before.get(key) != flat.get(key))
     if changed:
         key = changed[0]
