@@ -6,10 +6,10 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from montessori.errors import DataError
 from montessori.loop.section import Section
@@ -51,6 +51,12 @@ class EngineSettings(Section):
     api_key_env: str | None = None
     timeout: float = Field(default=600.0, gt=0)
     retries: int = Field(default=5, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "endpoint" and (self.base_url is None or self.model is None):
+            raise ValueError("engine.name=endpoint: expected engine.base_url and engine.model as well")
+        return self
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,3 @@ def context_length(config: Any, max_length: int | None) -> int:
     own = getattr(config, "max_position_embeddings", None)
     limits = [limit for limit in (max_length, own) if isinstance(limit, int)]
     return min(limits) if limits else 2048
-
-
-def checkpoint_directory(model: str | os.PathLike[str]) -> str:
-    """`model` as a directory or hub name that any library can load; the demo model becomes its directory."""
-    from montessori.models import cache_directory, load_model
-
-    if str(model).lower().replace("_", "-") not in ("smollm2-135m", "smollm2-135m-instruct"):
-        return str(model)
-    target = cache_directory() / "smollm2-135m-instruct"
-    if not (target / "config.json").is_file():
-        load_model(model)
-    return str(Path(target))
