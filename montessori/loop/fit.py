@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ CHECKPOINTS = "checkpoints"
 
 _SAVES_PER_RUN = 4
 _LOGS_PER_RUN = 50
-# They differ from run to run; everything else in the metrics is the same for the same run.
-_TIMINGS = ("_runtime", "_per_second")
+# Timings differ from run to run, sums and means over a run between one that was resumed and one that was not.
+_UNSTABLE = re.compile(r"train_.*|.*_runtime|.*_per_second|total_flos|(eval_)?num_tokens")
 
 
 class FitSettings(Section):
@@ -164,11 +165,12 @@ def run_trainer(trainer: Any, out: Path) -> None:
 
 
 def metrics_of(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged, one dict per logged step, without timings."""
-    return [
-        {key: value for key, value in entry.items() if not key.endswith(_TIMINGS) and key != "total_flos"}
+    """What was logged, one dict per logged step with sorted keys; the same bytes for the same run."""
+    logged = [
+        {key: entry[key] for key in sorted(entry) if not _UNSTABLE.fullmatch(key)}
         for entry in trainer.state.log_history
     ]
+    return [entry for entry in logged if entry.keys() - {"epoch", "step"}]
 
 
 def finish(

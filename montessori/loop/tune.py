@@ -99,13 +99,21 @@ def run(
 
 
 def encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    """Token ids of the pairs: `prompt_ids` as generation fed them, `chosen_ids`, `rejected_ids`."""
+    """Token ids of the pairs: `prompt_ids` as generation fed them, `chosen_ids`, `rejected_ids`.
+
+    A side that the teacher ended with its end-of-text token (`chosen_ends`, `rejected_ends`) ends with it.
+    """
     texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
-    encoded = encode_continuations(texts, tokenizer, "pairs")
-    return [
-        {"prompt_id": row["prompt_id"], "prompt_ids": chosen[0], "chosen_ids": chosen[1], "rejected_ids": rejected[1]}
-        for row, chosen, rejected in zip(rows, encoded[::2], encoded[1::2], strict=True)
-    ]
+    encoded = iter(encode_continuations(texts, tokenizer, "pairs"))
+    pairs = []
+    for row in rows:
+        pair: dict[str, Any] = {"prompt_id": row["prompt_id"]}
+        for side in ("chosen", "rejected"):
+            prompt, completion = next(encoded)
+            end = [tokenizer.eos_token_id] if row.get(f"{side}_ends") else []
+            pair |= {"prompt_ids": prompt, f"{side}_ids": completion + end}
+        pairs.append(pair)
+    return pairs
 
 
 def validation_prompts(prompt_ids: Sequence[str], fraction: float, seed: int) -> set[str]:

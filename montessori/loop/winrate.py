@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 from montessori.errors import ArgumentError
 from montessori.loop.statistics import Interval, bootstrap_mean
 
-# Keeps the weights finite when every verdict agrees; one pseudo-answer, so its pull fades with their number.
-_RIDGE = 1.0
+# Keeps the weights finite when every verdict agrees; its pull fades with the number of verdicts.
+_RIDGE = 0.1
 
 
 @dataclass(frozen=True)
