@@ -15,6 +15,7 @@ from montessori.data import Rows, load_rows
 from montessori.encoding import TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
+from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import load_model
 from montessori.options import METHODS, default_max_length
 from montessori.referenceset import WEIGHTINGS
@@ -197,7 +198,7 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
         console.print(f"wrote {png}", soft_wrap=True)
 
 
-for command in (run_command, generate_command, demo_command):
+for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command):
     cli.add_command(command)
 
 

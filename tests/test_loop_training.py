@@ -103,7 +103,7 @@ def test_the_same_tuning_twice_gives_the_same_bytes(tuned, student, pairs_file, 
         assert (tmp_path / name).read_bytes() == (tuned[0] / name).read_bytes(), name
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -117,7 +117,7 @@ def kill_after(monkeypatch, saves: int) -> None:
         original(self, *arguments)
         count[0] += 1
         if count[0] == saves:
-            raise Killed
+            raise KilledError
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", save)
 
@@ -125,7 +125,7 @@ def kill_after(monkeypatch, saves: int) -> None:
 def test_a_killed_tuning_goes_on_to_the_same_bytes(tuned, student, pairs_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             tune.run(TuneSettings(**TUNE), student, pairs_file, tmp_path, seed=0, progress=False)
     left = sorted(path.name for path in (tmp_path / fit.CHECKPOINTS).glob("checkpoint-*"))
     assert left and not (tmp_path / tune.TEACHER).exists()
@@ -238,7 +238,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(student, final_file, tmp_pa
     train.run(settings, student, final_file, tmp_path / "whole", seed=0, progress=False)
     with monkeypatch.context() as patch:
         kill_after(patch, 1)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train.run(settings, student, final_file, tmp_path / "cut", seed=0, progress=False)
     train.run(settings, student, final_file, tmp_path / "cut", seed=0, progress=False)
     for name in ("metrics.jsonl", "student/model.safetensors"):

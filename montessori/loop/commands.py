@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from montessori.loop import report
-from montessori.loop.config import PRESETS, read_config
+from montessori.loop.config import PRESETS, Config, read_config
 from montessori.loop.round import STAGES, run
 from montessori.loop.rundir import RunDirectory
 
@@ -45,7 +45,7 @@ def run_command(config: Path | None, preset: str | None, assignments: tuple[str,
 
     CONFIG is a YAML file; a finished stage is skipped, and an interrupted run goes on with the same command.
     """
-    page = run(_read(config, preset, assignments, out), out, until=until, fresh=not resume, progress=not quiet)
+    page = run(read_run_config(config, preset, assignments, out), out, until=until, fresh=not resume, progress=not quiet)
     show_run(out, page)
 
 
@@ -54,7 +54,7 @@ def run_command(config: Path | None, preset: str | None, assignments: tuple[str,
 def generate_command(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path, resume: bool,
                      quiet: bool) -> None:  # fmt: skip
     """Write instructions and responses with the teacher, filtered and split into warm-up and probing set."""
-    run(_read(config, preset, assignments, out), out, only="generate", fresh=not resume, progress=not quiet)
+    run(read_run_config(config, preset, assignments, out), out, only="generate", fresh=not resume, progress=not quiet)
     show_run(out, None)
 
 
@@ -78,7 +78,8 @@ def show_run(out: Path, page: Path | None) -> None:
         console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
-def _read(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path) -> Any:
+def read_run_config(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path) -> Config:
+    """The config that the command line names, or that of the run in `out` where it names none."""
     kept = out / "config.yaml"
     if config is None and preset is None and kept.is_file():
         # A run goes on from its own config.
