@@ -45,8 +45,8 @@ def run_command(config: Path | None, preset: str | None, assignments: tuple[str,
 
     CONFIG is a YAML file; a finished stage is skipped, and an interrupted run goes on with the same command.
     """
-    page = run(read_run_config(config, preset, assignments, out), out, until=until, fresh=not resume, progress=not quiet)
-    show_run(out, page)
+    settings = read_run_config(config, preset, assignments, out)
+    show_run(out, run(settings, out, until=until, fresh=not resume, progress=not quiet))
 
 
 @click.command("generate")
