@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from montessori import inspection, runs
+from montessori import inspection, processes, runs
 from montessori.data import Rows, load_rows
 from montessori.encoding import TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
@@ -203,7 +204,10 @@ for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command):
 
 
 def main() -> None:
-    """Entry point: errors for people are one line on stderr and exit status 2."""
+    """Entry point: errors for people are one line on stderr and exit status 2. Of several processes one speaks."""
+    processes.start_processes()
+    if not processes.is_main():
+        sys.stdout = Path(os.devnull).open("w")
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

@@ -17,7 +17,7 @@ from montessori.batching import IGNORE_INDEX, Example
 from montessori.errors import ModelError
 from montessori.models import load_model
 
-_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 class ExampleRows(Dataset):
@@ -60,7 +60,9 @@ def step_of(checkpoint: Path) -> int:
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that Trainer goes on from is there to its end."""
     weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
-    if not weights or not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+    # One file for a single process, one for each of several.
+    random_states = list(checkpoint.glob("rng_state*.pth"))
+    if not weights or not random_states or not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
         return False
     index = checkpoint / "model.safetensors.index.json"
     try:
@@ -75,7 +77,7 @@ def is_complete(checkpoint: Path) -> bool:
     except (ValueError, KeyError, OSError, SafetensorError):
         return False
     # A file of torch.save ends with the directory of its zip archive.
-    archives = [checkpoint / name for name in _CHECKPOINT_FILES if not name.endswith(".json")]
+    archives = [*random_states, *(checkpoint / name for name in _CHECKPOINT_FILES if not name.endswith(".json"))]
     return state.get("global_step") == step_of(checkpoint) and all(map(zipfile.is_zipfile, archives))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from montessori import processes
 from montessori.batching import Example
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
 from montessori.fingerprint import examples_digest, model_digest
@@ -57,7 +58,7 @@ def warmup(
 
     A run that was cut short goes on from its last complete checkpoint when called again with the same
     arguments and starting weights, and a finished one returns at once. With `resume=False`,
-    `output_dir` must not hold a run.
+    `output_dir` must not hold a run. Under torchrun every process calls this; they share a step's examples.
 
     Raises DataError without examples, ModelError unless trainable weights are float32, ArgumentError
     for batch sizes that do not divide and for an `output_dir` that holds another run.
@@ -77,7 +78,7 @@ def warmup(
     arguments = _training_arguments(path, settings, progress)
     total_steps = _plan_steps(arguments, len(examples), batch_size)
     settings |= {"batch_size": batch_size, "examples": examples_digest(examples)}
-    start = _claim(path, settings, model, resume)
+    start = processes.from_main(_claim(path, settings, model, resume) if processes.is_main() else None)
     if start is not None:
         restore_weights(model, start)
         if step_of(start) == total_steps:
@@ -124,14 +125,12 @@ def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) ->
 
 def _plan_steps(arguments: Any, num_examples: int, batch_size: int) -> int:
     """Set accumulation, warm-up and saving in `arguments`; return the optimizer steps of the whole run."""
-    if arguments.world_size > 1:
-        raise ArgumentError(f"world size {arguments.world_size}: expected one process; start warmup without torchrun")
-    # With several GPUs, Trainer splits a larger batch over them.
-    at_once = arguments.train_batch_size
+    # With several GPUs in one process, Trainer splits a larger batch over them.
+    at_once = arguments.train_batch_size * arguments.world_size
     if batch_size % at_once:
         raise ArgumentError(
-            f"batch_size={batch_size}: expected a multiple of {at_once}, per_device_train_batch_size times "
-            f"{arguments.n_gpu} GPUs"
+            f"batch_size={batch_size}: expected a multiple of {at_once}, per_device_train_batch_size on "
+            f"{max(arguments.n_gpu, 1) * arguments.world_size} devices"
         )
     arguments.gradient_accumulation_steps = batch_size // at_once
     steps_per_epoch = math.ceil(math.ceil(num_examples / at_once) / arguments.gradient_accumulation_steps)
@@ -198,8 +197,10 @@ def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: A
 
 def _finish(path: Path, model: nn.Module, total_steps: int) -> Path:
     final = path / f"checkpoint-{total_steps}"
-    if not is_complete(final):
-        raise ResourceError(f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?")
-    record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
-    _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
+    if processes.is_main():
+        if not is_complete(final):
+            raise ResourceError(f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?")
+        record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
+        _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
+    processes.wait_for_all()
     return final

@@ -19,6 +19,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 
+from montessori import processes
 from montessori.batching import Example
 from montessori.errors import ArgumentError, ModelError, ResourceError
 from montessori.loop.files import write_jsonl
@@ -156,10 +157,11 @@ def run_trainer(trainer: Any, out: Path) -> None:
 
     trainer.remove_callback(PrinterCallback)
     folder = out / CHECKPOINTS
-    with trainer.args.main_process_first(desc="checkpoints"):
+    if processes.is_main():
         for checkpoint in list_checkpoints(folder):
             if not is_complete(checkpoint):
                 shutil.rmtree(checkpoint)
+    processes.wait_for_all()
     complete = list_checkpoints(folder)
     trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
 
@@ -180,16 +182,14 @@ def finish(
 
     Every rank calls it; the first writes. Raises ResourceError when the disk is full.
     """
-    from accelerate import PartialState
-
-    state, out = PartialState(), target.parent
-    if state.is_main_process:
+    out = target.parent
+    if processes.is_main():
         save_model(model, tokenizer, target)
         write_jsonl(out / METRICS_FILE, [dict(entry) for entry in metrics])
         write_json(out / SUMMARY_FILE, summary)
         # Last, so that a run killed before goes on from them.
         shutil.rmtree(out / CHECKPOINTS)
-    state.wait_for_everyone()
+    processes.wait_for_all()
 
 
 def save_model(model: Any, tokenizer: Any, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from montessori import processes
 from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
 from montessori.loop.config import Config, data_path, write_config
-from montessori.loop.engines import Engine, open_engine
+from montessori.loop.engines import UNSEEN, Engine, open_engine
 from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
 from montessori.loop.prompts import instruction_text
@@ -25,6 +27,8 @@ from montessori.runs import versions, write_json
 from montessori.scores import Scores
 
 STAGES = ("generate", "warmup", "score", "pairs", "tune", "regenerate", "train", "evaluate")
+# Under torchrun the processes share the work of these; the others are done by the first while the rest wait.
+SHARED_STAGES = ("warmup", "score", "tune", "train")
 UNTUNED_STAGES = ("regenerate", "train", "evaluate")
 CONFIG_FILE = "config.yaml"
 
@@ -72,7 +76,7 @@ def run(
                 current.work(name, fresh)
                 if name == until and current is rounds[-1]:
                     return None
-        return report.run(path, directory.costs())
+        return report.run(path, directory.costs()) if processes.is_main() else None
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,16 @@ class Round:
             if not self.run.exists(f"{self.name}/{name}"):
                 break
             self.run.check(f"{self.name}/{name}", self.inputs(name))
+            if not self.is_done(name):
+                break
 
     def work(self, name: str, fresh: bool = False) -> None:
         """Run the stage `name` unless it is done."""
         stage: Callable[[Path], dict[str, Any]] = getattr(self, name)
         with self.run.stage(f"{self.name}/{name}", self.inputs(name), fresh) as work:
-            if not work.done:
+            if not work.done and (processes.is_main() or name in SHARED_STAGES):
+                if self.progress and processes.is_main():
+                    print(f"{self.name}/{name}", file=sys.stderr)
                 facts = stage(work.path)
                 work.tokens = facts.pop("tokens", 0)
                 work.facts = facts
@@ -174,6 +182,7 @@ class Round:
             if self.number > 1:
                 inputs["teacher"] = self.run.digest(f"round_{self.number - 1}/tune")
         if stage in ("generate", "regenerate"):
+            inputs["engine"] = {key: value for key, value in settings["engine"].items() if key not in UNSEEN}
             inputs["seeds"] = _text_digest(self.material.seeds)
             inputs["held_out"] = _text_digest(self.material.held_out)
         if stage in ("score", "evaluate"):
@@ -284,10 +293,12 @@ class Round:
 
 def _start(config: Config, run: RunDirectory, material: _Material) -> None:
     """Write config, versions and the rows of reference and evaluation."""
-    write_config(config, run.path / CONFIG_FILE)
-    write_json(run.path / "run.json", {"versions": versions(), "seed": config.seed})
-    write_jsonl(run.path / "reference.jsonl", material.reference.rows)
-    write_jsonl(run.path / "evaluation.jsonl", material.evaluation.rows)
+    if processes.is_main():
+        write_config(config, run.path / CONFIG_FILE)
+        write_json(run.path / "run.json", {"versions": versions(), "seed": config.seed})
+        write_jsonl(run.path / "reference.jsonl", material.reference.rows)
+        write_jsonl(run.path / "evaluation.jsonl", material.evaluation.rows)
+    processes.wait_for_all()
 
 
 def _identity(model: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from montessori import processes
 from montessori.errors import ArgumentError, ResourceError
 from montessori.runs import write_json
 
@@ -46,7 +47,9 @@ class RunDirectory:
                 if not stage.done:
                     pairs.run(…, out=stage.path)
 
-    Raises ArgumentError when another process works in it, ResourceError when it cannot be written.
+    Of several processes of one run the first locks and writes, the others wait for it at the end of a stage.
+
+    Raises ArgumentError when another run works in it, ResourceError when it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -54,6 +57,8 @@ class RunDirectory:
         self._lock: int | None = None
 
     def __enter__(self) -> RunDirectory:
+        if not processes.is_main():
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -103,17 +108,22 @@ class RunDirectory:
         Raises ArgumentError naming the inputs that differ from those of what is there.
         """
         path = self.path / name
-        if fresh and path.exists():
-            shutil.rmtree(path)
         flat = _flatten(json.loads(json.dumps(inputs)))
-        if self.exists(name):
-            _compare(path, flat)
-        else:
-            write_json(path / INPUTS, flat)
+        if processes.is_main():
+            if fresh and path.exists():
+                shutil.rmtree(path)
+            if self.exists(name):
+                _compare(path, flat)
+            else:
+                write_json(path / INPUTS, flat)
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
-        stage = Stage(name, path, digest, (path / DONE).is_file())
+        stage = Stage(name, path, digest, processes.from_main((path / DONE).is_file()))
         if stage.done:
             yield stage
+            return
+        if not processes.is_main():
+            yield stage
+            processes.wait_for_all()
             return
         started = time.monotonic()
         with _log_to(path / LOG):
@@ -127,6 +137,7 @@ class RunDirectory:
             _add_cost(stage, time.monotonic() - started)
             LOGGER.info("%s: done", name)
         write_json(path / DONE, {"digest": digest})
+        processes.wait_for_all()
 
     def costs(self) -> dict[str, dict[str, Any]]:
         """cost.json of every stage that has one, by stage name in order of first start."""

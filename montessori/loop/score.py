@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from montessori import processes
 from montessori.data import Rows
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
@@ -69,14 +70,18 @@ def run(
     """Score the rows of `data`; write `out`/scores.parquet, and audit.json where an audit is asked for.
 
     Returns counts of rows, rows without a score, and tokens. Killed and called again it goes on with the
-    first unfinished batch.
+    first unfinished batch. Under torchrun the processes share the rows.
     """
     rows = student_rows(data)
     estimator = open_estimator(settings, checkpoint, reference, max_grad_norm)
-    journal = ScoreJournal(out / "scores.journal.jsonl")
-    scores = estimator.score(rows, batch_tokens=settings.batch_tokens, progress=progress, journal=journal)
-    if settings.audit:
-        write_json(out / "audit.json", audit_record(estimator.audit(rows, k=settings.audit, progress=progress)))
-    scores.save(out / SCORES_FILE)
+    journal = ScoreJournal(out / f"scores.journal.{processes.rank()}.jsonl")
+    scores = estimator.score(
+        rows, batch_tokens=settings.batch_tokens, progress=progress, journal=journal, distributed=True
+    )
+    if processes.is_main():
+        if settings.audit:
+            write_json(out / "audit.json", audit_record(estimator.audit(rows, k=settings.audit, progress=progress)))
+        scores.save(out / SCORES_FILE)
+    processes.wait_for_all()
     journal.remove()
     return {"num_rows": len(scores), "num_unscored": int((~scores.ok).sum()), "tokens": int(scores.num_tokens.sum())}

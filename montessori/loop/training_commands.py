@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from montessori.loop import report
-from montessori.loop.commands import config_options, read_run_config, show_run
-from montessori.loop.round import run
+from montessori.loop.commands import carry_out, config_options, read_run_config, show_run
 from montessori.loop.rundir import RunDirectory
 
 
@@ -17,8 +16,8 @@ def _stage_command(stage: str, text: str) -> click.Command:
     @config_options
     def command(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path, resume: bool,
                 quiet: bool) -> None:  # fmt: skip
-        run(read_run_config(config, preset, assignments, out), out, only=stage, fresh=not resume, progress=not quiet)
-        show_run(out, None)
+        settings = read_run_config(config, preset, assignments, out)
+        carry_out(settings, out, only=stage, fresh=not resume, progress=not quiet)
 
     return command
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from montessori import processes
 from montessori.batching import IGNORE_INDEX, Example
 from montessori.data import load_rows
 from montessori.encoding import encode_continuations
@@ -156,8 +157,8 @@ def _dpo(
     trainer = _trainer_class(trl)(
         model=model,
         args=arguments,
-        train_dataset=_on_disk(training, out / CHECKPOINTS / "training_pairs", arguments),
-        eval_dataset=_on_disk(validation, out / CHECKPOINTS / "validation_pairs", arguments) if validation else None,
+        train_dataset=_on_disk(training, out / CHECKPOINTS / "training_pairs"),
+        eval_dataset=_on_disk(validation, out / CHECKPOINTS / "validation_pairs") if validation else None,
         processing_class=tokenizer,
         peft_config=_lora(settings.lora),
     )
@@ -180,7 +181,7 @@ def _trainer_class(trl: Any) -> type:
     return Trainer
 
 
-def _on_disk(pairs: Sequence[Mapping[str, Any]], path: Path, arguments: Any) -> Any:
+def _on_disk(pairs: Sequence[Mapping[str, Any]], path: Path) -> Any:
     """The pairs as a dataset below `path`.
 
     DPOTrainer hands the reference log-probabilities of the first process to the others through a file
@@ -188,14 +189,14 @@ def _on_disk(pairs: Sequence[Mapping[str, Any]], path: Path, arguments: Any) -> 
     """
     import datasets
 
-    with arguments.main_process_first(desc="pairs"):
-        if arguments.process_index == 0 and not path.exists():
-            partial = path.with_name(f".{path.name}")
-            shutil.rmtree(partial, ignore_errors=True)
-            columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-            rows = [{name: pair[name] for name in columns} for pair in pairs]
-            datasets.Dataset.from_list(rows).save_to_disk(str(partial))
-            os.rename(partial, path)
+    if processes.is_main() and not path.exists():
+        partial = path.with_name(f".{path.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        rows = [{name: pair[name] for name in columns} for pair in pairs]
+        datasets.Dataset.from_list(rows).save_to_disk(str(partial))
+        os.rename(partial, path)
+    processes.wait_for_all()
     return datasets.load_from_disk(str(path))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from montessori import processes
 from montessori.encoding import encode_rows
 from montessori.loop.rows import student_rows
 from montessori.loop.section import Section
@@ -56,7 +57,9 @@ def run(
         chat_template=settings.chat_template,
     )
     final = warmup(model, tokenizer, encoded.examples, out, seed=seed, progress=progress, **training)
-    (out / CHECKPOINT_LINK).write_text(final.name + "\n", encoding="utf-8")
+    if processes.is_main():
+        (out / CHECKPOINT_LINK).write_text(final.name + "\n", encoding="utf-8")
+    processes.wait_for_all()
     tokens = sum(example.num_tokens for example in encoded.examples)
     return {
         "num_examples": len(encoded.examples),
