@@ -77,7 +77,7 @@ def test_sets_are_as_large_as_asked_and_share_no_prompt(tmp_path):
     assert len({row["id"] for row in warmup + probe}) == 19
     for row in warmup + probe:
         assert row["id"] == f"{row['prompt_id']}-{row['sibling']}"
-        assert row["completion"] == f"{row['instruction']}{CLOSE}"
+        assert row["completion"] == f"{row['instruction']}{CLOSE}" and not row["ends"]
         assert row["response"].startswith("w") and row["prompt"].endswith(OPEN)
     siblings = [row for row in probe if row["prompt_id"] == probe[0]["prompt_id"]]
     assert len({row["prompt"] for row in siblings}) == 1 and len({row["completion"] for row in siblings}) > 1
@@ -183,7 +183,9 @@ def test_siblings_of_one_instruction_where_responses_are_optimised(tmp_path):
     groups = {}
     for row in probe:
         groups.setdefault(row["prompt_id"], []).append(row)
-        assert row["completion"] == row["response"] and row["prompt"].endswith("<|im_start|> assistant ")
+        assert (
+            row["completion"] == row["response"] and row["ends"] and row["prompt"].endswith("<|im_start|> assistant ")
+        )
     assert all([row["sibling"] for row in rows] == [0, 1, 2] for rows in groups.values())
     assert all(len({row["instruction"] for row in rows}) == 1 for rows in groups.values())
     assert not {row["id"].split("-")[1] for row in warmup} & {row["id"].split("-")[1] for row in probe}

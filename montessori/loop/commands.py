@@ -46,7 +46,7 @@ def run_command(config: Path | None, preset: str | None, assignments: tuple[str,
     CONFIG is a YAML file; a finished stage is skipped, and an interrupted run goes on with the same command.
     """
     settings = read_run_config(config, preset, assignments, out)
-    show_run(out, run(settings, out, until=until, fresh=not resume, progress=not quiet))
+    carry_out(settings, out, until=until, fresh=not resume, progress=not quiet)
 
 
 @click.command("generate")
@@ -54,15 +54,26 @@ def run_command(config: Path | None, preset: str | None, assignments: tuple[str,
 def generate_command(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path, resume: bool,
                      quiet: bool) -> None:  # fmt: skip
     """Write instructions and responses with the teacher, filtered and split into warm-up and probing set."""
-    run(read_run_config(config, preset, assignments, out), out, only="generate", fresh=not resume, progress=not quiet)
-    show_run(out, None)
+    settings = read_run_config(config, preset, assignments, out)
+    carry_out(settings, out, only="generate", fresh=not resume, progress=not quiet)
 
 
 @click.command("demo")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out/demo"), show_default=True)
 def demo_command(out: Path) -> None:
     """One small round with SmolLM2-135M as teacher and student."""
-    show_run(out, run(read_config(preset="demo"), out))
+    carry_out(read_config(preset="demo"), out)
+
+
+def carry_out(settings: Config, out: Path, **options: Any) -> None:
+    """`montessori.loop.round.run`, with what came out on the terminal."""
+    import datasets
+    import transformers
+
+    # Bars of loading weights and building datasets hide those of the stages.
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    show_run(out, run(settings, out, **options))
 
 
 def show_run(out: Path, page: Path | None) -> None:

@@ -14,6 +14,9 @@ from typing_extensions import Self
 from montessori.errors import DataError
 from montessori.loop.section import Section
 
+# Settings of an engine that say where and how long it works, not what it writes.
+UNSEEN = frozenset({"device", "base_url", "api_key_env", "timeout", "retries", "gpu_memory_utilization"})
+
 
 class Sampling(Section):
     """How text is drawn; `temperature` 0 takes the most likely token.
@@ -40,7 +43,7 @@ class EngineSettings(Section):
     """
 
     name: Literal["transformers", "vllm", "endpoint"] = "transformers"
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     max_length: int | None = Field(default=None, ge=2)

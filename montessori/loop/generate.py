@@ -301,9 +301,10 @@ class _Writer:
                 continue
             self.made.counts["cut_responses"] += answer.finish == "length"
             if self.recipe.optimise == "response":
-                row = _row(asked, answer.text, asked.id, instruction, answer.text)
+                row = _row(asked, answer.text, asked.id, instruction, answer.text, answer.finish == "stop")
             else:
-                row = _row(request, sample.text, request.id, instruction, answer.text)
+                # It ends with the closing mark, which stands in the text.
+                row = _row(request, sample.text, request.id, instruction, answer.text, False)
             self.made.rows.append(row)
 
     def _request(self, name: str, prompt: str, part: str) -> Request:
@@ -333,7 +334,8 @@ class _Writer:
         return ", ".join(f"{name} {count}" for name, count in sorted(self.made.counts.items()))
 
 
-def _row(request: Request, completion: str, name: str, instruction: str, response: str) -> dict[str, Any]:
+def _row(request: Request, completion: str, name: str, instruction: str, response: str, ends: bool) -> dict[str, Any]:
+    """`ends`: whether the teacher ended the completion with its end-of-text token."""
     prompt_id, _, sibling = name.rpartition("-")
     return {
         "id": name,
@@ -341,6 +343,7 @@ def _row(request: Request, completion: str, name: str, instruction: str, respons
         "sibling": int(sibling),
         "prompt": request.prompt,
         "completion": completion,
+        "ends": ends,
         "instruction": instruction,
         "response": response,
     }
