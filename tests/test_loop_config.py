@@ -66,6 +66,7 @@ def test_a_file_goes_over_the_preset_and_assignments_over_both(tmp_path):
         ("engine={name: endpoint, base_url: 'http://x', model: m}", "cannot be tuned"),
         ("engine.name=endpoint", r"expected engine\.base_url"),
         ("data.reference_rows=null", r"give data\.evaluation"),
+        ("signal.kind=judge", r"expected judge\.model"),
         ("novalue", "expected key=value"),
         ("tune.=1", "expected key=value"),
         ("tune.beta=[", "expected a YAML value"),

@@ -17,6 +17,7 @@ from montessori.errors import ArgumentError, ResourceError
 from montessori.loop.engines import EngineSettings
 from montessori.loop.evaluate import EvaluateSettings
 from montessori.loop.generate import GenerateSettings, ResponseSettings, SplitSettings
+from montessori.loop.judge import JudgeSettings
 from montessori.loop.pairs import PairSettings
 from montessori.loop.score import ScoreSettings
 from montessori.loop.section import Section
@@ -71,6 +72,7 @@ class Config(Section):
     warmup: WarmupSettings = WarmupSettings()
     score: ScoreSettings = ScoreSettings()
     signal: SignalSettings = SignalSettings()
+    judge: JudgeSettings | None = None
     pairs: PairSettings = PairSettings()
     tune: TuneSettings = TuneSettings()
     train: TrainSettings = TrainSettings()
@@ -91,6 +93,8 @@ class Config(Section):
             raise ValueError(f"{key}={siblings}: expected 2 or more, a preference needs siblings")
         if self.optimise == "instruction" and self.responses.samples > 1:
             raise ValueError(f"responses.samples={self.responses.samples}: expected 1 with optimise=instruction")
+        if self.signal.kind == "judge" and self.judge is None:
+            raise ValueError("signal.kind=judge: expected judge.model as well")
         if self.engine.name == "endpoint":
             raise ValueError("engine.name=endpoint: a server's model cannot be tuned: use another engine, or untuned")
 

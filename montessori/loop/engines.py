@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from montessori.errors import DataError
+from montessori.journal import ScoreJournal
 from montessori.loop.section import Section
 
 # Settings of an engine that say where and how long it works, not what it writes.
@@ -114,6 +115,37 @@ def open_engine(settings: EngineSettings) -> Engine:
     from montessori.loop.decoding import TransformersEngine
 
     return TransformersEngine(settings)
+
+
+@dataclass
+class SampleMemory:
+    """Samples on disk by the id of their request."""
+
+    journal: ScoreJournal
+    samples: dict[str, Sample] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for record in self.journal.records:
+            self._take(record)
+
+    def complete(
+        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = ()
+    ) -> list[Sample]:
+        """One sample per request; those not on disk are written by the engine and put there."""
+        for batch in engine.batches(requests) if requests else []:
+            if not all(request.id in self.samples for request in batch):
+                samples = engine.generate(batch, sampling, stop)
+                rows = [
+                    {"id": request.id, "text": sample.text, "num_tokens": sample.num_tokens, "finish": sample.finish}
+                    for request, sample in zip(batch, samples, strict=True)
+                ]
+                self.journal.append({"samples": rows})
+                self._take({"samples": rows})
+        return [self.samples[request.id] for request in requests]
+
+    def _take(self, record: dict[str, Any]) -> None:
+        for row in record["samples"]:
+            self.samples[row["id"]] = Sample(row["text"], row["num_tokens"], row["finish"])
 
 
 def derive_seed(*parts: object) -> int:

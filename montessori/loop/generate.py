@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from montessori.errors import DataError
 from montessori.journal import ScoreJournal
 from montessori.loop import prompts
-from montessori.loop.engines import Engine, Request, Sample, Sampling, derive_seed
+from montessori.loop.engines import Engine, Request, Sample, SampleMemory, Sampling, derive_seed
 from montessori.loop.files import write_jsonl
 from montessori.loop.filters import FilterSettings, RougeIndex
 from montessori.loop.section import Section
@@ -165,7 +165,7 @@ def _write(recipe: Recipe, engine: Engine, needed: int, out: Path, progress: boo
         )
     journal = ScoreJournal(out / SAMPLES_FILE)
     journal.open({"seed": recipe.seed, "label": recipe.label})
-    writer = _Writer(recipe, engine, _Memory(journal), usable)
+    writer = _Writer(recipe, engine, SampleMemory(journal), usable)
     with tqdm(total=needed, desc=out.name, unit="row", disable=not progress) as bar:
         for kept in writer.waves(needed):
             bar.update(min(kept, needed) - bar.n)
@@ -175,41 +175,10 @@ def _write(recipe: Recipe, engine: Engine, needed: int, out: Path, progress: boo
     return made
 
 
-@dataclass
-class _Memory:
-    """Samples on disk by the id of their request."""
-
-    journal: ScoreJournal
-    samples: dict[str, Sample] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for record in self.journal.records:
-            self._take(record)
-
-    def complete(
-        self, engine: Engine, requests: list[Request], sampling: Sampling, stop: Sequence[str]
-    ) -> list[Sample]:
-        """One sample per request; those not on disk are written by the engine and put there."""
-        for batch in engine.batches(requests) if requests else []:
-            if not all(request.id in self.samples for request in batch):
-                samples = engine.generate(batch, sampling, stop)
-                rows = [
-                    {"id": request.id, "text": sample.text, "num_tokens": sample.num_tokens, "finish": sample.finish}
-                    for request, sample in zip(batch, samples, strict=True)
-                ]
-                self.journal.append({"samples": rows})
-                self._take({"samples": rows})
-        return [self.samples[request.id] for request in requests]
-
-    def _take(self, record: dict[str, Any]) -> None:
-        for row in record["samples"]:
-            self.samples[row["id"]] = Sample(row["text"], row["num_tokens"], row["finish"])
-
-
 class _Writer:
     """Waves of prompts until enough rows are kept."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, memory: _Memory, seeds: list[str]) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine, memory: SampleMemory, seeds: list[str]) -> None:
         self.recipe, self.engine, self.memory, self.seeds = recipe, engine, memory, seeds
         self.made = Generated()
         self.kept: list[str] = []

@@ -20,9 +20,10 @@ from montessori.loop.config import Config, data_path, write_config
 from montessori.loop.engines import UNSEEN, Engine, open_engine
 from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
+from montessori.loop.judge import open_judge
 from montessori.loop.prompts import instruction_text
 from montessori.loop.rundir import RunDirectory, content_digest
-from montessori.loop.signals import from_scores
+from montessori.loop.signals import around_median, from_scores
 from montessori.runs import versions, write_json
 from montessori.scores import Scores
 
@@ -155,7 +156,7 @@ class Round:
         "generate": ("generate", "responses", "split", "engine", "optimise"),
         "warmup": ("student", "warmup"),
         "score": ("score",),
-        "pairs": ("signal", "pairs"),
+        "pairs": ("signal", "judge", "pairs"),
         "tune": ("tune",),
         "regenerate": ("generate", "responses", "split", "engine"),
         "train": ("student", "train"),
@@ -219,12 +220,17 @@ class Round:
         )
 
     def pairs(self, out: Path) -> dict[str, Any]:
-        signal = from_scores(
-            self.config.signal, Scores.load(self._folder("score") / score.SCORES_FILE), self.config.seed
-        )
         rows = load_rows(self._folder("generate") / "probe.jsonl")
+        tokens = 0
+        if self.config.signal.kind == "judge" and self.config.judge is not None:
+            with open_judge(self.config.judge, out) as judge:
+                signal = around_median("judge", judge.grade(rows))
+                tokens = judge.tokens
+        else:
+            scores = Scores.load(self._folder("score") / score.SCORES_FILE)
+            signal = from_scores(self.config.signal, scores, self.config.seed)
         summary = pairs.run(self.config.pairs, rows, signal, out)
-        return {"num_pairs": summary["num_pairs"]}
+        return {"tokens": tokens, "num_pairs": summary["num_pairs"]}
 
     def tune(self, out: Path) -> dict[str, Any]:
         data = self._folder("pairs") / pairs.PAIRS_FILE
