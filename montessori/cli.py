@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -206,10 +207,11 @@ for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command):
 def main() -> None:
     """Entry point: errors for people are one line on stderr and exit status 2. Of several processes one speaks."""
     processes.start_processes()
-    if not processes.is_main():
-        sys.stdout = Path(os.devnull).open("w")
     try:
-        cli(standalone_mode=False)
+        with ExitStack() as stack:
+            if not processes.is_main():
+                stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -79,7 +79,8 @@ def sample_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> lis
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     seen: set[str] = set()
-    first, later = [], []
+    first: list[int] = []
+    later: list[int] = []
     for index in order:
         prompt = rows[index].get("prompt_id", str(index))
         (later if prompt in seen else first).append(index)

@@ -39,7 +39,7 @@ class LoraSettings(Section):
     """Low-rank adapters on all linear layers; they are merged into the weights at the end."""
 
     r: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
