@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from montessori.loop.rows import student_rows
 from montessori.loop.section import Section
 from montessori.models import load_model
 from montessori.options import default_max_length
+from montessori.runs import write_json
+from montessori.training import list_checkpoints
 from montessori.warmup import warmup
 
-CHECKPOINT_LINK = "checkpoint.txt"
+RESULT_FILE = "result.json"
 
 
 class WarmupSettings(Section):
@@ -58,7 +62,10 @@ def run(
     )
     final = warmup(model, tokenizer, encoded.examples, out, seed=seed, progress=progress, **training)
     if processes.is_main():
-        (out / CHECKPOINT_LINK).write_text(final.name + "\n", encoding="utf-8")
+        for earlier in list_checkpoints(out):
+            if earlier != final:
+                shutil.rmtree(earlier)
+        write_json(out / RESULT_FILE, {"checkpoint": final.name})
     processes.wait_for_all()
     tokens = sum(example.num_tokens for example in encoded.examples)
     return {
@@ -71,4 +78,4 @@ def run(
 
 def checkpoint(out: Path) -> Path:
     """The checkpoint that a finished warm-up in `out` left."""
-    return out / (out / CHECKPOINT_LINK).read_text(encoding="utf-8").strip()
+    return out / json.loads((out / RESULT_FILE).read_text(encoding="utf-8"))["checkpoint"]
