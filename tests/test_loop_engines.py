@@ -79,6 +79,29 @@ def test_greedy_text_is_that_of_transformers(teacher, penalty):
         assert sample.num_tokens == len(expected)
 
 
+ARCHITECTURES = {
+    "gpt2": lambda size: transformers.GPT2Config(vocab_size=size, n_embd=16, n_head=4, n_layer=2, n_positions=64),
+    "gemma2": lambda size: transformers.Gemma2Config(
+        vocab_size=size, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, max_position_embeddings=64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_learned_positions_and_sliding_windows_survive_padding(name, tmp_path):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(2)
+    config = ARCHITECTURES[name](len(tokenizer))
+    config.eos_token_id, config.bos_token_id, config.pad_token_id = 1, None, 1
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = requests([*PROMPTS, "say hello world and name the capital of france two and three and add five"])
+    sampling = Sampling(max_new_tokens=20, presence_penalty=0)
+    together = write_all(opened(tmp_path, batch_size=8), asked, sampling)
+    assert together == write_all(opened(tmp_path, batch_size=1), asked, sampling)
+
+
 def test_presence_penalty_falls_on_what_was_written_alone():
     sampling = Sampling(temperature=0, presence_penalty=1.5)
     chooser = _Chooser(sampling, [[0], [1]], 3, torch.device("cpu"))
