@@ -16,14 +16,16 @@ from montessori.models import checkpoint_name
 
 # A call keeps the engine busy for this many rounds of its sequences; finished calls survive a kill.
 _CALL_ROUNDS = 8
+# Entries of a config that differ between checkpoints of one model.
+_INCIDENTAL = ("_name_or_path", "dtype", "transformers_version", "use_cache")
 
 
 class VllmEngine:
     """One `vllm.LLM` for the whole run.
 
     On GPUs `release` puts it to sleep (weights and cache are discarded) and `load` wakes it and reads the
-    new weights; elsewhere, where vLLM cannot sleep, `release` ends it. All checkpoints of a run must have one
-    architecture.
+    new weights; elsewhere, where vLLM cannot sleep, `release` ends it. A checkpoint of another architecture
+    ends it as well.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -34,10 +36,15 @@ class VllmEngine:
         self._llm: Any = None
         self._asleep = False
         self._limit = 0
+        self._architecture: dict[str, Any] = {}
 
     def load(self, model: str | os.PathLike[str]) -> None:
         name = checkpoint_name(model)
+        architecture = _architecture(name)
+        if self._llm is not None and architecture != self._architecture:
+            self._end()
         if self._llm is None:
+            self._architecture = architecture
             self._start(name)
             return
         if self._asleep:
@@ -85,8 +92,11 @@ class VllmEngine:
             self._llm.sleep(level=2)
             self._asleep = True
             return
+        self._end()
+
+    def _end(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
+        self._llm, self._asleep = None, False
         gc.collect()
 
     def _start(self, name: str) -> None:
@@ -112,3 +122,13 @@ class VllmEngine:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"{name}: vLLM cannot serve it: {text}") from error
         self.tokenizer = self._llm.get_tokenizer()
+
+
+def _architecture(name: str) -> dict[str, Any]:
+    """The model's config without what differs between checkpoints of one model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name).to_dict()
+    return {
+        key: value for key, value in config.items() if key not in ("_name_or_path", "dtype", "transformers_version")
+    }
