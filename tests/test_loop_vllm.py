@@ -79,3 +79,22 @@ def test_new_weights_are_read_while_it_runs_and_after_a_release(engine, checkpoi
     engine.release()
     engine.load(checkpoints[0])
     assert engine.generate(asked(1), sampling) == base
+
+
+def test_another_architecture_is_served_too(engine, checkpoints, tmp_path):
+    """A student smaller than the teacher: the first two layers of the same model."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoints[0])
+    config.num_hidden_layers, config.layer_types = 2, None
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints[0], config=config)
+    model.save_pretrained(tmp_path)
+    engine.tokenizer.save_pretrained(tmp_path)
+    sampling = Sampling(temperature=0, presence_penalty=0, max_new_tokens=8)
+    base = engine.generate(asked(1), sampling)
+    engine.load(tmp_path)
+    plain = open_engine(EngineSettings())
+    plain.load(tmp_path)
+    assert engine.generate(asked(1), sampling) == plain.generate(asked(1), sampling) != base
+    engine.load(checkpoints[0])
+    assert engine.generate(asked(1), sampling) == base

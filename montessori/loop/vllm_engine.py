@@ -129,6 +129,4 @@ def _architecture(name: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name).to_dict()
-    return {
-        key: value for key, value in config.items() if key not in ("_name_or_path", "dtype", "transformers_version")
-    }
+    return {key: value for key, value in config.items() if key not in _INCIDENTAL}
