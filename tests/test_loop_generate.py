@@ -138,6 +138,20 @@ def test_rejections_are_counted_and_shown(tmp_path):
     assert all(sum(row["reason"] == reason for row in rejected) <= 5 for reason in counts)
 
 
+def test_responses_that_reach_the_limit_are_kept_or_dropped(tmp_path):
+    class Cut(Speller):
+        def sample(self, request, stop):
+            sample = super().sample(request, stop)
+            return sample if stop or request.seed % 2 else replace(sample, text="cut", finish="length")
+
+    kept = write_final(recipe(), 16, Cut(), tmp_path / "keep", progress=False)
+    assert kept.counts["cut_responses_kept"] == sum(row["response"] == "cut" for row in kept.rows) > 0
+    dropping = replace(recipe(), responses=ResponseSettings(cut="drop"))
+    dropped = write_final(dropping, 16, Cut(), tmp_path / "drop", progress=False)
+    assert dropped.counts["cut_response"] > 0 and all(row["response"] != "cut" for row in dropped.rows)
+    assert len(dropped.rows) >= 16
+
+
 def test_a_teacher_without_marks_is_stopped_early_with_samples(tmp_path):
     engine = Speller(text="I will not")
     with pytest.raises(

@@ -52,10 +52,15 @@ class GenerateSettings(Section):
 
 
 class ResponseSettings(Section):
-    """How an instruction is answered; several `samples` per instruction are siblings for a preference."""
+    """How an instruction is answered; several `samples` per instruction are siblings for a preference.
+
+    `cut`: whether answers that reach `max_new_tokens` are kept. A student trained on them learns to stop in
+    the middle of a sentence.
+    """
 
     chat_template: str | None = None
     samples: int = Field(default=1, ge=1)
+    cut: Literal["keep", "drop"] = "keep"
     sampling: Sampling = Sampling(temperature=0.6)
 
 
@@ -268,7 +273,11 @@ class _Writer:
             if not answer.text.strip():
                 self._reject("empty_response", instruction)
                 continue
-            self.made.counts["cut_responses"] += answer.finish == "length"
+            if answer.finish == "length":
+                if settings.cut == "drop":
+                    self._reject("cut_response", answer.text)
+                    continue
+                self.made.counts["cut_responses_kept"] += 1
             if self.recipe.optimise == "response":
                 row = _row(asked, answer.text, asked.id, instruction, answer.text, answer.finish == "stop")
             else:
