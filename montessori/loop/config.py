@@ -84,6 +84,11 @@ class Config(Section):
             self._check_tuned()
         elif self.rounds > 1:
             raise ValueError("rounds: expected 1 with teacher_mode=untuned, whose rounds would all be the same")
+        answers = self.evaluate.answers
+        if self.engine.name == "endpoint" and (answers.count or answers.questions):
+            raise ValueError(
+                "evaluate.answers: the student cannot answer through engine.name=endpoint: use another engine"
+            )
         return self
 
     def _check_tuned(self) -> None:

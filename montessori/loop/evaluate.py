@@ -15,10 +15,15 @@ from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
+from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_alpaca_eval, write_mt_bench
+from montessori.loop.engines import Engine
 from montessori.loop.heldout import encode_heldout, row_losses
+from montessori.loop.judge import JudgeSettings, open_judge
+from montessori.loop.prompts import instruction_text
 from montessori.loop.rows import student_rows
 from montessori.loop.section import Section
 from montessori.loop.statistics import bootstrap_mean, compare_means
+from montessori.loop.winrate import win_rate
 from montessori.models import load_model
 from montessori.runs import write_json
 from montessori.scores import OK
@@ -30,12 +35,13 @@ class EvaluateSettings(Section):
     """What is measured after a round.
 
     `sample`: fresh instructions of each teacher whose influence is measured by real steps, 0 for none.
-    `resamples`: of the bootstrap and of the permutation test. `tasks`: of lm-evaluation-harness, run on
-    the student.
+    `resamples`: of the bootstrap and of the permutation test. `answers`: to the evaluation prompts, for a
+    win rate where there is a judge. `tasks`: of lm-evaluation-harness, run on the student.
     """
 
     sample: int = Field(default=64, ge=0)
     resamples: int = Field(default=10_000, ge=100)
+    answers: AnswerSettings = AnswerSettings()
     tasks: tuple[str, ...] = ()
 
 
@@ -133,43 +139,76 @@ def fresh_influence(
     return result
 
 
+def win_rates(
+    settings: AnswerSettings,
+    judge: JudgeSettings | None,
+    engine: Engine,
+    students: Mapping[str, str | os.PathLike[str]],
+    instructions: Sequence[str],
+    out: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Answers of all `students` in AlpacaEval's format and, with a judge, the win rate of the first over each other.
+
+    Returns {name of the other: its WinRate as a dict, with "unread", the verdicts that the judge did not give}.
+    """
+    chosen = list(instructions[: settings.count])
+    answers = {
+        name: [turns[0] for turns in answer(settings, engine, model, [[text] for text in chosen], out, name)]
+        for name, model in students.items()
+    }
+    for name, texts in answers.items():
+        write_alpaca_eval(out / f"alpaca_eval_{name}.json", chosen, texts, name)
+    if judge is None:
+        return {}
+    (_, ours), *others = answers.items()
+    found: dict[str, Any] = {}
+    for name, theirs in others:
+        with open_judge(judge, out) as judging:
+            preferences = judging.prefer(chosen, ours, theirs, f"against_{name}")
+            rate = win_rate(*preferences, list(map(len, ours)), list(map(len, theirs)), seed=seed)
+            found[name] = {**rate.to_dict(), "unread": judging.unread}
+    return found
+
+
 def run(
     settings: EvaluateSettings,
     *,
     student: str | os.PathLike[str],
     base: str | os.PathLike[str],
     warm_student: str | os.PathLike[str],
-    evaluation: str | os.PathLike[str] | Rows,
+    evaluation: Rows,
     reference: Any,
     files: Mapping[str, Path],
     out: Path,
     seed: int,
+    engine: Engine | None = None,
+    judge: JudgeSettings | None = None,
     progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure the trained `student` against its `base`, and the instructions in `files`; write evaluation.json.
 
     `warm_student`: checkpoint with optimizer state at which influence is measured. `files`: as in
-    `fresh_influence`. `options`: as in InfluenceEstimator.
+    `fresh_influence`. `engine` writes answers where `settings.answers` asks for them, `judge` compares them.
+    `options`: as in InfluenceEstimator.
     """
     text = {key: options[key] for key in ("max_length", "chat_template") if key in options}
-    content: dict[str, Any] = {
-        "held_out": held_out(
-            {"student": student, "base": base}, evaluation, seed=seed, resamples=settings.resamples, **text
-        )
-    }
+    repeat: dict[str, Any] = {"seed": seed, "resamples": settings.resamples}
+    content: dict[str, Any] = {"held_out": held_out({"student": student, "base": base}, evaluation, **repeat, **text)}
     if settings.sample:
         content["influence"] = fresh_influence(
-            warm_student,
-            reference,
-            files,
-            out,
-            sample=settings.sample,
-            seed=seed,
-            resamples=settings.resamples,
-            progress=progress,
-            **options,
+            warm_student, reference, files, out, sample=settings.sample, progress=progress, **repeat, **options
         )
+    if settings.answers.count and engine is not None:
+        others = {"opponent" if settings.answers.opponent else "base": settings.answers.opponent or base}
+        content["win_rate"] = win_rates(
+            settings.answers, judge, engine, {"student": student, **others}, instruction_text(evaluation), out, seed
+        )
+    if settings.answers.questions is not None and engine is not None:
+        questions = load_rows(settings.answers.questions, name="questions")
+        answers = answer(settings.answers, engine, student, read_mt_bench(questions), out, "mt_bench")
+        write_mt_bench(out / "mt_bench_student.jsonl", questions, answers, "student")
     if settings.tasks:
         content["harness"] = harness(student, settings.tasks)
     write_json(out / EVALUATION_FILE, content)

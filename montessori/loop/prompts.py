@@ -62,7 +62,11 @@ def completion_prompt(tokenizer: Any, examples: Sequence[str]) -> str:
 
 def ask(tokenizer: Any, content: str, template: str | None) -> str:
     """The text after which the assistant answers `content`. Raises DataError where there is no chat template."""
-    messages = [{"role": "user", "content": content}]
+    return converse(tokenizer, [{"role": "user", "content": content}], template)
+
+
+def converse(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str | None) -> str:
+    """The text after which the assistant answers the last of `messages`; errors as `ask`."""
     source = resolve_template(tokenizer, template)
     try:
         return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=True)

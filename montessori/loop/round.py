@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
 from montessori.loop.config import Config, data_path, write_config
-from montessori.loop.engines import UNSEEN, Engine, open_engine
+from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
 from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
 from montessori.loop.judge import open_judge
@@ -160,7 +160,7 @@ class Round:
         "tune": ("tune",),
         "regenerate": ("generate", "responses", "split", "engine"),
         "train": ("student", "train"),
-        "evaluate": ("evaluate", "score"),
+        "evaluate": ("evaluate", "score", "judge", "engine"),
     }
     _AFTER = {  # noqa: RUF012
         "generate": (),
@@ -239,9 +239,10 @@ class Round:
     def regenerate(self, out: Path) -> dict[str, Any]:
         tuned = self.config.teacher_mode == "tuned"
         self.engine.load(self._folder("tune") / tune.TEACHER if tuned else self.config.teacher)
-        made = generate.write_final(
-            self._recipe(f"f{self.number}"), self.config.split.final, self.engine, out, progress=self.progress
-        )
+        recipe = self._recipe(f"f{self.number}")
+        # Siblings serve a preference; the student gets one answer to each instruction.
+        recipe = replace(recipe, responses=recipe.responses.model_copy(update={"samples": 1}))
+        made = generate.write_final(recipe, self.config.split.final, self.engine, out, progress=self.progress)
         self.engine.release()
         return {"tokens": made.tokens, **made.counts}
 
@@ -268,6 +269,9 @@ class Round:
             },
             out=out,
             seed=self.config.seed,
+            # A server has the teacher, not the student.
+            engine=open_engine(EngineSettings()) if self.config.engine.name == "endpoint" else self.engine,
+            judge=self.config.judge,
             progress=self.progress,
             max_length=self.config.score.max_length,
             chat_template=self.config.score.chat_template,
