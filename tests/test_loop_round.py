@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,14 +156,17 @@ def test_the_untuned_baseline_has_no_tuning_stages(settings, tmp_path):
         loop.run(plain, tmp_path, until="tune")
 
 
-def test_the_second_round_starts_from_the_teacher_of_the_first(settings, finished, tmp_path):
-    two = config(settings, rounds=2)
-    loop.run(two, tmp_path, until="generate", progress=False)
-    assert outputs(finished[0] / "round_1").items() <= outputs(tmp_path / "round_1").items()
-    first, second = ((tmp_path / f"round_{n}/generate/probe.jsonl").read_text() for n in (1, 2))
+def test_a_second_round_goes_on_from_the_teacher_of_the_first(settings, finished, tmp_path):
+    path = tmp_path / "longer"
+    shutil.copytree(finished[0], path)
+    loop.run(config(settings, rounds=2), path, until="generate", progress=False)
+    assert outputs(finished[0] / "round_1") == outputs(path / "round_1")
+    first, second = ((path / f"round_{n}/generate/probe.jsonl").read_text() for n in (1, 2))
     assert json.loads(second.splitlines()[0])["id"].startswith("r2-")
     texts = [{json.loads(line)["completion"] for line in text.splitlines()} for text in (first, second)]
     assert not texts[0] & texts[1]
+    given = json.loads((path / "round_2/generate/inputs.json").read_text())["teacher"]
+    assert given == RunDirectory(path).digest("round_1/tune")
 
 
 def test_responses_can_be_optimised(settings, tmp_path):
@@ -195,7 +199,10 @@ def test_the_command_line_runs_and_prints_costs(settings, finished):
 CHILD = "import sys; from montessori.cli import main; sys.argv[0] = 'montessori'; main()"
 
 
-@pytest.mark.parametrize("sign", ["round_1/generate/samples.jsonl", "round_1/tune/checkpoints"])
+@pytest.mark.parametrize(
+    "sign",
+    ["round_1/generate/samples.jsonl", "round_1/score/scores.journal.0.jsonl", "round_1/tune/checkpoints"],
+)
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(sign, settings, finished, tmp_path):
     """SIGKILL as soon as a stage has left its first trace on disk; then the same command."""

@@ -33,6 +33,28 @@ SHARED_STAGES = ("warmup", "score", "tune", "train")
 UNTUNED_STAGES = ("regenerate", "train", "evaluate")
 CONFIG_FILE = "config.yaml"
 
+# What each stage depends on: settings by name, and the stages whose output it reads.
+_READS = {
+    "generate": ("generate", "responses", "split", "engine", "optimise"),
+    "warmup": ("student", "warmup"),
+    "score": ("score",),
+    "pairs": ("signal", "judge", "pairs"),
+    "tune": ("tune",),
+    "regenerate": ("generate", "responses", "split", "engine"),
+    "train": ("student", "train"),
+    "evaluate": ("evaluate", "score", "judge", "engine"),
+}
+_AFTER = {
+    "generate": (),
+    "warmup": ("generate",),
+    "score": ("warmup",),
+    "pairs": ("score",),
+    "tune": ("pairs",),
+    "regenerate": ("tune",),
+    "train": ("regenerate",),
+    "evaluate": ("train",),
+}
+
 
 def stages_of(config: Config) -> tuple[str, ...]:
     """The stages of a round of this run, in order."""
@@ -151,39 +173,22 @@ class Round:
                 work.tokens = facts.pop("tokens", 0)
                 work.facts = facts
 
-    # What each stage depends on: settings by name, and the stages whose output it reads.
-    _READS = {  # noqa: RUF012
-        "generate": ("generate", "responses", "split", "engine", "optimise"),
-        "warmup": ("student", "warmup"),
-        "score": ("score",),
-        "pairs": ("signal", "judge", "pairs"),
-        "tune": ("tune",),
-        "regenerate": ("generate", "responses", "split", "engine"),
-        "train": ("student", "train"),
-        "evaluate": ("evaluate", "score", "judge", "engine"),
-    }
-    _AFTER = {  # noqa: RUF012
-        "generate": (),
-        "warmup": ("generate",),
-        "score": ("warmup",),
-        "pairs": ("score",),
-        "tune": ("pairs",),
-        "regenerate": ("tune",),
-        "train": ("regenerate",),
-        "evaluate": ("train",),
-    }
-
     def inputs(self, stage: str) -> dict[str, Any]:
         """Everything that the output of `stage` depends on, as plain values."""
-        settings = self.config.model_dump(mode="json", include={"seed", *self._READS[stage]})
-        before = [name for name in self._AFTER[stage] if name in stages_of(self.config)]
+        settings = self.config.model_dump(mode="json", include={"seed", *_READS[stage]})
+        before = [name for name in _AFTER[stage] if name in stages_of(self.config)]
         inputs: dict[str, Any] = {**settings, **{name: self.run.digest(f"{self.name}/{name}") for name in before}}
         if not before:
             inputs["teacher"] = _identity(self.config.teacher)
             if self.number > 1:
                 inputs["teacher"] = self.run.digest(f"round_{self.number - 1}/tune")
-        if stage in ("generate", "regenerate"):
+        if "student" in settings:
+            inputs["student"] = _identity(self.config.student)
+        if "engine" in settings:
             inputs["engine"] = {key: value for key, value in settings["engine"].items() if key not in UNSEEN}
+        if stage in ("generate", "regenerate"):
+            ours = ("final",) if stage == "regenerate" else ("warmup", "probe")
+            inputs["split"] = {key: settings["split"][key] for key in ours}
             inputs["seeds"] = _text_digest(self.material.seeds)
             inputs["held_out"] = _text_digest(self.material.held_out)
         if stage in ("score", "evaluate"):
