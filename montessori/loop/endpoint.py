@@ -24,8 +24,9 @@ class EndpointEngine:
     """Sends token ids to `base_url`/completions, `batch_size` requests at a time.
 
     The tokenizer is that of the checkpoint given to `load`; the server must serve the same model under the
-    name `model`. Without `max_length` prompt and output share 4,096 tokens. `repetition_penalty` is no part of the protocol; it is sent where it is not 1, to servers
-    that know it (vLLM, llama.cpp). Texts repeat as far as the server honours `seed`.
+    name `model`. Without `max_length` prompt and output share 4,096 tokens. `repetition_penalty` is no part
+    of the protocol; it is sent where it is not 1, to servers that know it (vLLM, llama.cpp). Texts repeat as
+    far as the server honours `seed`.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
