@@ -5,9 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from loop_support import make_generated
 from test_loop_pairs import make_scores
 
+from montessori.cli import cli
 from montessori.errors import ArgumentError, ResourceError
 from montessori.loop import report
 from montessori.loop.files import write_jsonl
@@ -128,3 +130,17 @@ def test_a_directory_without_a_run_and_one_that_cannot_be_written(finished, tmp_
     (finished / "report.html").mkdir()
     with pytest.raises(ResourceError, match=r"report\.html: cannot be written"):
         report.run(finished, {})
+
+
+def test_the_command_writes_the_report_and_prints_its_numbers(finished):
+    write_json(finished / "round_1" / "score" / "cost.json", COSTS["round_1/score"])
+    result = CliRunner().invoke(cli, ["report", str(finished)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "preference pairs: 5" in result.output and "round_1/score" in result.output
+    assert (finished / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("stage", "missing"), [("pairs", "score"), ("tune", "pairs"), ("train", "regenerate")])
+def test_a_stage_without_the_one_before_it_says_which_to_run(stage, missing, tmp_path):
+    with pytest.raises(ArgumentError, match=rf"round_1/{missing}: expected a finished stage; run it first"):
+        CliRunner().invoke(cli, [stage, "--preset", "demo", "--out", str(tmp_path), "--quiet"], catch_exceptions=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from montessori.data import Rows, load_rows
@@ -64,6 +65,7 @@ def held_out(
     losses: dict[str, np.ndarray] = {}
     for name, source in models.items():
         model, tokenizer = load_model(source)
+        model.to(_device())
         examples = encode_heldout(rows, model, tokenizer, max_length=max_length, chat_template=chat_template)
         losses[name] = row_losses(model, examples)
     options = {"seed": seed, "resamples": resamples}
@@ -116,6 +118,7 @@ def fresh_influence(
     {"difference": interval, "p": one-sided}}, influence in nats per token.
     """
     model, tokenizer = load_model(student)
+    model.to(_device())
     options = {"truncation": "right", **options}
     estimator = InfluenceEstimator(model, student, reference, method="exact", tokenizer=tokenizer, **options)
     result: dict[str, Any] = {}
@@ -225,3 +228,7 @@ def harness(model: str | os.PathLike[str], tasks: Sequence[str]) -> dict[str, An
         raise ArgumentError("evaluate.tasks: needs lm-evaluation-harness: pip install montessori[harness]") from error
     found = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(model)}, tasks=list(tasks))
     return found["results"]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

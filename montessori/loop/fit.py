@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,30 +71,34 @@ def training_arguments(
     Raises ArgumentError when the batch size does not divide over the processes.
     """
     on_gpu = torch.cuda.is_available()
-    arguments = kind(
-        output_dir=str(out / CHECKPOINTS),
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        per_device_eval_batch_size=settings.per_device_train_batch_size,
-        num_train_epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        weight_decay=settings.weight_decay,
+    options: dict[str, Any] = {
+        "output_dir": str(out / CHECKPOINTS),
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_train_batch_size,
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps,
+        "weight_decay": settings.weight_decay,
         # Trainer's word for no clipping is 0.
-        max_grad_norm=settings.max_grad_norm or 0.0,
-        bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        optim="adamw_torch",
-        seed=seed,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        save_strategy="steps",
-        save_total_limit=2,
-        logging_strategy="steps",
-        logging_first_step=True,
-        disable_tqdm=not progress,
-        report_to=list(settings.report_to) or "none",
+        "max_grad_norm": settings.max_grad_norm or 0.0,
+        "bf16": settings.bf16,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "optim": "adamw_torch",
+        "seed": seed,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "logging_strategy": "steps",
+        "logging_first_step": True,
+        "disable_tqdm": not progress,
+        "report_to": list(settings.report_to) or "none",
         **more,
-    )
+    }
+    with warnings.catch_warnings():
+        # The older of two names, which all supported versions know.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+        arguments = kind(**options)
     _plan(arguments, settings, num_examples)
     return arguments
 
