@@ -204,7 +204,10 @@ class _Writer:
                     f"{len(self.made.rows)} of {needed} rows kept after {start} prompts ({self._reasons()}): ask for "
                     "fewer rows, relax generate.filters, or raise generate.max_prompts"
                 )
-            end = min(start + settings.prompts_per_wave, most)
+            # The last wave is no larger than the yield so far asks for.
+            missing = (needed - len(self.made.rows)) * start
+            likely = -(-missing // len(self.made.rows)) if self.made.rows else most
+            end = start + min(settings.prompts_per_wave, likely, most - start)
             self._wave(range(start, end))
             start = end
             self._check_marks(start)
