@@ -21,7 +21,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q
 
 test-real: .venv/installed
-	$(BIN)/python -m pytest -q -m real
+	$(BIN)/python -m pytest -q -m "real or slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

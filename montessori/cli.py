@@ -1,20 +1,23 @@
-"""The command line: warmup, score, audit, inspect."""
+"""The command line: the estimator's commands, and those of the loop."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from montessori import inspection, runs
+from montessori import inspection, processes, runs
 from montessori.data import Rows, load_rows
-from montessori.demo import demo_file
 from montessori.encoding import TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
+from montessori.loop.commands import demo_command, generate_command, run_command
+from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import load_model
 from montessori.options import METHODS, default_max_length
 from montessori.referenceset import WEIGHTINGS
@@ -183,29 +186,6 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Warm-up steps.")
-def demo(out: Path, steps: int) -> None:
-    """Warm up SmolLM2-135M on packaged pairs, score the packaged candidates, audit 8 of them."""
-    paths = {name: str(demo_file(f"{name}.jsonl")) for name in ("warmup", "candidates", "reference")}
-    checkpoint = _warm_up("smollm2-135m", paths["warmup"], out / "warmup", max_steps=steps, batch_size=8)
-    click.echo(f"warmed-up student: {checkpoint}")
-    settings = ScoreSettings(
-        student=str(checkpoint),
-        optimizer=str(checkpoint),
-        candidates=paths["candidates"],
-        reference=[paths["reference"]],
-    )
-    target = out / "scores.parquet"
-    scores = runs.score_to_file(settings, target, fresh=False, audit=8, progress=True)
-    console = Console()
-    _show(console, scores, load_rows(paths["candidates"]), "centred", None, top=5)
-    console.print(runs.read_audit_table(target))
-    inspection.save_histogram(scores, out / "influence.png")
-    console.print(f"wrote {target} and {out / 'influence.png'}", soft_wrap=True)
-
-
-@cli.command()
 @click.argument("scores_file", type=click.Path())
 @click.option("--candidates", help="The scored file, to show its text.")
 @click.option("--split", default="train", show_default=True)
@@ -227,10 +207,18 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
         console.print(f"wrote {png}", soft_wrap=True)
 
 
+for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command):
+    cli.add_command(command)
+
+
 def main() -> None:
-    """Entry point: errors for people are one line on stderr and exit status 2."""
+    """Entry point: errors for people are one line on stderr and exit status 2. Of several processes one speaks."""
+    processes.start_processes()
     try:
-        cli(standalone_mode=False)
+        with ExitStack() as stack:
+            if not processes.is_main():
+                stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -99,10 +99,28 @@ def encode_rows(
     if chats:
         if tokenizer is None:
             raise ArgumentError(f"{table.where(chats[0].index)}: a row of text needs tokenizer=, none was given")
-        template = _Template(tokenizer, _resolve_template(tokenizer, chat_template))
+        template = _Template(tokenizer, resolve_template(tokenizer, chat_template))
         encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
         examples.update((example.index, example) for example in encode(chats, template))
     return _limit([examples[index] for index in range(len(table))], table, max_length, truncation)
+
+
+def encode_continuations(
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, name: str = "rows"
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each (prompt, completion), both texts as a model read and wrote them.
+
+    The prompt's ids are those of the prompt alone, `tokenizer(prompt, add_special_tokens=False)`, which is
+    what generation feeds; the completion is tokenised on its own after it, so that no token spans the two.
+    """
+    pieces = _Pieces.of(tokenizer)
+    encoded: list[tuple[list[int], list[int]]] = []
+    for start in range(0, len(texts), ROWS_PER_CALL):
+        group = texts[start : start + ROWS_PER_CALL]
+        places = [Chat(start + i, f"{name}, row {start + i}", []) for i in range(len(group))]
+        tokens = pieces.tokenise([list(pair) for pair in group], places)
+        encoded += [(prompt, completion) for prompt, completion in tokens]
+    return encoded
 
 
 def _limit(examples: list[Example], table: Rows, max_length: int, truncation: str) -> Encoded:
@@ -141,7 +159,8 @@ def _from_tokens(row: Mapping, index: int, where: str) -> Example:
 # Templates.
 
 
-def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+    """The Jinja source that `chat_template` means (see `encode_rows`); DataError or ArgumentError if none."""
     if chat_template is None:
         if not tokenizer.chat_template:
             raise DataError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from montessori import ops
+from montessori import ops, processes
 from montessori.agreement import Agreement
 from montessori.batching import Example, make_batches
 from montessori.checkpoints import read_state
@@ -147,20 +147,23 @@ class InfluenceEstimator:
         batch_tokens: int = 4096,
         progress: bool = False,
         journal: ScoreJournal | None = None,
+        distributed: bool = False,
     ) -> Scores:
         """Scores of all candidates in input order.
 
         `candidates`: rows, a dataset or a path. `batch_tokens` bounds the padded tokens of a batch and
         with them memory; it does not change the scores beyond rounding. `journal` keeps finished batches
         on disk and lets a killed run go on. Candidates that cannot be scored are reported in
-        `Scores.status`, the others are scored.
+        `Scores.status`, the others are scored. With `distributed` the candidates are divided over the
+        processes of `torch.distributed`: all of them call this, each with a journal of its own, and all
+        return all scores.
         """
         encoded = self._encode(candidates, "candidates")
         size = batch_tokens if self.options.method != "exact" else max(e.num_tokens for e in encoded.examples)
         batches = make_batches(encoded.examples, size)
         if self.options.method == "exact":
             batches = [[example] for batch in batches for example in batch]
-        return self._score(encoded, batches, self.options.method, progress, journal)
+        return self._score(encoded, batches, self.options.method, progress, journal, distributed=distributed)
 
     def audit(self, candidates: Any, k: int = 16, *, progress: bool = False) -> Audit:
         """Predictions for `k` candidates against real float32 steps on the same ones.
@@ -196,9 +199,13 @@ class InfluenceEstimator:
         progress: bool,
         journal: ScoreJournal | None,
         pilot: Sequence[Example] | None = None,
+        distributed: bool = False,
     ) -> Scores:
         if pilot is None:
             pilot = _spread(encoded.examples, self.options.pilot)
+        if distributed:
+            # The longest stand first, so that every process gets long and short ones.
+            batches = batches[processes.rank() :: processes.world_size()]
         done: list[dict[str, Any]] = []
         if journal is not None:
             journal.open(self._fingerprint(encoded, batches))
@@ -213,6 +220,8 @@ class InfluenceEstimator:
             if journal is not None and summary not in done:
                 journal.append(summary)
             records += self._run(prepared.scorer, pending, progress, journal)
+        if distributed:
+            records = [record for part in processes.from_all(records) for record in part]
         return self._collect(encoded, records, summary, method)
 
     def _run(
@@ -224,8 +233,9 @@ class InfluenceEstimator:
     ) -> list[dict[str, Any]]:
         records = []
         total = sum(example.num_tokens for batch in batches for example in batch)
+        quiet = None if progress and processes.is_main() else True
         with (
-            tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=None if progress else True) as bar,
+            tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=quiet) as bar,
             scorer.running(),
         ):
             scored = 0

@@ -40,8 +40,8 @@ def load_model(
     Raises ModelError when the model or the tokenizer cannot be loaded whole.
     """
     name = str(name_or_path)
-    if name.lower().replace("_", "-") in _DEMO_NAMES:
-        return _load_pretrained(str(_demo_checkpoint(cache_directory(cache_dir))), dtype)
+    if _is_demo(name):
+        return _load_pretrained(checkpoint_name(name, cache_dir), dtype)
     directory = Path(name).expanduser()
     if directory.is_dir():
         if (directory / "adapter_config.json").is_file():
@@ -55,6 +55,16 @@ def load_model(
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise ModelError(f"{name}: expected a checkpoint directory, none is there: check the path")
     return _load_pretrained(name, dtype)
+
+
+def checkpoint_name(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> str:
+    """`name_or_path` as other libraries can load it: a directory or a hub name; the demo student is a directory."""
+    name = str(name_or_path)
+    return str(_demo_checkpoint(cache_directory(cache_dir))) if _is_demo(name) else name
+
+
+def _is_demo(name: str) -> bool:
+    return name.lower().replace("_", "-") in _DEMO_NAMES
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -111,10 +121,11 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}: save it whole")
-    return model.eval(), _load_tokenizer(name)
+    return model.eval(), load_tokenizer(name)
 
 
-def _load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer saved in a directory or under a hub name. Raises ModelError when there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -145,7 +156,7 @@ def _load_adapter(directory: Path, dtype: torch.dtype, cache_dir: str | os.PathL
     except Exception as error:
         raise ModelError(f"{directory}: adapter cannot be put on {base_name}: {_first_line(error)}") from error
     if (directory / "tokenizer_config.json").is_file():
-        tokenizer = _load_tokenizer(str(directory))
+        tokenizer = load_tokenizer(str(directory))
     return model.eval(), tokenizer
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from montessori import processes
 from montessori.agreement import Agreement
 from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError, ResourceError
@@ -93,26 +94,34 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
     """Score, keep finished batches beside `out`, and write `out`, its config and the audit.
 
     A killed run that is started again with the same settings goes on. `fresh` forgets earlier work.
+    Under torchrun the processes share the candidates, and the first writes.
     Raises ArgumentError when `out` holds the scores of other settings.
     """
     config_path = out.with_name(out.name + ".config.json")
-    journal = ScoreJournal(out.with_name(out.name + ".journal.jsonl"))
+    own = f".{processes.rank()}" if processes.rank() else ""
+    journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
     config = {"command": "score", "settings": asdict(settings), "versions": versions()}
     if fresh:
         journal.remove()
         out.unlink(missing_ok=True)
-    elif out.exists() and not journal.path.exists():
+    if processes.from_main(out.exists() and not journal.path.exists()):
         return _finished(out, config_path, config)
     _check_writable(out)
     bench = open_workbench(settings)
     scores = bench.estimator.score(
-        bench.candidates, batch_tokens=settings.batch_tokens, progress=progress, journal=journal
+        bench.candidates,
+        batch_tokens=settings.batch_tokens,
+        progress=progress,
+        journal=journal,
+        distributed=True,
     )
-    write_json(config_path, config)
-    if audit:
-        result = bench.estimator.audit(bench.candidates, k=audit, progress=progress)
-        write_json(out.with_name(out.name + ".audit.json"), audit_record(result))
-    scores.save(out)
+    if processes.is_main():
+        write_json(config_path, config)
+        if audit:
+            result = bench.estimator.audit(bench.candidates, k=audit, progress=progress)
+            write_json(out.with_name(out.name + ".audit.json"), audit_record(result))
+        scores.save(out)
+    processes.wait_for_all()
     journal.remove()
     return scores
 
@@ -179,7 +188,7 @@ def _finished(out: Path, config_path: Path, config: dict[str, Any]) -> Scores:
 
 
 def _check_writable(out: Path) -> None:
-    probe = out.with_name(out.name + ".partial")
+    probe = out.with_name(f"{out.name}.{processes.rank()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()

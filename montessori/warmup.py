@@ -5,31 +5,26 @@ Scores are taken at a student that is already moving, with the optimizer state o
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
-import re
 import shutil
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.data import Dataset
 
-from montessori.batching import IGNORE_INDEX, Example
+from montessori import processes
+from montessori.batching import Example
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
 from montessori.fingerprint import examples_digest, model_digest
-from montessori.models import load_model
+from montessori.training import ExampleRows, example_collator, is_complete, list_checkpoints, restore_weights, step_of
 
 RECORD_FILE = "warmup.json"
 
 _SAVES_PER_RUN = 4
-_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 def warmup(
@@ -63,7 +58,7 @@ def warmup(
 
     A run that was cut short goes on from its last complete checkpoint when called again with the same
     arguments and starting weights, and a finished one returns at once. With `resume=False`,
-    `output_dir` must not hold a run.
+    `output_dir` must not hold a run. Under torchrun every process calls this; they share a step's examples.
 
     Raises DataError without examples, ModelError unless trainable weights are float32, ArgumentError
     for batch sizes that do not divide and for an `output_dir` that holds another run.
@@ -83,29 +78,13 @@ def warmup(
     arguments = _training_arguments(path, settings, progress)
     total_steps = _plan_steps(arguments, len(examples), batch_size)
     settings |= {"batch_size": batch_size, "examples": examples_digest(examples)}
-    start = _claim(path, settings, model, resume)
+    start = processes.from_main(_claim(path, settings, model, resume) if processes.is_main() else None)
     if start is not None:
-        _restore_weights(model, start)
-        if _step_of(start) == total_steps:
+        restore_weights(model, start)
+        if step_of(start) == total_steps:
             return start
     _train(model, tokenizer, examples, arguments, start)
     return _finish(path, model, total_steps)
-
-
-class _Rows(Dataset):
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        example = self.examples[row]
-        return {
-            "input_ids": example.input_ids.tolist(),
-            "attention_mask": [1] * example.num_tokens,
-            "labels": example.labels.tolist(),
-        }
 
 
 def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int, per_device: int) -> None:
@@ -146,14 +125,12 @@ def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) ->
 
 def _plan_steps(arguments: Any, num_examples: int, batch_size: int) -> int:
     """Set accumulation, warm-up and saving in `arguments`; return the optimizer steps of the whole run."""
-    if arguments.world_size > 1:
-        raise ArgumentError(f"world size {arguments.world_size}: expected one process; start warmup without torchrun")
-    # With several GPUs, Trainer splits a larger batch over them.
-    at_once = arguments.train_batch_size
+    # With several GPUs in one process, Trainer splits a larger batch over them.
+    at_once = arguments.train_batch_size * arguments.world_size
     if batch_size % at_once:
         raise ArgumentError(
-            f"batch_size={batch_size}: expected a multiple of {at_once}, per_device_train_batch_size times "
-            f"{arguments.n_gpu} GPUs"
+            f"batch_size={batch_size}: expected a multiple of {at_once}, per_device_train_batch_size on "
+            f"{max(arguments.n_gpu, 1) * arguments.world_size} devices"
         )
     arguments.gradient_accumulation_steps = batch_size // at_once
     steps_per_epoch = math.ceil(math.ceil(num_examples / at_once) / arguments.gradient_accumulation_steps)
@@ -167,7 +144,7 @@ def _plan_steps(arguments: Any, num_examples: int, batch_size: int) -> int:
 
 def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path | None:
     """Make `path` the directory of this run; return the checkpoint to go on from, None to start."""
-    record_file, checkpoints = path / RECORD_FILE, _checkpoints(path)
+    record_file, checkpoints = path / RECORD_FILE, list_checkpoints(path)
     weights = model_digest(model)
     if not record_file.exists():
         if checkpoints:
@@ -184,7 +161,7 @@ def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path |
         raise ArgumentError(
             f"output_dir {path}: holds a run with other {', '.join(changed)}: use those, or another directory"
         )
-    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
+    complete = [checkpoint for checkpoint in checkpoints if is_complete(checkpoint)]
     for checkpoint in checkpoints:
         if checkpoint not in complete:
             shutil.rmtree(checkpoint)
@@ -198,51 +175,6 @@ def _write_record(path: Path, record: dict) -> None:
     partial.replace(path / RECORD_FILE)
 
 
-def _checkpoints(path: Path) -> list[Path]:
-    found = [entry for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether every file that Trainer goes on from is there to its end."""
-    weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
-    if not weights or not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
-        return False
-    index = checkpoint / "model.safetensors.index.json"
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            weights = [checkpoint / shard for shard in set(shards)]
-        for file in weights:
-            # Opening compares the lengths in the header with the length of the file.
-            with safe_open(file, framework="pt"):
-                pass
-    except (ValueError, KeyError, OSError, SafetensorError):
-        return False
-    # A file of torch.save ends with the directory of its zip archive.
-    archives = [checkpoint / name for name in _CHECKPOINT_FILES if not name.endswith(".json")]
-    return state.get("global_step") == _step_of(checkpoint) and all(map(zipfile.is_zipfile, archives))
-
-
-def _restore_weights(model: Any, checkpoint: Path) -> None:
-    """Put the weights of `checkpoint` into `model`, all of them or an error.
-
-    Trainer does so too when it resumes, but only warns about names that do not match.
-    """
-    if (checkpoint / "adapter_config.json").is_file():
-        missing = model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True).missing_keys
-        if missing:
-            raise ModelError(f"{checkpoint}: the adapter lacks {missing[0]}: delete the checkpoint")
-        return
-    saved, _ = load_model(checkpoint)
-    model.load_state_dict(saved.state_dict())
-
-
 def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: Any, start: Path | None) -> None:
     from transformers import PrinterCallback, Trainer
 
@@ -250,8 +182,8 @@ def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: A
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Rows(examples),
-        data_collator=_collator(tokenizer),
+        train_dataset=ExampleRows(examples),
+        data_collator=example_collator(tokenizer),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -263,22 +195,12 @@ def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: A
         model.config.use_cache = use_cache
 
 
-def _collator(tokenizer: Any) -> Any:
-    from transformers import DataCollatorForSeq2Seq
-
-    if tokenizer.pad_token is None:
-        # Padding is masked out, so any token does; the saved tokenizer stays as it is.
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ModelError("tokenizer: expected a pad_token or an eos_token to pad with, got neither: set one")
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
-
-
 def _finish(path: Path, model: nn.Module, total_steps: int) -> Path:
     final = path / f"checkpoint-{total_steps}"
-    if not _is_complete(final):
-        raise ResourceError(f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?")
-    record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
-    _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
+    if processes.is_main():
+        if not is_complete(final):
+            raise ResourceError(f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?")
+        record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
+        _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
+    processes.wait_for_all()
     return final

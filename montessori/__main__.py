@@ -1,0 +1,5 @@
+"""`python -m montessori`, and with it `torchrun -m montessori`."""
+
+from montessori.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The teacher-training loop: one module per stage, and one short driver for the round."""

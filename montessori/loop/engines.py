@@ -1,0 +1,176 @@
+"""What a generation engine is asked and what it answers; opening one by name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from montessori.errors import DataError
+from montessori.journal import ScoreJournal
+from montessori.loop.section import Section
+
+# Settings of an engine that say where and how long it works, not what it writes.
+UNSEEN = frozenset({"device", "base_url", "api_key_env", "timeout", "retries", "gpu_memory_utilization"})
+
+
+class Sampling(Section):
+    """How text is drawn; `temperature` 0 takes the most likely token.
+
+    `presence_penalty` is subtracted from the logits of tokens in the output so far; `repetition_penalty`
+    divides positive and multiplies negative logits of tokens in the prompt or the output.
+    """
+
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    presence_penalty: float = Field(default=1.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=1024, ge=1)
+
+
+class EngineSettings(Section):
+    """Which engine generates, and how much at once.
+
+    `batch_size`: sequences decoded together (`transformers`), most sequences in flight (`vllm`), or
+    simultaneous requests (`endpoint`). `dtype`: of the weights; a teacher tuned with a small learning rate
+    differs from its base by less than bfloat16 can hold, hence float32. `max_length`: tokens of prompt and
+    output together, by default the model's own limit. `base_url` and `model`: of an OpenAI-compatible
+    server; the key, if it needs one, is read from the environment variable `api_key_env`.
+    """
+
+    name: Literal["transformers", "vllm", "endpoint"] = "transformers"
+    batch_size: int = Field(default=32, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    max_length: int | None = Field(default=None, ge=2)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    base_url: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    timeout: float = Field(default=600.0, gt=0)
+    retries: int = Field(default=5, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "endpoint" and (self.base_url is None or self.model is None):
+            raise ValueError("engine.name=endpoint: expected engine.base_url and engine.model as well")
+        return self
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be written: `prompt` exactly as the model reads it, randomness from `seed` alone.
+
+    Special tokens stand in `prompt` as text; none are added.
+    """
+
+    id: str
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`text` up to and with its stop string; `finish` is "stop", or "length" where the limit cut it."""
+
+    text: str
+    num_tokens: int
+    finish: str
+
+
+class Engine(Protocol):
+    """Writes text with a model that can be put aside while another part of the program needs the memory."""
+
+    tokenizer: Any
+
+    def load(self, model: str | os.PathLike[str]) -> None:
+        """Generate with the checkpoint `model` from now on, whatever was loaded before."""
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """The calls of `generate` that `requests` take: what is kept on disk before the next one starts."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = ()) -> list[Sample]:
+        """One sample per request, in order."""
+
+    def release(self) -> None:
+        """Give the memory of the model back; `load` brings the engine to life again."""
+
+
+def open_engine(settings: EngineSettings) -> Engine:
+    """The engine of that name, without a model. Raises ModelError when what it needs is not installed."""
+    if settings.name == "vllm":
+        from montessori.loop.vllm_engine import VllmEngine
+
+        return VllmEngine(settings)
+    if settings.name == "endpoint":
+        from montessori.loop.endpoint import EndpointEngine
+
+        return EndpointEngine(settings)
+    from montessori.loop.decoding import TransformersEngine
+
+    return TransformersEngine(settings)
+
+
+@dataclass
+class SampleMemory:
+    """Samples on disk by the id of their request."""
+
+    journal: ScoreJournal
+    samples: dict[str, Sample] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for record in self.journal.records:
+            self._take(record)
+
+    def complete(
+        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = ()
+    ) -> list[Sample]:
+        """One sample per request; those not on disk are written by the engine and put there."""
+        for batch in engine.batches(requests) if requests else []:
+            if not all(request.id in self.samples for request in batch):
+                samples = engine.generate(batch, sampling, stop)
+                rows = [
+                    {"id": request.id, "text": sample.text, "num_tokens": sample.num_tokens, "finish": sample.finish}
+                    for request, sample in zip(batch, samples, strict=True)
+                ]
+                self.journal.append({"samples": rows})
+                self._take({"samples": rows})
+        return [self.samples[request.id] for request in requests]
+
+    def _take(self, record: dict[str, Any]) -> None:
+        for row in record["samples"]:
+            self.samples[row["id"]] = Sample(row["text"], row["num_tokens"], row["finish"])
+
+
+def derive_seed(*parts: object) -> int:
+    """63 bits that depend on `parts` alone, for the randomness of one request or one draw."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def prompt_ids(tokenizer: Any, requests: Sequence[Request], limit: int) -> list[list[int]]:
+    """Token ids of every prompt, without special tokens but those that stand in the text.
+
+    Raises DataError for a prompt that leaves no room for output within `limit` tokens.
+    """
+    encoded = tokenizer([request.prompt for request in requests], add_special_tokens=False, verbose=False)["input_ids"]
+    for request, ids in zip(requests, encoded, strict=True):
+        if not 0 < len(ids) < limit:
+            raise DataError(
+                f"prompt {request.id}: expected 1 to {limit - 1} tokens, got {len(ids)}; the model and its output "
+                f"share {limit}: use fewer or shorter examples, or raise engine.max_length"
+            )
+    return encoded
+
+
+def context_length(config: Any, max_length: int | None) -> int:
+    """Tokens that prompt and output may have together."""
+    own = getattr(config, "max_position_embeddings", None)
+    limits = [limit for limit in (max_length, own) if isinstance(limit, int)]
+    return min(limits) if limits else 2048

@@ -1,0 +1,234 @@
+"""What a round achieved: held-out loss of the student, and real influence of fresh instructions."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from montessori.data import Rows, load_rows
+from montessori.errors import ArgumentError
+from montessori.estimator import InfluenceEstimator
+from montessori.journal import ScoreJournal
+from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_alpaca_eval, write_mt_bench
+from montessori.loop.engines import Engine
+from montessori.loop.heldout import encode_heldout, row_losses
+from montessori.loop.judge import JudgeSettings, open_judge
+from montessori.loop.prompts import instruction_text
+from montessori.loop.rows import student_rows
+from montessori.loop.section import Section
+from montessori.loop.statistics import bootstrap_mean, compare_means
+from montessori.loop.winrate import win_rate
+from montessori.models import load_model
+from montessori.runs import write_json
+from montessori.scores import OK
+
+EVALUATION_FILE = "evaluation.json"
+
+
+class EvaluateSettings(Section):
+    """What is measured after a round.
+
+    `sample`: fresh instructions of each teacher whose influence is measured by real steps, 0 for none.
+    `resamples`: of the bootstrap and of the permutation test. `answers`: to the evaluation prompts, for a
+    win rate where there is a judge. `tasks`: of lm-evaluation-harness, run on the student.
+    """
+
+    sample: int = Field(default=64, ge=0)
+    resamples: int = Field(default=10_000, ge=100)
+    answers: AnswerSettings = AnswerSettings()
+    tasks: tuple[str, ...] = ()
+
+
+def held_out(
+    models: Mapping[str, str | os.PathLike[str]],
+    evaluation: str | os.PathLike[str] | Rows,
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+) -> dict[str, Any]:
+    """Loss of each named model on the evaluation rows, and how far the first is below each other.
+
+    Returns {"models": {name: {"loss": interval, "rows": losses}}, "below": {name: interval}}: losses are
+    mean token losses in nats, weighted alike per row; intervals are by bootstrap over the rows. "below" is
+    the loss of `name` minus that of the first model, row by row: positive says that the first is better.
+    """
+    rows = load_rows(evaluation, name="evaluation")
+    losses: dict[str, np.ndarray] = {}
+    for name, source in models.items():
+        model, tokenizer = load_model(source)
+        model.to(_device())
+        examples = encode_heldout(rows, model, tokenizer, max_length=max_length, chat_template=chat_template)
+        losses[name] = row_losses(model, examples)
+    options = {"seed": seed, "resamples": resamples}
+    first, *others = losses
+    return {
+        "models": {
+            name: {"loss": bootstrap_mean(values, **options).to_dict(), "rows": values.tolist()}
+            for name, values in losses.items()
+        },
+        "below": {name: bootstrap_mean(losses[name] - losses[first], **options).to_dict() for name in others},
+    }
+
+
+def sample_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int]:
+    """Row numbers of a random sample, in file order; a second row of one prompt only when prompts run out.
+
+    Siblings share their prompt, so a sample of distinct prompts is closer to independent.
+    """
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    seen: set[str] = set()
+    first: list[int] = []
+    later: list[int] = []
+    for index in order:
+        prompt = rows[index].get("prompt_id", str(index))
+        (later if prompt in seen else first).append(index)
+        seen.add(prompt)
+    return sorted((first + later)[:count])
+
+
+def fresh_influence(
+    student: str | os.PathLike[str],
+    reference: Any,
+    files: Mapping[str, Path],
+    out: Path,
+    *,
+    sample: int,
+    seed: int,
+    resamples: int = 10_000,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Real influence (method "exact") of a sample of each file of generated rows on the warmed-up `student`.
+
+    `student`: a checkpoint with its optimizer state. `files`: "tuned" and "untuned", rows of each teacher.
+    `options`: as in InfluenceEstimator (max_length, chat_template, max_grad_norm, …). Finished steps are
+    kept below `out`, so that a killed run goes on.
+
+    Returns {"tuned": {"mean": interval, "rows": numbers, "influence": values}, "untuned": …, "comparison":
+    {"difference": interval, "p": one-sided}}, influence in nats per token.
+    """
+    model, tokenizer = load_model(student)
+    model.to(_device())
+    options = {"truncation": "right", **options}
+    estimator = InfluenceEstimator(model, student, reference, method="exact", tokenizer=tokenizer, **options)
+    result: dict[str, Any] = {}
+    values: dict[str, np.ndarray] = {}
+    for name, file in files.items():
+        chosen = sample_rows(load_rows(file), sample, seed)
+        rows = student_rows(file)
+        journal = ScoreJournal(out / f"{name}.journal.jsonl")
+        scores = estimator.score([rows[index] for index in chosen], progress=progress, journal=journal)
+        influence = scores.influence.reshape(len(scores), -1).mean(axis=1)
+        values[name] = influence[scores.status == OK]
+        result[name] = {
+            "mean": bootstrap_mean(values[name], seed=seed, resamples=resamples).to_dict(),
+            "rows": chosen,
+            "influence": [float(value) if np.isfinite(value) else None for value in influence],
+            "drift": float(np.mean(scores.drift)),
+        }
+    if {"tuned", "untuned"} <= values.keys():
+        compared = compare_means(values["tuned"], values["untuned"], seed=seed, resamples=resamples)
+        result["comparison"] = compared.to_dict()
+    return result
+
+
+def win_rates(
+    settings: AnswerSettings,
+    judge: JudgeSettings | None,
+    engine: Engine,
+    students: Mapping[str, str | os.PathLike[str]],
+    instructions: Sequence[str],
+    out: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Answers of all `students` in AlpacaEval's format and, with a judge, the win rate of the first over each other.
+
+    Returns {name of the other: its WinRate as a dict, with "unread", the verdicts that the judge did not give}.
+    """
+    chosen = list(instructions[: settings.count])
+    answers = {
+        name: [turns[0] for turns in answer(settings, engine, model, [[text] for text in chosen], out, name)]
+        for name, model in students.items()
+    }
+    for name, texts in answers.items():
+        write_alpaca_eval(out / f"alpaca_eval_{name}.json", chosen, texts, name)
+    if judge is None:
+        return {}
+    (_, ours), *others = answers.items()
+    found: dict[str, Any] = {}
+    for name, theirs in others:
+        with open_judge(judge, out) as judging:
+            preferences = judging.prefer(chosen, ours, theirs, f"against_{name}")
+            rate = win_rate(*preferences, list(map(len, ours)), list(map(len, theirs)), seed=seed)
+            found[name] = {**rate.to_dict(), "unread": judging.unread}
+    return found
+
+
+def run(
+    settings: EvaluateSettings,
+    *,
+    student: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    warm_student: str | os.PathLike[str],
+    evaluation: Rows,
+    reference: Any,
+    files: Mapping[str, Path],
+    out: Path,
+    seed: int,
+    engine: Engine | None = None,
+    judge: JudgeSettings | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure the trained `student` against its `base`, and the instructions in `files`; write evaluation.json.
+
+    `warm_student`: checkpoint with optimizer state at which influence is measured. `files`: as in
+    `fresh_influence`. `engine` writes answers where `settings.answers` asks for them, `judge` compares them.
+    `options`: as in InfluenceEstimator.
+    """
+    text = {key: options[key] for key in ("max_length", "chat_template") if key in options}
+    repeat: dict[str, Any] = {"seed": seed, "resamples": settings.resamples}
+    content: dict[str, Any] = {"held_out": held_out({"student": student, "base": base}, evaluation, **repeat, **text)}
+    if settings.sample:
+        content["influence"] = fresh_influence(
+            warm_student, reference, files, out, sample=settings.sample, progress=progress, **repeat, **options
+        )
+    if settings.answers.count and engine is not None:
+        others = {"opponent" if settings.answers.opponent else "base": settings.answers.opponent or base}
+        content["win_rate"] = win_rates(
+            settings.answers, judge, engine, {"student": student, **others}, instruction_text(evaluation), out, seed
+        )
+    if settings.answers.questions is not None and engine is not None:
+        questions = load_rows(settings.answers.questions, name="questions")
+        answers = answer(settings.answers, engine, student, read_mt_bench(questions), out, "mt_bench")
+        write_mt_bench(out / "mt_bench_student.jsonl", questions, answers, "student")
+    if settings.tasks:
+        content["harness"] = harness(student, settings.tasks)
+    write_json(out / EVALUATION_FILE, content)
+    for name in files:
+        ScoreJournal(out / f"{name}.journal.jsonl").remove()
+    return content
+
+
+def harness(model: str | os.PathLike[str], tasks: Sequence[str]) -> dict[str, Any]:
+    """Results of lm-evaluation-harness by task. Raises ArgumentError when it is not installed."""
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ArgumentError("evaluate.tasks: needs lm-evaluation-harness: pip install montessori[harness]") from error
+    found = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(model)}, tasks=list(tasks))
+    return found["results"]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,105 @@
+"""Which instructions are kept, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from pydantic import Field
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
+
+from montessori.errors import ResourceError
+from montessori.loop.section import Section
+
+# What a model of text cannot see, hear, open or do.
+BLOCKED_WORDS = (
+    "image", "images", "picture", "pictures", "photo", "photos", "photograph", "screenshot", "graph", "graphs",
+    "chart", "charts", "diagram", "diagrams", "flowchart", "map", "maps", "draw", "plot", "sketch", "paint",
+    "video", "videos", "audio", "recording", "podcast", "file", "files", "attachment", "attached", "website",
+    "link", "url", "click", "download", "upload", "go to", "watch", "listen",
+)  # fmt: skip
+
+_WORD = re.compile(r"\w+")
+# Code points that no other part of Unicode's text uses are not needed: any distinct ones serve.
+_FIRST_CODE, _LAST_CODE = 0x10000, 0x10FFFF
+
+
+class FilterSettings(Section):
+    """`rouge`: highest ROUGE-L F measure against anything kept so far and the examples of the own prompt."""
+
+    min_characters: int = Field(default=6, ge=1)
+    max_characters: int = Field(default=400, ge=1)
+    blocked_words: tuple[str, ...] = BLOCKED_WORDS
+    no_leading_punctuation: bool = True
+    no_leading_non_ascii: bool = True
+    rouge: float = Field(default=0.7, ge=0, le=1)
+
+    @cached_property
+    def _blocked(self) -> re.Pattern[str] | None:
+        words = "|".join(re.escape(word) for word in self.blocked_words)
+        return re.compile(rf"\b(?:{words})\b", re.IGNORECASE) if words else None
+
+    def rejection(self, instruction: str | None) -> str | None:
+        """Why `instruction` cannot be used, whatever else was written: a name for the counts; None if it can."""
+        if instruction is None:
+            return "marks_missing"
+        if not instruction:
+            return "empty"
+        if len(instruction) < self.min_characters:
+            return "too_short"
+        if len(instruction) > self.max_characters:
+            return "too_long"
+        if self._blocked is not None and self._blocked.search(instruction):
+            return "blocked_word"
+        if self.no_leading_non_ascii and not instruction[0].isascii():
+            return "leading_non_ascii"
+        if self.no_leading_punctuation and unicodedata.category(instruction[0])[0] in "PS":
+            return "leading_punctuation"
+        return None
+
+
+class RougeIndex:
+    """Texts that a new one must differ from.
+
+    ROUGE-L F of two texts of m and n words is 2·LCS/(m + n), which is the normalised Indel similarity of
+    the word sequences. Words are runs of letters and digits, without regard to case. Each distinct word
+    becomes one character, so that a whole text is compared as one short string.
+    """
+
+    def __init__(self, threshold: float, texts: Iterable[str] = ()) -> None:
+        self.threshold = threshold
+        self._codes: dict[str, str] = {}
+        self._texts = [self._encode(text) for text in texts]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def add(self, text: str) -> None:
+        self._texts.append(self._encode(text))
+
+    def is_close(self, text: str, others: Sequence[str] = ()) -> bool:
+        """Whether the ROUGE-L F of `text` with any text of the index or of `others` is above the threshold."""
+        query = self._encode(text)
+        near = [self._encode(other) for other in others]
+        return any(self._best(query, texts) > self.threshold + 1e-9 for texts in (near, self._texts))
+
+    def _best(self, query: str, texts: Sequence[str]) -> float:
+        found = process.extractOne(
+            query, texts, scorer=Indel.normalized_similarity, score_cutoff=self.threshold, processor=None
+        )
+        return 0.0 if found is None else found[1]
+
+    def _encode(self, text: str) -> str:
+        return "".join(self._code(word) for word in _WORD.findall(text.casefold()))
+
+    def _code(self, word: str) -> str:
+        code = self._codes.get(word)
+        if code is None:
+            number = _FIRST_CODE + len(self._codes)
+            if number > _LAST_CODE:
+                raise ResourceError(f"more than {len(self._codes)} distinct words: split the run into smaller ones")
+            code = self._codes[word] = chr(number)
+        return code

@@ -1,0 +1,219 @@
+"""Training runs that can be killed: the schedule, the arguments of Trainer, checkpoints and what is kept.
+
+Used by `tune` (the teacher) and `train` (the student). Every rank calls the same functions; files are
+written by the first.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import nn
+
+from montessori import processes
+from montessori.batching import Example
+from montessori.errors import ArgumentError, ModelError, ResourceError
+from montessori.loop.files import write_jsonl
+from montessori.loop.section import Section
+from montessori.runs import write_json
+from montessori.training import ExampleRows, example_collator, is_complete, list_checkpoints
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+CHECKPOINTS = "checkpoints"
+
+_SAVES_PER_RUN = 4
+_LOGS_PER_RUN = 50
+# Timings differ from run to run, sums and means over a run between one that was resumed and one that was not.
+_UNSTABLE = re.compile(r"train_.*|.*_runtime|.*_per_second|total_flos|(eval_)?num_tokens")
+
+
+class FitSettings(Section):
+    """How weights are trained: AdamW on float32 weights, warmup-stable-decay.
+
+    The learning rate rises from `min_learning_rate` over the first `warmup_fraction` of the steps, stays
+    at `learning_rate`, and falls linearly over the last `decay_fraction`. One step sees `batch_size`
+    examples, `per_device_train_batch_size` at a time on each process. `max_steps` > 0 takes the place of
+    `num_train_epochs`. `bf16` computes in bfloat16 with float32 weights.
+    """
+
+    learning_rate: float = Field(default=5e-6, gt=0)
+    min_learning_rate: float = Field(default=1e-9, ge=0)
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    decay_fraction: float = Field(default=0.4, ge=0, le=1)
+    batch_size: int = Field(default=32, ge=1)
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = -1
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    max_length: int | None = Field(default=None, ge=1)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
+
+
+def training_arguments(
+    settings: FitSettings, kind: type, out: Path, num_examples: int, seed: int, progress: bool, **more: Any
+) -> Any:
+    """Arguments of class `kind` (TrainingArguments or one derived from it) for a run on `num_examples`.
+
+    Raises ArgumentError when the batch size does not divide over the processes.
+    """
+    on_gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {
+        "output_dir": str(out / CHECKPOINTS),
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_train_batch_size,
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps,
+        "weight_decay": settings.weight_decay,
+        # Trainer's word for no clipping is 0.
+        "max_grad_norm": settings.max_grad_norm or 0.0,
+        "bf16": settings.bf16,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "optim": "adamw_torch",
+        "seed": seed,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "logging_strategy": "steps",
+        "logging_first_step": True,
+        "disable_tqdm": not progress,
+        "report_to": list(settings.report_to) or "none",
+        **more,
+    }
+    with warnings.catch_warnings():
+        # The older of two names, which all supported versions know.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+        arguments = kind(**options)
+    _plan(arguments, settings, num_examples)
+    return arguments
+
+
+def _plan(arguments: Any, settings: FitSettings, num_examples: int) -> None:
+    from transformers import SchedulerType
+
+    # train_batch_size already counts the GPUs of this process.
+    at_once = arguments.train_batch_size * arguments.world_size
+    if settings.batch_size % at_once:
+        devices = at_once // settings.per_device_train_batch_size
+        raise ArgumentError(
+            f"batch_size={settings.batch_size}: expected a multiple of {at_once}, which is "
+            f"per_device_train_batch_size={settings.per_device_train_batch_size} on {devices} devices"
+        )
+    arguments.gradient_accumulation_steps = settings.batch_size // at_once
+    steps_per_epoch = math.ceil(math.ceil(num_examples / at_once) / arguments.gradient_accumulation_steps)
+    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    arguments.warmup_steps = int(settings.warmup_fraction * total)
+    arguments.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
+    arguments.lr_scheduler_kwargs = {
+        "num_decay_steps": int(settings.decay_fraction * total),
+        "decay_type": "linear",
+        "min_lr_ratio": settings.min_learning_rate / settings.learning_rate,
+    }
+    arguments.save_steps = math.ceil(total / _SAVES_PER_RUN)
+    arguments.logging_steps = math.ceil(total / _LOGS_PER_RUN)
+
+
+def fit_examples(
+    settings: FitSettings, model: Any, tokenizer: Any, examples: Sequence[Example], out: Path, seed: int, progress: bool
+) -> list[dict[str, Any]]:
+    """Train `model` in place on the labelled tokens of `examples`; return the metrics of every logged step."""
+    from transformers import Trainer, TrainingArguments
+
+    check_float32(model)
+    arguments = training_arguments(
+        settings,
+        TrainingArguments,
+        out,
+        len(examples),
+        seed,
+        progress,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=ExampleRows(examples),
+        data_collator=example_collator(tokenizer),
+        processing_class=tokenizer,
+    )
+    run_trainer(trainer, out)
+    return metrics_of(trainer)
+
+
+def run_trainer(trainer: Any, out: Path) -> None:
+    """Train to the end, from the last complete checkpoint below `out` where there is one."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    folder = out / CHECKPOINTS
+    if processes.is_main():
+        for checkpoint in list_checkpoints(folder):
+            if not is_complete(checkpoint):
+                shutil.rmtree(checkpoint)
+    processes.wait_for_all()
+    complete = list_checkpoints(folder)
+    trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
+
+
+def metrics_of(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged, one dict per logged step with sorted keys; the same bytes for the same run."""
+    logged = [
+        {key: entry[key] for key in sorted(entry) if not _UNSTABLE.fullmatch(key)}
+        for entry in trainer.state.log_history
+    ]
+    return [entry for entry in logged if entry.keys() - {"epoch", "step"}]
+
+
+def finish(
+    model: Any, tokenizer: Any, target: Path, metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> None:
+    """Save `target`, a plain checkpoint directory, with metrics and summary beside it; drop the checkpoints.
+
+    Every rank calls it; the first writes. Raises ResourceError when the disk is full.
+    """
+    out = target.parent
+    if processes.is_main():
+        save_model(model, tokenizer, target)
+        write_jsonl(out / METRICS_FILE, [dict(entry) for entry in metrics])
+        write_json(out / SUMMARY_FILE, summary)
+        # Last, so that a run killed before goes on from them.
+        shutil.rmtree(out / CHECKPOINTS)
+    processes.wait_for_all()
+
+
+def save_model(model: Any, tokenizer: Any, target: Path) -> None:
+    """Write a checkpoint directory, whole or not at all."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+    # safetensors has an error of its own for a failed write.
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ResourceError(f"{target}: cannot be written ({error}): is the disk full?") from error
+
+
+def check_float32(model: nn.Module) -> None:
+    """Raise ModelError unless all trainable weights are float32: a step of 1e-6 is lost in 16 bits."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ModelError(f"{name}: expected trainable weights in float32, got {parameter.dtype}")

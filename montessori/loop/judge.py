@@ -1,0 +1,121 @@
+"""A language model as judge: a grade for one answer, or a choice between two."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from montessori.errors import DataError
+from montessori.journal import ScoreJournal
+from montessori.loop import prompts
+from montessori.loop.engines import Engine, EngineSettings, Request, SampleMemory, Sampling, derive_seed, open_engine
+from montessori.loop.section import Section
+
+GRADE_REQUEST = (
+    "Below are an instruction and an answer, which are to be used to train an assistant. Grade them together from 1 "
+    "(useless: unclear, wrong or off the point) to 10 (a clear instruction with a correct and complete answer). Give "
+    "the grade as a number and nothing else.\n\nInstruction:\n{instruction}\n\nAnswer:\n{response}\n\nGrade:"
+)
+CHOICE_REQUEST = (
+    "Below are an instruction and two answers, A and B. Which answer follows the instruction better: is it more "
+    "correct, more helpful, clearer? Do not prefer an answer for its place or its length. Reply with A, B or tie and "
+    "nothing else.\n\nInstruction:\n{instruction}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nBetter answer:"
+)
+_GRADE = re.compile(r"\b(10|[1-9])\b")
+# An article is no verdict.
+_CHOICE = re.compile(r"\b(A|B|[Tt]ie|TIE)\b")
+_PREFERENCE = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+class JudgeSettings(Section):
+    """Who judges: `model` through `engine`; with the engine "endpoint", `model` gives the tokenizer alone."""
+
+    model: str
+    engine: EngineSettings = EngineSettings()
+    chat_template: str | None = None
+    sampling: Sampling = Sampling(temperature=0, presence_penalty=0, max_new_tokens=16)
+    seed: int = Field(default=0, ge=0)
+
+
+@contextmanager
+def open_judge(settings: JudgeSettings, folder: Path) -> Iterator[Judge]:
+    """The judge, loaded for the length of the context."""
+    engine = open_engine(settings.engine)
+    engine.load(settings.model)
+    try:
+        yield Judge(settings, engine, folder)
+    finally:
+        engine.release()
+
+
+@dataclass
+class Judge:
+    """A loaded judge; replies are kept in `folder` as they come, so that a killed run goes on.
+
+    `unread` counts replies without a verdict in them, `tokens` what the judge wrote.
+    """
+
+    settings: JudgeSettings
+    engine: Engine
+    folder: Path
+    tokens: int = 0
+    unread: int = 0
+
+    def grade(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Grades of the rows' instructions and responses, float64 [N] from 1 to 10, NaN where none was given.
+
+        Raises DataError when the judge gave no grade at all.
+        """
+        contents = [GRADE_REQUEST.format(instruction=row["instruction"], response=row["response"]) for row in rows]
+        found = [_GRADE.search(reply) for reply in self._ask("grade", contents)]
+        grades = np.array([float(match[1]) if match else np.nan for match in found])
+        self._check(grades, "a grade from 1 to 10")
+        return grades
+
+    def prefer(
+        self, instructions: Sequence[str], ours: Sequence[str], theirs: Sequence[str], name: str = "prefer"
+    ) -> tuple[list[float], list[float]]:
+        """Preference for our answer to each instruction, when it is shown first and when it is shown second.
+
+        1 is a win, 0 a loss, 0.5 a tie or a reply without a verdict. `name` tells several comparisons in one
+        folder apart. Raises DataError when no reply has one.
+        """
+        shown = [(ours, theirs), (theirs, ours)]
+        contents = [
+            CHOICE_REQUEST.format(instruction=instruction, first=first, second=second)
+            for answers in shown
+            for instruction, first, second in zip(instructions, *answers, strict=True)
+        ]
+        found = [_CHOICE.search(reply) for reply in self._ask(name, contents)]
+        values = np.array([_PREFERENCE[match[1].lower()] if match else np.nan for match in found])
+        self._check(values, "A, B or tie")
+        values = np.where(np.isnan(values), 0.5, values)
+        size = len(instructions)
+        return values[:size].tolist(), (1 - values[size:]).tolist()
+
+    def _ask(self, part: str, contents: Sequence[str]) -> list[str]:
+        requests = [
+            Request(
+                f"{part}-{number:06d}",
+                prompts.ask(self.engine.tokenizer, content, self.settings.chat_template),
+                derive_seed(self.settings.seed, part, number),
+            )
+            for number, content in enumerate(contents)
+        ]
+        journal = ScoreJournal(self.folder / f"judge.{part}.jsonl")
+        journal.open({"judge": self.settings.model, "requests": str(derive_seed(*contents))})
+        samples = SampleMemory(journal).complete(self.engine, requests, self.settings.sampling)
+        self.tokens += sum(sample.num_tokens for sample in samples)
+        return [sample.text for sample in samples]
+
+    def _check(self, values: np.ndarray, expected: str) -> None:
+        self.unread += int(np.isnan(values).sum())
+        if np.isnan(values).all():
+            raise DataError(f"judge {self.settings.model}: expected {expected} in a reply, got none: use another judge")

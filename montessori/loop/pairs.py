@@ -1,0 +1,158 @@
+"""Preference pairs of siblings: what the teacher wrote for one prompt, the helpful above the harmful."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from montessori.errors import ArgumentError, DataError
+from montessori.loop.files import write_jsonl
+from montessori.loop.section import Section
+from montessori.loop.signals import Signal
+from montessori.runs import write_json
+
+PAIRS_FILE = "pairs.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+class PairSettings(Section):
+    """Which siblings are set against each other.
+
+    `rule`: "sign" pairs every helpful candidate (value > 0) with every harmful one (value < 0) of the same
+    prompt; "centred" does so by the value without the drift that all candidates share; "difference" pairs
+    any two siblings. `margin`: smallest difference of the two values, in the unit of the signal (for
+    influence: nats per token; twice the error found by an audit keeps pairs that the error cannot turn).
+    `per_prompt`: at most so many pairs of one prompt, `top_k`: of all; the largest differences stay.
+    """
+
+    rule: Literal["sign", "centred", "difference"] = "sign"
+    margin: float = Field(default=0.0, ge=0)
+    per_prompt: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
+
+
+def run(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal: Signal, out: Path) -> dict[str, Any]:
+    """Write the pairs of `rows` to `out/pairs.jsonl` and what was counted to `out/summary.json`; return that.
+
+    `signal` holds one value per row; rows without a finite value take no part.
+    Raises DataError when no pair comes out, with the reason and what to change.
+    """
+    if len(rows) != len(signal.values):
+        raise ArgumentError(f"expected one value per row, got {len(signal.values)} for {len(rows)} rows")
+    pairs = make_pairs(settings, rows, signal)
+    summary = summarise(settings, rows, signal, pairs)
+    if not pairs:
+        raise DataError(_no_pairs(settings, summary))
+    write_jsonl(out / PAIRS_FILE, pairs)
+    write_json(out / SUMMARY_FILE, summary)
+    return summary
+
+
+def make_pairs(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal: Signal) -> list[dict[str, Any]]:
+    """The pairs, prompts in the order of `rows`, within a prompt by falling difference."""
+    values = signal.centred if settings.rule == "centred" else signal.values
+    pairs = []
+    for siblings in _by_prompt(rows, values):
+        found = [_pair(rows, values, *both) for both in _ordered(settings, rows, values, siblings)]
+        found.sort(key=lambda pair: (-_difference(pair), pair["chosen_id"], pair["rejected_id"]))
+        pairs += found[: settings.per_prompt]
+    if settings.top_k is None or len(pairs) <= settings.top_k:
+        return pairs
+    kept = sorted(range(len(pairs)), key=lambda i: (-_difference(pairs[i]), i))[: settings.top_k]
+    return [pairs[i] for i in sorted(kept)]
+
+
+def summarise(
+    settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal: Signal, pairs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Counts that say how the pairs came about, for JSON."""
+    prompts = list(dict.fromkeys(row["prompt_id"] for row in rows))
+    per_prompt = Counter(pair["prompt_id"] for pair in pairs)
+    sizes = Counter(per_prompt[prompt] for prompt in prompts)
+    return {
+        "signal": signal.name,
+        "rule": settings.rule,
+        "num_rows": len(rows),
+        "num_valued": int(np.isfinite(signal.values).sum()),
+        "num_prompts": len(prompts),
+        "num_pairs": len(pairs),
+        "prompts_without_pairs": sizes[0],
+        "prompts_with_one_candidate": sum(len(siblings) == 1 for siblings in _by_prompt(rows, signal.values)),
+        "prompts_by_num_pairs": {str(size): sizes[size] for size in sorted(sizes)},
+        "sign": _signs(signal.values),
+        "sign_centred": _signs(signal.centred),
+        "mean_difference": float(np.mean([_difference(pair) for pair in pairs])) if pairs else None,
+    }
+
+
+def _by_prompt(rows: Sequence[Mapping[str, Any]], values: np.ndarray) -> Iterator[list[int]]:
+    """Row numbers of the siblings that have a value, one list per prompt."""
+    siblings: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        if np.isfinite(values[index]):
+            siblings.setdefault(row["prompt_id"], []).append(index)
+    yield from siblings.values()
+
+
+def _ordered(
+    settings: PairSettings, rows: Sequence[Mapping[str, Any]], values: np.ndarray, siblings: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    for better, worse in permutations(siblings, 2):
+        opposite = settings.rule == "difference" or (values[better] > 0 > values[worse])
+        difference = values[better] - values[worse]
+        # The same text on both sides has no gradient under DPO.
+        same = rows[better]["completion"] == rows[worse]["completion"]
+        if opposite and difference > 0 and difference >= settings.margin and not same:
+            yield better, worse
+
+
+def _pair(rows: Sequence[Mapping[str, Any]], values: np.ndarray, better: int, worse: int) -> dict[str, Any]:
+    chosen, rejected = rows[better], rows[worse]
+    if chosen["prompt"] != rejected["prompt"]:
+        raise DataError(f"{chosen['id']} and {rejected['id']}: expected the same prompt (one prompt_id), got two texts")
+    return {
+        "prompt_id": chosen["prompt_id"],
+        "prompt": chosen["prompt"],
+        "chosen": chosen["completion"],
+        "rejected": rejected["completion"],
+        "chosen_id": chosen["id"],
+        "rejected_id": rejected["id"],
+        "chosen_value": float(values[better]),
+        "rejected_value": float(values[worse]),
+        # Whether the teacher ended its text there itself, which its training must then show it.
+        "chosen_ends": bool(chosen.get("ends", False)),
+        "rejected_ends": bool(rejected.get("ends", False)),
+    }
+
+
+def _difference(pair: Mapping[str, Any]) -> float:
+    return pair["chosen_value"] - pair["rejected_value"]
+
+
+def _signs(values: np.ndarray) -> dict[str, int]:
+    finite = values[np.isfinite(values)]
+    return {"positive": int((finite > 0).sum()), "negative": int((finite < 0).sum()), "zero": int((finite == 0).sum())}
+
+
+def _no_pairs(settings: PairSettings, summary: Mapping[str, Any]) -> str:
+    signs = summary["sign_centred" if settings.rule == "centred" else "sign"]
+    counts = f"{summary['num_valued']} values in {summary['num_prompts']} prompts"
+    if settings.rule == "sign" and 0 in (signs["positive"], signs["negative"]):
+        sign = "negative" if signs["negative"] else "positive"
+        return (
+            f"pairs: none from {counts}: no two signs, all are {sign} (a drift that all candidates share): "
+            "set pairs.rule=centred"
+        )
+    if summary["prompts_with_one_candidate"] == summary["num_prompts"]:
+        return f"pairs: none from {counts}: no prompt has two candidates left: sample more per prompt, filter less"
+    return (
+        f"pairs: none from {counts} by rule {settings.rule!r} with margin {settings.margin:g} "
+        f"({signs['positive']} positive, {signs['negative']} negative): lower pairs.margin, or set "
+        "pairs.rule=difference"
+    )

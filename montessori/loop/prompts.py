@@ -1,0 +1,94 @@
+"""What the teacher reads, and how an instruction is found in what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from montessori.data import Rows, column_set, one_line, read_chat
+from montessori.encoding import resolve_template
+from montessori.errors import DataError
+
+OPEN, CLOSE = "<instruction>", "</instruction>"
+
+CHAT_REQUEST = (
+    "Here are {count} instructions that people gave to a helpful text assistant:\n\n{examples}\n\n"
+    "Write one new instruction for the same assistant. It must be clear, be about something that the examples do "
+    "not cover, and carry with it every text or number that it needs, so that it can be answered in writing without "
+    "a further question. First give the reason for your choice in one or two sentences. Then write the instruction, "
+    f"and nothing else, between {OPEN} and {CLOSE}."
+)
+COMPLETION_HEADER = (
+    "A list of varied instructions for a helpful text assistant. Each is clear and complete in itself, and no two "
+    "are about the same thing.\n\n"
+)
+
+
+def instruction_text(rows: Rows) -> list[str]:
+    """The instruction of every row of a seed, reference or evaluation set, with its input where it has one.
+
+    Rows need no answer. Raises DataError, naming file and line.
+    """
+    return [_instruction(row, index, rows.where(index)) for index, row in enumerate(rows)]
+
+
+def _instruction(row: Mapping[str, Any], index: int, where: str) -> str:
+    if isinstance(row.get("instruction"), str) and "messages" not in row:
+        text, context = row["instruction"], row.get("input")
+        return f"{text}\n\n{context}" if isinstance(context, str) and context.strip() else text
+    columns = column_set(row, where)
+    if "input_ids" in columns:
+        raise DataError(f"{where}: expected text, got token ids")
+    messages = read_chat(row, columns, index, where).messages
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    if not asked:
+        raise DataError(f"{where}: expected a message of the user, got none")
+    return asked[0]
+
+
+def chat_prompt(tokenizer: Any, examples: Sequence[str], template: str | None) -> str:
+    """The request for one new instruction, as the teacher's chat template puts it."""
+    listed = "\n".join(f"{OPEN}{example}{CLOSE}" for example in examples)
+    return ask(tokenizer, CHAT_REQUEST.format(count=len(examples), examples=listed), template)
+
+
+def completion_prompt(tokenizer: Any, examples: Sequence[str]) -> str:
+    """A list of examples that ends where the next one begins."""
+    listed = "".join(f"{OPEN}{example}{CLOSE}\n" for example in examples)
+    return beginning(tokenizer) + COMPLETION_HEADER + listed + OPEN
+
+
+def ask(tokenizer: Any, content: str, template: str | None) -> str:
+    """The text after which the assistant answers `content`. Raises DataError where there is no chat template."""
+    return converse(tokenizer, [{"role": "user", "content": content}], template)
+
+
+def converse(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str | None) -> str:
+    """The text after which the assistant answers the last of `messages`; errors as `ask`."""
+    source = resolve_template(tokenizer, template)
+    try:
+        return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"the chat template fails on a generated instruction ({one_line(error)})") from error
+
+
+def beginning(tokenizer: Any) -> str:
+    """The token that starts every text, where the tokenizer puts one there."""
+    bos = tokenizer.bos_token_id
+    return tokenizer.bos_token if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
+
+
+def find_instruction(completion: str, style: str) -> str | None:
+    """What stands between the marks, without blanks around it; None where a mark is missing."""
+    text, closed, _ = completion.partition(CLOSE)
+    if not closed:
+        return None
+    if style == "chat":
+        _, opened, text = text.rpartition(OPEN)
+        if not opened:
+            return None
+    elif OPEN in text:
+        return None
+    return text.strip()

@@ -1,0 +1,210 @@
+"""One page about a run: what was scored, paired, tuned and gained, and what it cost."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from montessori.data import load_rows
+from montessori.errors import ArgumentError, ResourceError
+from montessori.loop.evaluate import EVALUATION_FILE
+from montessori.loop.fit import METRICS_FILE, SUMMARY_FILE
+from montessori.scores import Scores
+
+REPORT_FILE = "report.html"
+EXTREMES = 5
+
+
+@dataclass
+class _Round:
+    title: str
+    name: str
+    numbers: list[tuple[str, str]] = field(default_factory=list)
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    extremes: list[tuple[str, list[dict[str, str]]]] = field(default_factory=list)
+
+
+def run(directory: Path, costs: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write `directory/report.html`, self-contained, and its pictures as PNG beside it; return the page.
+
+    `costs`: seconds and tokens by stage, as `RunDirectory.costs` gives them. Stages that have not been run
+    are left out. Raises ArgumentError when the directory holds no round.
+    """
+    folders = _round_folders(directory)
+    if not folders:
+        raise ArgumentError(f"{directory}: expected the directory of a run, with round_1 in it")
+    rounds = [_describe(folder, directory) for folder in folders]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("montessori.loop").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(title=f"montessori: {directory.name}", rounds=rounds, costs=cost_rows(costs))
+    path = directory / REPORT_FILE
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return path
+
+
+def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Stage, seconds, share of all seconds, tokens and tokens per second; the last row is the sum."""
+    total = sum(cost["seconds"] for cost in costs.values())
+    rows = []
+    for stage, cost in costs.items():
+        seconds, tokens = cost["seconds"], cost.get("tokens", 0)
+        rate = f"{tokens / seconds:,.0f}" if tokens and seconds else ""
+        share = f"{seconds / total:.0%}" if total else ""
+        rows.append([stage, f"{seconds:,.1f}", share, f"{tokens:,}" if tokens else "", rate])
+    if rows:
+        rows.append(["all", f"{total:,.1f}", "100%", "", ""])
+    return rows
+
+
+def headline(directory: Path) -> list[tuple[str, str]]:
+    """The numbers of the last round that has any, as name and text, for the terminal."""
+    found = [_numbers(folder) for folder in _round_folders(directory)]
+    return next((numbers for numbers in reversed(found) if numbers), [])
+
+
+def _round_folders(directory: Path) -> list[Path]:
+    # Our pictures have names that begin in the same way.
+    found = [path for path in directory.glob("round_*") if path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
+
+
+def _describe(folder: Path, directory: Path) -> _Round:
+    page = _Round(folder.name.replace("_", " "), folder.name, _numbers(folder))
+    _add_influence(page, folder, directory)
+    _add_training(page, folder, directory)
+    return page
+
+
+def _numbers(folder: Path) -> list[tuple[str, str]]:
+    numbers: list[tuple[str, str]] = []
+    pairs, tuning = _json(folder / "pairs" / SUMMARY_FILE), _json(folder / "tune" / SUMMARY_FILE)
+    if pairs:
+        numbers += [
+            ("candidates with a value", str(pairs["num_valued"])),
+            ("preference pairs", str(pairs["num_pairs"])),
+            ("prompts without a pair", f"{pairs['prompts_without_pairs']} of {pairs['num_prompts']}"),
+            ("positive : negative", "{positive} : {negative}".format(**pairs["sign"])),
+            ("positive : negative, centred", "{positive} : {negative}".format(**pairs["sign_centred"])),
+        ]
+    if tuning:
+        last = next((e for e in reversed(_metrics(folder / "tune")) if "eval_rewards/accuracies" in e), None)
+        numbers.append(("pairs tuned on", str(tuning["num_pairs"])))
+        if last:
+            numbers.append(("validation pairs in the right order", f"{last['eval_rewards/accuracies']:.0%}"))
+    evaluation = _json(folder / "evaluate" / EVALUATION_FILE)
+    return numbers + (_evaluation_numbers(evaluation) if evaluation else [])
+
+
+def _evaluation_numbers(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    numbers = []
+    influence = evaluation.get("influence", {})
+    for name in ("untuned", "tuned"):
+        if name in influence:
+            numbers.append((f"real influence, {name} teacher", _interval(influence[name]["mean"], "{:+.2e}")))
+    if "comparison" in influence:
+        compared = influence["comparison"]
+        text = f"{_interval(compared['difference'], '{:+.2e}')}, one-sided p = {compared['p']:.4f}"
+        numbers.append(("tuned above untuned by", text))
+    for name, entry in evaluation["held_out"]["models"].items():
+        numbers.append((f"held-out loss, {name}", _interval(entry["loss"], "{:.4f}")))
+    for name, entry in evaluation["held_out"]["below"].items():
+        numbers.append((f"student below {name} by", _interval(entry, "{:+.4f}")))
+    for name, rate in evaluation.get("win_rate", {}).items():
+        numbers.append((f"win rate against {name}", _interval(rate["win_rate"], "{:.1%}")))
+        numbers.append((f"win rate against {name}, length-controlled", f"{rate['length_controlled']:.1%}"))
+    return numbers
+
+
+def _interval(entry: Mapping[str, Any], form: str) -> str:
+    mean, low, high = (form.format(entry[key]) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}], n = {entry['n']}"
+
+
+def _add_influence(page: _Round, folder: Path, directory: Path) -> None:
+    from montessori.loop import figures
+
+    scores_file, rows_file = folder / "score" / "scores.parquet", folder / "generate" / "probe.jsonl"
+    evaluation = _json(folder / "evaluate" / EVALUATION_FILE) or {}
+    real = {name: entry["influence"] for name, entry in evaluation.get("influence", {}).items() if "influence" in entry}
+    values, scores = None, None
+    if scores_file.is_file():
+        scores = Scores.load(scores_file)
+        values = scores.influence.reshape(len(scores), -1).mean(axis=1)
+    if values is not None or real:
+        drift = None if scores is None else float(np.mean(scores.drift))
+        note = "Influence: reference loss before one step minus after it. Vertical lines on the right are means."
+        _picture(page, directory, "influence", figures.influence_figure(values, drift, real), note)
+    if scores is not None and values is not None and rows_file.is_file():
+        centred = scores.centred.reshape(len(scores), -1).mean(axis=1)
+        page.extremes = _extremes(load_rows(rows_file), values, centred)
+
+
+def _add_training(page: _Round, folder: Path, directory: Path) -> None:
+    from montessori.loop import figures
+
+    pairs = _json(folder / "pairs" / SUMMARY_FILE)
+    if pairs:
+        _picture(page, directory, "pairs per prompt", figures.pairs_figure(pairs["prompts_by_num_pairs"]))
+    tuning, training = _metrics(folder / "tune"), _metrics(folder / "train")
+    if any("rewards/margins" in entry for entry in tuning):
+        _picture(page, directory, "margins of DPO", figures.margins_figure(tuning))
+    curves = {name: found for name, found in (("teacher", tuning), ("student", training)) if found}
+    if curves:
+        _picture(page, directory, "training losses", figures.losses_figure(curves))
+
+
+def _picture(page: _Round, directory: Path, title: str, figure: Any, note: str = "") -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    path = directory / f"{page.name}_{title.replace(' ', '_').lower()}.png"
+    try:
+        path.write_bytes(buffer.getvalue())
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+    page.pictures.append({"title": title, "data": base64.b64encode(buffer.getvalue()).decode(), "note": note})
+
+
+def _extremes(
+    rows: Sequence[Mapping[str, Any]], values: np.ndarray, centred: np.ndarray
+) -> list[tuple[str, list[dict[str, str]]]]:
+    finite = np.flatnonzero(np.isfinite(values))
+    ranked = finite[np.argsort(values[finite], kind="stable")]
+
+    def shown(indices: np.ndarray) -> list[dict[str, str]]:
+        return [
+            {
+                "id": rows[i]["id"],
+                "influence": f"{values[i]:+.3e}",
+                "centred": f"{centred[i]:+.3e}",
+                "completion": rows[i]["completion"],
+                "response": rows[i]["response"],
+            }
+            for i in map(int, indices)
+        ]
+
+    return [
+        ("highest influence", shown(ranked[::-1][:EXTREMES])),
+        ("lowest influence", shown(ranked[:EXTREMES])),
+    ]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / METRICS_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -1,0 +1,325 @@
+"""One round of the loop, and the run that strings rounds together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from montessori import processes
+from montessori.data import Rows, load_rows
+from montessori.errors import ArgumentError, DataError
+from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
+from montessori.loop.config import Config, data_path, write_config
+from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
+from montessori.loop.files import write_jsonl
+from montessori.loop.generate import Recipe
+from montessori.loop.judge import open_judge
+from montessori.loop.prompts import instruction_text
+from montessori.loop.rundir import RunDirectory, content_digest
+from montessori.loop.signals import around_median, from_scores
+from montessori.runs import versions, write_json
+from montessori.scores import Scores
+
+STAGES = ("generate", "warmup", "score", "pairs", "tune", "regenerate", "train", "evaluate")
+# Under torchrun the processes share the work of these; the others are done by the first while the rest wait.
+SHARED_STAGES = ("warmup", "score", "tune", "train")
+UNTUNED_STAGES = ("regenerate", "train", "evaluate")
+CONFIG_FILE = "config.yaml"
+
+# What each stage depends on: settings by name, and the stages whose output it reads.
+_READS = {
+    "generate": ("generate", "responses", "split", "engine", "optimise"),
+    "warmup": ("student", "warmup"),
+    "score": ("score",),
+    "pairs": ("signal", "judge", "pairs"),
+    "tune": ("tune",),
+    "regenerate": ("generate", "responses", "split", "engine"),
+    "train": ("student", "train"),
+    "evaluate": ("evaluate", "score", "judge", "engine"),
+}
+_AFTER = {
+    "generate": (),
+    "warmup": ("generate",),
+    "score": ("warmup",),
+    "pairs": ("score",),
+    "tune": ("pairs",),
+    "regenerate": ("tune",),
+    "train": ("regenerate",),
+    "evaluate": ("train",),
+}
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """The stages of a round of this run, in order."""
+    return STAGES if config.teacher_mode == "tuned" else UNTUNED_STAGES
+
+
+def run(
+    config: Config,
+    path: Path,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Path | None:
+    """Work through all rounds of `config` in the directory `path`; return the report once all is done.
+
+    What is finished there is kept, what was cut short goes on. `until`: last stage of the last round.
+    `only`: that stage alone, in the first round that lacks it, from what the stages before it left.
+    `fresh`: redo the stages that are run, whatever is there.
+    Raises MontessoriError: one line.
+    """
+    names = stages_of(config)
+    for option, name in (("--until", until), ("stage", only)):
+        if name is not None and name not in names:
+            raise ArgumentError(f"{option} {name}: expected one of {', '.join(names)}")
+    with ExitStack() as stack:
+        material = _Material.read(config)
+        directory = stack.enter_context(RunDirectory(path))
+        engine = open_engine(config.engine)
+        stack.callback(engine.release)
+        rounds = [Round(config, directory, material, n, engine, progress) for n in range(1, config.rounds + 1)]
+        if not fresh:
+            for current in rounds:
+                current.check()
+        _start(config, directory, material)
+        if only is not None:
+            next((one for one in rounds if not one.is_done(only)), rounds[-1]).work(only, fresh)
+            return None
+        for current in rounds:
+            for name in names:
+                current.work(name, fresh)
+                if name == until and current is rounds[-1]:
+                    return None
+        return report.run(path, directory.costs()) if processes.is_main() else None
+
+
+@dataclass(frozen=True)
+class _Material:
+    """The text of the user that a run works with."""
+
+    seeds: list[str]
+    reference: Rows
+    evaluation: Rows
+
+    @classmethod
+    def read(cls, config: Config) -> _Material:
+        data = config.data
+        seeds = instruction_text(load_rows(data_path(data.seeds), name="seeds"))
+        reference = load_rows(data_path(data.reference), name="reference")
+        used = len(reference) if data.reference_rows is None else min(data.reference_rows, len(reference))
+        if data.evaluation is not None:
+            evaluation = load_rows(data_path(data.evaluation), name="evaluation")
+            rows = evaluation.rows
+        else:
+            evaluation, rows = reference, reference.rows[used:]
+        rows = rows[: data.evaluation_rows]
+        if not rows:
+            raise DataError(
+                f"{evaluation.source}: {len(reference)} rows and data.reference_rows={data.reference_rows} leave none "
+                "for evaluation: lower it, or give data.evaluation"
+            )
+        material = cls(
+            seeds,
+            Rows(reference.rows[:used], reference.source, reference.unit, reference.first),
+            Rows(rows, evaluation.source, evaluation.unit, evaluation.first + (used if evaluation is reference else 0)),
+        )
+        generate.check_leakage(seeds, material.held_out, config.split.leakage)
+        return material
+
+    @cached_property
+    def held_out(self) -> list[str]:
+        return instruction_text(self.reference) + instruction_text(self.evaluation)
+
+
+class Round:
+    """The stages of round `number`, each a method of its name: it reads what earlier stages wrote to disk."""
+
+    def __init__(
+        self, config: Config, run: RunDirectory, material: _Material, number: int, engine: Engine, progress: bool
+    ) -> None:
+        self.config, self.run, self.material, self.number = config, run, material, number
+        self.engine, self.progress = engine, progress
+        self.name = f"round_{number}"
+
+    def is_done(self, stage: str) -> bool:
+        return self.run.is_done(f"{self.name}/{stage}")
+
+    def check(self) -> None:
+        """Raise ArgumentError if a stage that is there was made from other inputs than it would be now."""
+        for name in stages_of(self.config):
+            if not self.run.exists(f"{self.name}/{name}"):
+                break
+            self.run.check(f"{self.name}/{name}", self.inputs(name))
+            if not self.is_done(name):
+                break
+
+    def work(self, name: str, fresh: bool = False) -> None:
+        """Run the stage `name` unless it is done."""
+        stage: Callable[[Path], dict[str, Any]] = getattr(self, name)
+        with self.run.stage(f"{self.name}/{name}", self.inputs(name), fresh) as work:
+            if not work.done and (processes.is_main() or name in SHARED_STAGES):
+                if self.progress and processes.is_main():
+                    print(f"{self.name}/{name}", file=sys.stderr)
+                facts = stage(work.path)
+                work.tokens = facts.pop("tokens", 0)
+                work.facts = facts
+
+    def inputs(self, stage: str) -> dict[str, Any]:
+        """Everything that the output of `stage` depends on, as plain values."""
+        settings = self.config.model_dump(mode="json", include={"seed", *_READS[stage]})
+        before = [name for name in _AFTER[stage] if name in stages_of(self.config)]
+        inputs: dict[str, Any] = {**settings, **{name: self.run.digest(f"{self.name}/{name}") for name in before}}
+        if not before:
+            inputs["teacher"] = _identity(self.config.teacher)
+            if self.number > 1:
+                inputs["teacher"] = self.run.digest(f"round_{self.number - 1}/tune")
+        if "student" in settings:
+            inputs["student"] = _identity(self.config.student)
+        if "engine" in settings:
+            inputs["engine"] = {key: value for key, value in settings["engine"].items() if key not in UNSEEN}
+        if stage in ("generate", "regenerate"):
+            ours = ("final",) if stage == "regenerate" else ("warmup", "probe")
+            inputs["split"] = {key: settings["split"][key] for key in ours}
+            inputs["seeds"] = _text_digest(self.material.seeds)
+            inputs["held_out"] = _text_digest(self.material.held_out)
+        if stage in ("score", "evaluate"):
+            inputs["reference"] = _text_digest(self.material.reference.rows)
+        if stage == "evaluate":
+            inputs["evaluation"] = _text_digest(self.material.evaluation.rows)
+        return inputs
+
+    # The stages.
+
+    def generate(self, out: Path) -> dict[str, Any]:
+        self.engine.load(self._teacher())
+        made = generate.write_sets(
+            self._recipe(f"r{self.number}"), self.config.split, self.engine, out, progress=self.progress
+        )
+        self.engine.release()
+        return {"tokens": made.tokens, **made.counts}
+
+    def warmup(self, out: Path) -> dict[str, Any]:
+        data = self._folder("generate") / "warmup.jsonl"
+        return warmup.run(
+            self.config.warmup, self.config.student, data, out, seed=self.config.seed, progress=self.progress
+        )
+
+    def score(self, out: Path) -> dict[str, Any]:
+        return score.run(
+            self.config.score,
+            warmup.checkpoint(self._folder("warmup")),
+            self._folder("generate") / "probe.jsonl",
+            self.material.reference,
+            out,
+            max_grad_norm=self.config.warmup.max_grad_norm,
+            progress=self.progress,
+        )
+
+    def pairs(self, out: Path) -> dict[str, Any]:
+        rows = load_rows(self._folder("generate") / "probe.jsonl")
+        tokens = 0
+        if self.config.signal.kind == "judge" and self.config.judge is not None:
+            with open_judge(self.config.judge, out) as judge:
+                signal = around_median("judge", judge.grade(rows))
+                tokens = judge.tokens
+        else:
+            scores = Scores.load(self._folder("score") / score.SCORES_FILE)
+            signal = from_scores(self.config.signal, scores, self.config.seed)
+        summary = pairs.run(self.config.pairs, rows, signal, out)
+        return {"tokens": tokens, "num_pairs": summary["num_pairs"]}
+
+    def tune(self, out: Path) -> dict[str, Any]:
+        data = self._folder("pairs") / pairs.PAIRS_FILE
+        return tune.run(self.config.tune, self._teacher(), data, out, seed=self.config.seed, progress=self.progress)
+
+    def regenerate(self, out: Path) -> dict[str, Any]:
+        tuned = self.config.teacher_mode == "tuned"
+        self.engine.load(self._folder("tune") / tune.TEACHER if tuned else self.config.teacher)
+        recipe = self._recipe(f"f{self.number}")
+        # Siblings serve a preference; the student gets one answer to each instruction.
+        recipe = replace(recipe, responses=recipe.responses.model_copy(update={"samples": 1}))
+        made = generate.write_final(recipe, self.config.split.final, self.engine, out, progress=self.progress)
+        self.engine.release()
+        return {"tokens": made.tokens, **made.counts}
+
+    def train(self, out: Path) -> dict[str, Any]:
+        data = self._folder("regenerate") / "final.jsonl"
+        return train.run(
+            self.config.train, self.config.student, data, out, seed=self.config.seed, progress=self.progress
+        )
+
+    def evaluate(self, out: Path) -> dict[str, Any]:
+        tuned = self.config.teacher_mode == "tuned"
+        # Without a warm-up there is no optimizer state to measure influence with.
+        settings = self.config.evaluate if tuned else self.config.evaluate.model_copy(update={"sample": 0})
+        evaluate.run(
+            settings,
+            student=self._folder("train") / train.STUDENT,
+            base=self.config.student,
+            warm_student=warmup.checkpoint(self._folder("warmup")) if tuned else self.config.student,
+            evaluation=self.material.evaluation,
+            reference=self.material.reference,
+            files={
+                "tuned": self._folder("regenerate") / "final.jsonl",
+                "untuned": self._folder("generate") / "probe.jsonl",
+            },
+            out=out,
+            seed=self.config.seed,
+            # A server has the teacher, not the student.
+            engine=open_engine(EngineSettings()) if self.config.engine.name == "endpoint" else self.engine,
+            judge=self.config.judge,
+            progress=self.progress,
+            max_length=self.config.score.max_length,
+            chat_template=self.config.score.chat_template,
+            max_grad_norm=self.config.warmup.max_grad_norm,
+        )
+        return {}
+
+    def _folder(self, stage: str) -> Path:
+        return self.run.path / self.name / stage
+
+    def _teacher(self) -> str | Path:
+        """The teacher that this round starts from."""
+        if self.number == 1:
+            return self.config.teacher
+        return self.run.path / f"round_{self.number - 1}" / "tune" / tune.TEACHER
+
+    def _recipe(self, label: str) -> Recipe:
+        config = self.config
+        return Recipe(
+            config.generate,
+            config.responses,
+            self.material.seeds,
+            self.material.held_out,
+            label,
+            config.seed,
+            config.optimise,
+        )
+
+
+def _start(config: Config, run: RunDirectory, material: _Material) -> None:
+    """Write config, versions and the rows of reference and evaluation."""
+    if processes.is_main():
+        write_config(config, run.path / CONFIG_FILE)
+        write_json(run.path / "run.json", {"versions": versions(), "seed": config.seed})
+        write_jsonl(run.path / "reference.jsonl", material.reference.rows)
+        write_jsonl(run.path / "evaluation.jsonl", material.evaluation.rows)
+    processes.wait_for_all()
+
+
+def _identity(model: str) -> str:
+    """A digest of a local checkpoint, or the name of a model elsewhere."""
+    return content_digest(model) if Path(model).is_dir() else model
+
+
+def _text_digest(content: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(content), default=str).encode()).hexdigest()

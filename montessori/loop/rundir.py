@@ -1,0 +1,206 @@
+"""The directory of a run: who works in it, which stages are done, what they cost."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from montessori import processes
+from montessori.errors import ArgumentError, ResourceError
+from montessori.runs import write_json
+
+DONE, INPUTS, COST, LOG = "DONE", "inputs.json", "cost.json", "log.txt"
+LOGGER = logging.getLogger("montessori.loop")
+
+
+@dataclass
+class Stage:
+    """One stage in progress: write outputs to `path`, count work in `tokens` and `facts`.
+
+    `tokens`: tokens generated, trained on or scored, for the table of costs. `facts`: further numbers kept
+    with the cost, such as rows or pairs.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    done: bool
+    tokens: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class RunDirectory:
+    """A run at `path`, locked while the context is open.
+
+        with RunDirectory("runs/a") as run:
+            with run.stage("round_1/pairs", {"settings": …, "scores": digest}) as stage:
+                if not stage.done:
+                    pairs.run(…, out=stage.path)
+
+    Of several processes of one run the first locks and writes, the others wait for it at the end of a stage.
+
+    Raises ArgumentError when another run works in it, ResourceError when it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunDirectory:
+        if not processes.is_main():
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ResourceError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            self._lock = None
+            raise ArgumentError(
+                f"{self.path}: another run works in this directory; wait for it, or choose another --out"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def is_done(self, name: str) -> bool:
+        return (self.path / name / DONE).is_file()
+
+    def exists(self, name: str) -> bool:
+        """Whether the stage `name` has been started."""
+        return (self.path / name / INPUTS).is_file()
+
+    def check(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Raise ArgumentError naming the inputs that differ from those that the stage `name` was started with."""
+        _compare(self.path / name, _flatten(json.loads(json.dumps(inputs))))
+
+    def digest(self, name: str) -> str:
+        """Digest of all that the finished stage `name` was made from; an input of the stages after it."""
+        try:
+            return json.loads((self.path / name / DONE).read_text(encoding="utf-8"))["digest"]
+        except OSError as error:
+            raise ArgumentError(f"{self.path / name}: expected a finished stage; run it first") from error
+
+    @contextmanager
+    def stage(self, name: str, inputs: Mapping[str, Any], fresh: bool = False) -> Iterator[Stage]:
+        """Work on the stage `name`, a path below the run; `inputs` is everything that its output depends on.
+
+        `inputs` holds plain values and digests, never times or paths of the machine. Leaving the context
+        without an error marks the stage DONE. A stage that was cut short keeps its files and is entered
+        again; a finished one has `done` set. `fresh` deletes what is there.
+
+        Raises ArgumentError naming the inputs that differ from those of what is there.
+        """
+        path = self.path / name
+        flat = _flatten(json.loads(json.dumps(inputs)))
+        if processes.is_main():
+            if fresh and path.exists():
+                shutil.rmtree(path)
+            if self.exists(name):
+                _compare(path, flat)
+            else:
+                write_json(path / INPUTS, flat)
+        digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+        stage = Stage(name, path, digest, processes.from_main((path / DONE).is_file()))
+        if stage.done:
+            yield stage
+            return
+        if not processes.is_main():
+            yield stage
+            processes.wait_for_all()
+            return
+        started = time.monotonic()
+        with _log_to(path / LOG):
+            LOGGER.info("%s: start", name)
+            try:
+                yield stage
+            except BaseException as error:
+                LOGGER.info("%s: stopped by %s: %s", name, type(error).__name__, error)
+                _add_cost(stage, time.monotonic() - started)
+                raise
+            _add_cost(stage, time.monotonic() - started)
+            LOGGER.info("%s: done", name)
+        write_json(path / DONE, {"digest": digest})
+        processes.wait_for_all()
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """cost.json of every stage that has one, by stage name in order of first start."""
+        found = {
+            str(file.parent.relative_to(self.path)): json.loads(file.read_text(encoding="utf-8"))
+            for file in self.path.glob(f"round_*/*/{COST}")
+        }
+        return dict(sorted(found.items(), key=lambda item: item[1]["started"]))
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, or of the names and contents of all files below a directory."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    if not files:
+        raise ArgumentError(f"{path}: expected a file, or a directory that holds files")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path) if file != path else ''}|{file.stat().st_size}|".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _compare(path: Path, flat: dict[str, Any]) -> None:
+    before = json.loads((path / INPUTS).read_text(encoding="utf-8"))
+    changed = sorted(key for key in {*before, *flat} if before.get(key) != flat.get(key))
+    if changed:
+        key = changed[0]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ArgumentError(
+            f"{path}: was made with another {key} ({before.get(key)!r}, now {flat.get(key)!r}){more}; "
+            "use the same, another --out, or --fresh to redo it"
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat |= _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _add_cost(stage: Stage, seconds: float) -> None:
+    file = stage.path / COST
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"started": time.time(), "seconds": 0.0}
+    cost = {**before, "seconds": round(before["seconds"] + seconds, 3), "tokens": stage.tokens, **stage.facts}
+    write_json(file, cost)
+
+
+@contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level = LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
+        LOGGER.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,87 @@
+"""The score stage: influence of every probing example on the reference set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from montessori import processes
+from montessori.data import Rows
+from montessori.estimator import InfluenceEstimator
+from montessori.journal import ScoreJournal
+from montessori.loop.rows import student_rows
+from montessori.loop.section import Section
+from montessori.models import load_model
+from montessori.runs import audit_record, write_json
+
+SCORES_FILE = "scores.parquet"
+
+
+class ScoreSettings(Section):
+    """As in `InfluenceEstimator`; `audit` compares that many candidates with real steps."""
+
+    method: Literal["anchored", "first_order", "exact"] = "anchored"
+    backend: str = "auto"
+    batch_tokens: int = Field(default=4096, ge=1)
+    pilot: int = Field(default=8, ge=0)
+    reference_weighting: Literal["example_mean", "token_mean"] = "example_mean"
+    max_length: int | None = Field(default=None, ge=1)
+    chat_template: str | None = None
+    device: str = "auto"
+    audit: int = Field(default=0, ge=0)
+
+
+def open_estimator(
+    settings: ScoreSettings, checkpoint: Path, reference: Rows, max_grad_norm: float | None
+) -> InfluenceEstimator:
+    """The estimator at the warmed-up student `checkpoint`; gradients clipped as in its warm-up."""
+    import torch
+
+    model, tokenizer = load_model(checkpoint)
+    device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    return InfluenceEstimator(
+        model.to(device),
+        checkpoint,
+        reference,
+        settings.method,
+        settings.backend,
+        tokenizer=tokenizer,
+        max_length=settings.max_length,
+        truncation="right",
+        chat_template=settings.chat_template,
+        pilot=settings.pilot,
+        max_grad_norm=max_grad_norm,
+        reference_weighting=settings.reference_weighting,
+    )
+
+
+def run(
+    settings: ScoreSettings,
+    checkpoint: Path,
+    data: Path,
+    reference: Rows,
+    out: Path,
+    *,
+    max_grad_norm: float | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score the rows of `data`; write `out`/scores.parquet, and audit.json where an audit is asked for.
+
+    Returns counts of rows, rows without a score, and tokens. Killed and called again it goes on with the
+    first unfinished batch. Under torchrun the processes share the rows.
+    """
+    rows = student_rows(data)
+    estimator = open_estimator(settings, checkpoint, reference, max_grad_norm)
+    journal = ScoreJournal(out / f"scores.journal.{processes.rank()}.jsonl")
+    scores = estimator.score(
+        rows, batch_tokens=settings.batch_tokens, progress=progress, journal=journal, distributed=True
+    )
+    if processes.is_main():
+        if settings.audit:
+            write_json(out / "audit.json", audit_record(estimator.audit(rows, k=settings.audit, progress=progress)))
+        scores.save(out / SCORES_FILE)
+    processes.wait_for_all()
+    journal.remove()
+    return {"num_rows": len(scores), "num_unscored": int((~scores.ok).sum()), "tokens": int(scores.num_tokens.sum())}

@@ -1,0 +1,81 @@
+"""The warm-up stage: a few steps of the student on what the teacher wrote, with its optimizer state kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from montessori import processes
+from montessori.encoding import encode_rows
+from montessori.loop.rows import student_rows
+from montessori.loop.section import Section
+from montessori.models import load_model
+from montessori.options import default_max_length
+from montessori.runs import write_json
+from montessori.training import list_checkpoints
+from montessori.warmup import warmup
+
+RESULT_FILE = "result.json"
+
+
+class WarmupSettings(Section):
+    """As in `montessori.warmup`; examples longer than `max_length` are cut at the end."""
+
+    learning_rate: float = Field(default=5e-6, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = -1
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    max_length: int | None = Field(default=None, ge=1)
+    chat_template: str | None = None
+
+
+def run(
+    settings: WarmupSettings,
+    student: str | os.PathLike[str],
+    data: Path,
+    out: Path,
+    *,
+    seed: int,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Warm `student` up on the file `data`; `checkpoint(out)` is then the checkpoint with optimizer state.
+
+    Returns counts of examples, steps and tokens. Killed and called again it goes on from its last checkpoint.
+    """
+    rows = student_rows(data)
+    model, tokenizer = load_model(student)
+    training = settings.model_dump(exclude={"max_length", "chat_template"})
+    encoded = encode_rows(
+        rows,
+        tokenizer,
+        max_length=settings.max_length or default_max_length(model),
+        truncation="right",
+        chat_template=settings.chat_template,
+    )
+    final = warmup(model, tokenizer, encoded.examples, out, seed=seed, progress=progress, **training)
+    if processes.is_main():
+        for earlier in list_checkpoints(out):
+            if earlier != final:
+                shutil.rmtree(earlier)
+        write_json(out / RESULT_FILE, {"checkpoint": final.name})
+    processes.wait_for_all()
+    tokens = sum(example.num_tokens for example in encoded.examples)
+    return {
+        "num_examples": len(encoded.examples),
+        "num_truncated": len(encoded.truncated),
+        "steps": int(final.name.removeprefix("checkpoint-")),
+        "tokens": round(tokens * settings.num_train_epochs) if settings.max_steps <= 0 else tokens,
+    }
+
+
+def checkpoint(out: Path) -> Path:
+    """The checkpoint that a finished warm-up in `out` left."""
+    return out / json.loads((out / RESULT_FILE).read_text(encoding="utf-8"))["checkpoint"]

@@ -1,0 +1,65 @@
+"""Several processes of one run, started by torchrun: who writes, who waits, and what they tell each other.
+
+A single process is rank 0 of 1, for which nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A stage that one process does alone may take hours while the others wait.
+_TIMEOUT = timedelta(days=2)
+
+
+def start_processes() -> None:
+    """Join the processes that torchrun has started; safe to call again and in a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+
+
+def rank() -> int:
+    return dist.get_rank() if _several() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _several() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    if _several():
+        dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """The value that the first process passed."""
+    if not _several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """What every process passed, in order of rank."""
+    if not _several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

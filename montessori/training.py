@@ -1,0 +1,95 @@
+"""What every run of Trainer in this package shares: rows of examples, padding, and what a killed run left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
+
+from montessori.batching import IGNORE_INDEX, Example
+from montessori.errors import ModelError
+from montessori.models import load_model
+
+_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+class ExampleRows(Dataset):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        example = self.examples[row]
+        return {
+            "input_ids": example.input_ids.tolist(),
+            "attention_mask": [1] * example.num_tokens,
+            "labels": example.labels.tolist(),
+        }
+
+
+def example_collator(tokenizer: Any) -> Any:
+    from transformers import DataCollatorForSeq2Seq
+
+    if tokenizer.pad_token is None:
+        # Padding is masked out, so any token does; the saved tokenizer stays as it is.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError("tokenizer: expected a pad_token or an eos_token to pad with, got neither: set one")
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
+
+
+def list_checkpoints(path: Path) -> list[Path]:
+    found = [entry for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that Trainer goes on from is there to its end."""
+    weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
+    # One file for a single process, one for each of several.
+    random_states = list(checkpoint.glob("rng_state*.pth"))
+    if not weights or not random_states or not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    index = checkpoint / "model.safetensors.index.json"
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            weights = [checkpoint / shard for shard in set(shards)]
+        for file in weights:
+            # Opening compares the lengths in the header with the length of the file.
+            with safe_open(file, framework="pt"):
+                pass
+    except (ValueError, KeyError, OSError, SafetensorError):
+        return False
+    # A file of torch.save ends with the directory of its zip archive.
+    archives = [*random_states, *(checkpoint / name for name in _CHECKPOINT_FILES if not name.endswith(".json"))]
+    return state.get("global_step") == step_of(checkpoint) and all(map(zipfile.is_zipfile, archives))
+
+
+def restore_weights(model: Any, checkpoint: Path) -> None:
+    """Put the weights of `checkpoint` into `model`, all of them or an error.
+
+    Trainer does so too when it resumes, but only warns about names that do not match.
+    """
+    if (checkpoint / "adapter_config.json").is_file():
+        missing = model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True).missing_keys
+        if missing:
+            raise ModelError(f"{checkpoint}: the adapter lacks {missing[0]}: delete the checkpoint")
+        return
+    saved, _ = load_model(checkpoint)
+    model.load_state_dict(saved.state_dict())

@@ -1,0 +1,187 @@
+"""What a round achieved: held-out loss, real influence, answers and the files that benchmarks read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from loop_support import make_generated
+from support import make_text_rows, plain_loss, slow_influence
+
+from montessori.checkpoints import read_state
+from montessori.data import Rows
+from montessori.encoding import encode_rows
+from montessori.errors import ArgumentError, DataError
+from montessori.loop import evaluate
+from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_mt_bench
+from montessori.loop.engines import EngineSettings, Sampling, open_engine
+from montessori.loop.evaluate import EvaluateSettings
+from montessori.loop.files import write_jsonl
+from montessori.loop.judge import JudgeSettings
+from montessori.loop.rows import student_rows
+from montessori.models import load_model
+from montessori.naive import make_adamw
+
+EVALUATION = Rows(make_text_rows(5, seed=11), "evaluation")
+REFERENCE = make_text_rows(3, seed=9)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated")
+    for name, seed in (("tuned", 1), ("untuned", 2)):
+        write_jsonl(folder / f"{name}.jsonl", make_generated(4, seed=seed))
+    return {name: folder / f"{name}.jsonl" for name in ("tuned", "untuned")}
+
+
+def token_rows(rows, tokenizer):
+    examples = encode_rows(rows, tokenizer, max_length=64).examples
+    return [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
+
+
+def test_held_out_loss_is_the_mean_of_the_rows_own_losses(student, tmp_path):
+    model, tokenizer = load_model(student)
+    expected = [float(plain_loss(model, row).detach()) for row in token_rows(EVALUATION, tokenizer)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    model.save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    found = evaluate.held_out({"student": student, "half": tmp_path / "half"}, EVALUATION, seed=0)
+    np.testing.assert_allclose(found["models"]["student"]["rows"], expected, rtol=1e-5)
+    assert found["models"]["student"]["loss"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)
+    difference = np.mean(found["models"]["half"]["rows"]) - np.mean(expected)
+    assert found["below"]["half"]["mean"] == pytest.approx(difference, abs=1e-5)
+
+
+def test_fresh_influence_is_that_of_real_steps_on_the_sampled_rows(student, files, tmp_path):
+    found = evaluate.fresh_influence(student, REFERENCE, files, tmp_path, sample=3, seed=0, progress=False)
+    model, tokenizer = load_model(student)
+    optimizer = make_adamw(model, read_state(student, model))
+    for name, file in files.items():
+        candidates = token_rows([student_rows(file)[index] for index in found[name]["rows"]], tokenizer)
+        expected = slow_influence(model, optimizer, candidates, token_rows(REFERENCE, tokenizer), "exact")
+        # Differences of float32 losses near 4: about 4 × 2^-24 each.
+        np.testing.assert_allclose(found[name]["influence"], expected, atol=2e-6)
+        assert found[name]["mean"]["mean"] == pytest.approx(np.mean(expected), abs=2e-6)
+    difference = found["tuned"]["mean"]["mean"] - found["untuned"]["mean"]["mean"]
+    assert found["comparison"]["difference"]["mean"] == pytest.approx(difference)
+    assert 0 < found["comparison"]["p"] <= 1
+
+
+def test_a_sample_takes_one_row_of_every_prompt_first_and_repeats():
+    rows = make_generated(6)
+    chosen = evaluate.sample_rows(rows, 6, seed=3)
+    assert len({rows[index]["prompt_id"] for index in chosen}) == 6
+    assert chosen == evaluate.sample_rows(rows, 6, seed=3) != evaluate.sample_rows(rows, 6, seed=4)
+    assert len(set(evaluate.sample_rows(rows, 15, seed=3))) == 15
+    assert evaluate.sample_rows(rows, 99, seed=3) == list(range(24))
+
+
+def measure(student, files, out, **settings):
+    return evaluate.run(
+        EvaluateSettings(resamples=200, **settings),
+        student=student, base=student, warm_student=student, evaluation=EVALUATION, reference=REFERENCE,
+        files=files, out=out, seed=0, engine=open_engine(EngineSettings(batch_size=4, device="cpu")),
+        judge=settings.pop("judge", None), progress=False,
+    )  # fmt: skip
+
+
+def test_an_evaluation_repeats_and_leaves_no_journal_of_steps(student, files, tmp_path):
+    settings = {"sample": 2, "answers": AnswerSettings(count=2, sampling=Sampling(max_new_tokens=4))}
+    found = measure(student, files, tmp_path / "one", **settings)
+    measure(student, files, tmp_path / "two", **settings)
+    one, two = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("one", "two"))
+    assert one == two and json.loads(one) == json.loads(json.dumps(found))
+    assert not list((tmp_path / "one").glob("*tuned.journal*"))
+    rows = json.loads((tmp_path / "one" / "alpaca_eval_student.json").read_text())
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in EVALUATION[:2]]
+    assert all(row.keys() == {"dataset", "instruction", "output", "generator"} for row in rows)
+    assert rows[0]["generator"] == "student"
+
+
+class Judge:
+    """A server that answers every request with `verdict`."""
+
+    def __init__(self, verdict: str) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                body = {"choices": [{"text": verdict, "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> str:
+        Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_judge_behind_an_endpoint_gives_a_win_rate_over_the_base(student, tmp_path):
+    settings = AnswerSettings(count=3, sampling=Sampling(max_new_tokens=4))
+    engine = open_engine(EngineSettings(batch_size=4, device="cpu"))
+    with Judge(" A") as url:
+        judge = JudgeSettings(model=str(student), engine=EngineSettings(name="endpoint", base_url=url, model="judge"))
+        students = {"student": student, "base": student}
+        found = evaluate.win_rates(
+            settings, judge, engine, students, ["what is red", "add two", "say hello"], tmp_path, 0
+        )
+    # It always takes the answer shown first, which both orders cancel.
+    assert found["base"]["win_rate"]["mean"] == 0.5 and found["base"]["first_position"] == 1.0
+    assert found["base"]["unread"] == 0
+
+
+def test_mt_bench_questions_are_answered_turn_by_turn(student, tmp_path):
+    questions = Rows(
+        [
+            {"question_id": 81, "category": "writing", "turns": ["what is red", "and blue"]},
+            {"question_id": 82, "category": "maths", "turns": ["add two and three"]},
+        ],
+        "question.jsonl",
+    )
+    settings = AnswerSettings(sampling=Sampling(max_new_tokens=5, temperature=0, presence_penalty=0))
+    engine = open_engine(EngineSettings(batch_size=4, device="cpu"))
+    answers = answer(settings, engine, student, read_mt_bench(questions), tmp_path, "mt_bench")
+    assert list(map(len, answers)) == [2, 1]
+    # The second answer is the greedy one to the whole conversation.
+    model, tokenizer = load_model(student)
+    messages = [
+        {"role": "user", "content": "what is red"},
+        {"role": "assistant", "content": answers[0][0]},
+        {"role": "user", "content": "and blue"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    written = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=True).split() == answers[0][1].split()
+    write_mt_bench(tmp_path / "model.jsonl", questions, answers, "model")
+    rows = [json.loads(line) for line in (tmp_path / "model.jsonl").read_text().splitlines()]
+    assert rows[0]["choices"] == [{"index": 0, "turns": answers[0]}] and rows[1]["question_id"] == 82
+    assert len({row["answer_id"] for row in rows}) == 2
+    # A second call answers from disk, without a model.
+    assert answer(settings, engine, student, read_mt_bench(questions), tmp_path, "mt_bench") == answers
+
+
+def test_questions_without_turns_name_the_line():
+    with pytest.raises(DataError, match=r"question\.jsonl, line 1: expected question_id and turns"):
+        read_mt_bench(Rows([{"question_id": 1, "turns": []}], "question.jsonl", "line", 1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+def test_the_harness_names_its_extra_when_it_is_not_installed(student):
+    with pytest.raises(ArgumentError, match=r"pip install montessori\[harness\]"):
+        evaluate.harness(student, ["arc_easy"])

@@ -1,0 +1,131 @@
+"""Instructions: where they are found, which are kept."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from support import WORDS, make_tokenizer
+
+from montessori.data import Rows
+from montessori.errors import ArgumentError, DataError
+from montessori.loop.filters import FilterSettings, RougeIndex
+from montessori.loop.prompts import CLOSE, OPEN, ask, chat_prompt, completion_prompt, find_instruction, instruction_text
+
+
+@pytest.mark.parametrize(
+    ("instruction", "reason"),
+    [
+        (None, "marks_missing"),
+        ("", "empty"),
+        ("Hello", "too_short"),
+        ("Hello!", None),
+        ("a" * 400, None),
+        ("a" * 401, "too_long"),
+        ("Describe the Image above.", "blocked_word"),
+        ("Imagine a mapping of profiles.", None),
+        ("Please go to the shop.", "blocked_word"),
+        ("- name two birds", "leading_punctuation"),
+        ("$5 in euros, please", "leading_punctuation"),
+        ("État des lieux", "leading_non_ascii"),
+        ("7 facts about owls", None),
+        ("Translate: État", None),
+    ],
+)
+def test_each_filter_names_its_reason(instruction, reason):
+    assert FilterSettings().rejection(instruction) == reason
+
+
+def test_filters_are_settings():
+    settings = FilterSettings(
+        min_characters=1, blocked_words=(), no_leading_punctuation=False, no_leading_non_ascii=False
+    )
+    for text in ("Hi", "Draw an image", "- x", "É"):
+        assert settings.rejection(text) is None
+    assert FilterSettings(blocked_words=("c++",), min_characters=1).rejection("see x") is None
+
+
+def slow_rouge(a: str, b: str) -> float:
+    """ROUGE-L F by the textbook recursion."""
+    x, y = a.lower().split(), b.lower().split()
+    table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i, left in enumerate(x):
+        for j, right in enumerate(y):
+            table[i + 1][j + 1] = table[i][j] + 1 if left == right else max(table[i][j + 1], table[i + 1][j])
+    common = table[-1][-1]
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(x), common / len(y)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_rouge_agrees_with_the_definition():
+    generator = random.Random(3)
+    texts = [" ".join(generator.choices(WORDS[:6], k=generator.randint(1, 12))) for _ in range(60)]
+    for threshold in (0.3, 0.7, 0.9):
+        index = RougeIndex(threshold)
+        for text in texts:
+            expected = any(slow_rouge(text, other) > threshold + 1e-9 for other in texts[: len(index)])
+            assert index.is_close(text) == expected
+            index.add(text)
+
+
+def test_rouge_of_exactly_the_threshold_is_kept():
+    # 7 words of 10 in common: F is 0.7.
+    common = "a b c d e f g"
+    assert not RougeIndex(0.7, [f"{common} h i j"]).is_close(f"{common} x y z")
+    assert RougeIndex(0.7, [f"{common} h i"]).is_close(f"{common} x y z")
+
+
+def test_rouge_ignores_case_and_punctuation_and_takes_other_scripts():
+    index = RougeIndex(0.7, ["Name a blue bird!", "Назови синюю птицу"])
+    assert index.is_close("name a BLUE bird?")
+    assert index.is_close("назови синюю птицу.")
+    assert not index.is_close("вырасти красную розу")
+    assert index.is_close("something else", others=["Something, else"])
+
+
+def test_instructions_are_found_between_the_marks():
+    chat = f"I choose birds.\n{OPEN} Name a bird.\nOne word. {CLOSE}"
+    assert find_instruction(chat, "chat") == "Name a bird.\nOne word."
+    assert find_instruction(f"Name a bird.{CLOSE}", "chat") is None
+    assert find_instruction(f"I could write {OPEN} but: {OPEN}Name a bird.{CLOSE}", "chat") == "Name a bird."
+    assert find_instruction(f" Name A bird. {CLOSE}", "completion") == "Name A bird."
+    assert find_instruction("Name a bird.", "completion") is None
+    assert find_instruction(f"Name {OPEN} a bird{CLOSE}", "completion") is None
+    assert find_instruction(CLOSE, "completion") == ""
+
+
+def test_prompts_hold_their_examples_and_end_where_the_teacher_goes_on():
+    tokenizer = make_tokenizer()
+    examples = ["name a {colour}", "say hello"]
+    completion = completion_prompt(tokenizer, examples)
+    assert completion.endswith(f"{OPEN}say hello{CLOSE}\n{OPEN}")
+    chat = chat_prompt(tokenizer, examples, None)
+    assert chat.endswith("<|im_start|> assistant ")
+    assert all(f"{OPEN}{example}{CLOSE}" in text for example in examples for text in (chat, completion))
+
+
+def test_a_tokenizer_without_a_chat_template_needs_one():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        ask(tokenizer, "say hello", None)
+    assert ask(tokenizer, "say hello", "plain") == "say hello\n"
+
+
+def test_instructions_of_all_kinds_of_rows():
+    rows = Rows(
+        [
+            {"instruction": "Add.", "input": "2 and 3"},
+            {"instruction": "Say hello.", "input": "", "output": "unused"},
+            {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}]},
+            {"prompt": "Two?", "completion": "2"},
+        ],
+        "seeds.jsonl",
+    )
+    assert instruction_text(rows) == ["Add.\n\n2 and 3", "Say hello.", "Hi?", "Two?"]
+    with pytest.raises(DataError, match=r"seeds\.jsonl, row 0"):
+        instruction_text(Rows([{"text": "x"}], "seeds.jsonl"))
+    with pytest.raises(ArgumentError, match="rouge"):
+        FilterSettings.read({"rouge": 2}, "x")

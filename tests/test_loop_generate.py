@@ -1,0 +1,214 @@
+"""The generate stage: what is kept, how it is divided, and that a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from loop_models import make_word_tokenizer
+
+from montessori.errors import DataError, ResourceError
+from montessori.loop.engines import Sample, Sampling
+from montessori.loop.generate import (
+    GenerateSettings,
+    Recipe,
+    ResponseSettings,
+    SplitSettings,
+    check_leakage,
+    divide,
+    write_final,
+    write_sets,
+)
+from montessori.loop.prompts import CLOSE, OPEN
+
+SEEDS = [f"Seed task {word} about {word}ing {word}s" for word in "abcdefghij"]
+
+
+class Speller:
+    """An engine whose text is a function of the request: five words spelled from the seed, in batches of three."""
+
+    tokenizer = make_word_tokenizer()
+
+    def __init__(self, dies_after=None, text=None):
+        self.calls, self.dies_after, self.text, self.prompts = 0, dies_after, text, []
+
+    def load(self, model):
+        pass
+
+    def release(self):
+        pass
+
+    def batches(self, requests):
+        return [list(requests[start : start + 3]) for start in range(0, len(requests), 3)]
+
+    def generate(self, requests, sampling, stop=()):
+        if self.calls == self.dies_after:
+            raise ResourceError("pulled plug")
+        self.calls += 1
+        self.prompts += [request.prompt for request in requests]
+        return [self.sample(request, stop) for request in requests]
+
+    def sample(self, request, stop):
+        if stop and self.text is not None:
+            return Sample(self.text, 3, "length")
+        words = [f"w{(request.seed >> 8 * place) % 251}" for place in range(5)]
+        return Sample(" ".join(words) + "".join(stop), 6, "stop")
+
+
+def recipe(**changes):
+    settings = {"style": "completion", "seed_examples": 3, "own_examples": 2, "prompts_per_wave": 2, **changes}
+    return Recipe(GenerateSettings(**settings), ResponseSettings(), SEEDS, [], "r1", 7)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_sets_are_as_large_as_asked_and_share_no_prompt(tmp_path):
+    write_sets(recipe(), SplitSettings(warmup=6, probe=13), Speller(), tmp_path, progress=False)
+    warmup, probe = read(tmp_path / "warmup.jsonl"), read(tmp_path / "probe.jsonl")
+    assert (len(warmup), len(probe)) == (6, 13)
+    assert not {row["prompt_id"] for row in warmup} & {row["prompt_id"] for row in probe}
+    assert len({row["id"] for row in warmup + probe}) == 19
+    for row in warmup + probe:
+        assert row["id"] == f"{row['prompt_id']}-{row['sibling']}"
+        assert row["completion"] == f"{row['instruction']}{CLOSE}" and not row["ends"]
+        assert row["response"].startswith("w") and row["prompt"].endswith(OPEN)
+    siblings = [row for row in probe if row["prompt_id"] == probe[0]["prompt_id"]]
+    assert len({row["prompt"] for row in siblings}) == 1 and len({row["completion"] for row in siblings}) > 1
+
+
+def test_later_prompts_hold_examples_of_their_own_kind(tmp_path):
+    engine = Speller()
+    made = write_final(recipe(), 20, engine, tmp_path, progress=False)
+    prompts = dict.fromkeys(prompt for prompt in engine.prompts if prompt.endswith(OPEN))
+    own = [sum(f"{OPEN}{row['instruction']}{CLOSE}" in prompt for row in made.rows) for prompt in prompts]
+    seeds = [sum(f"{OPEN}{seed}{CLOSE}" in prompt for seed in SEEDS) for prompt in prompts]
+    assert own[:2] == [0, 0] and seeds[:2] == [5, 5]
+    assert set(own[2:]) == {2} and set(seeds[2:]) == {3}
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4, 9])
+def test_a_killed_run_ends_with_the_same_bytes_and_writes_nothing_twice(calls, tmp_path):
+    split = SplitSettings(warmup=5, probe=12)
+    whole = Speller()
+    write_sets(recipe(), split, whole, tmp_path / "whole", progress=False)
+    with pytest.raises(ResourceError):
+        write_sets(recipe(), split, Speller(dies_after=calls), tmp_path / "cut", progress=False)
+    # A kill in the middle of a write leaves part of a line.
+    with (tmp_path / "cut" / "samples.jsonl").open("ab") as file:
+        file.write(b'{"samples": [{"id"')
+    rest = Speller()
+    write_sets(recipe(), split, rest, tmp_path / "cut", progress=False)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert rest.calls == whole.calls - calls
+
+
+def test_another_seed_writes_other_text(tmp_path):
+    for seed in (1, 2):
+        write_final(replace(recipe(), seed=seed), 8, Speller(), tmp_path / str(seed), progress=False)
+    assert files(tmp_path / "1")["final.jsonl"] != files(tmp_path / "2")["final.jsonl"]
+
+
+def test_rejections_are_counted_and_shown(tmp_path):
+    class Mixed(Speller):
+        def sample(self, request, stop):
+            sample = super().sample(request, stop)
+            if not stop:
+                return replace(sample, text=" ") if request.seed % 4 == 0 else sample
+            broken = {0: SEEDS[0] + CLOSE, 1: "no mark", 2: f"Draw a picture{CLOSE}"}
+            return replace(sample, text=broken.get(request.seed % 6, sample.text))
+
+    made = write_final(recipe(own_examples=0, seed_examples=10), 12, Mixed(), tmp_path, progress=False)
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["rows"] == len(made.rows) >= 12
+    for reason in ("similar", "marks_missing", "blocked_word", "empty_response"):
+        assert counts[reason] > 0
+    samples = counts["prompts"] * 4
+    assert samples == counts["rows"] + sum(
+        counts[r] for r in ("similar", "marks_missing", "blocked_word", "empty_response")
+    )
+    rejected = read(tmp_path / "rejected.jsonl")
+    assert {"reason": "marks_missing", "text": "no mark"} in rejected
+    assert all(sum(row["reason"] == reason for row in rejected) <= 5 for reason in counts)
+
+
+def test_responses_that_reach_the_limit_are_kept_or_dropped(tmp_path):
+    class Cut(Speller):
+        def sample(self, request, stop):
+            sample = super().sample(request, stop)
+            return sample if stop or request.seed % 2 else replace(sample, text="cut", finish="length")
+
+    kept = write_final(recipe(), 16, Cut(), tmp_path / "keep", progress=False)
+    assert kept.counts["cut_responses_kept"] == sum(row["response"] == "cut" for row in kept.rows) > 0
+    dropping = replace(recipe(), responses=ResponseSettings(cut="drop"))
+    dropped = write_final(dropping, 16, Cut(), tmp_path / "drop", progress=False)
+    assert dropped.counts["cut_response"] > 0 and all(row["response"] != "cut" for row in dropped.rows)
+    assert len(dropped.rows) >= 16
+
+
+def test_a_teacher_without_marks_is_stopped_early_with_samples(tmp_path):
+    engine = Speller(text="I will not")
+    with pytest.raises(
+        DataError, match=r"none of 16 samples .* 'I will not'; 'I will not'; 'I will not': try"
+    ) as caught:
+        write_final(recipe(patience=4), 1000, engine, tmp_path, progress=False)
+    assert "\n" not in str(caught.value) and engine.calls <= 6
+
+
+def test_too_few_instructions_say_what_was_rejected(tmp_path):
+    engine = Speller(text=f"The same again{CLOSE}")
+    with pytest.raises(DataError, match=r"1 of 8 rows kept after 6 prompts \(.*similar 23.*\): ask for fewer"):
+        write_final(recipe(max_prompts=6), 8, engine, tmp_path, progress=False)
+
+
+def test_too_few_seeds(tmp_path):
+    with pytest.raises(DataError, match="expected at least 12 instructions that pass the filters, got 10 of 10"):
+        write_final(recipe(seed_examples=10), 8, Speller(), tmp_path, progress=False)
+    with pytest.raises(DataError, match="got 0 of 1"):
+        write_final(replace(recipe(), seeds=["Draw a map."]), 8, Speller(), tmp_path, progress=False)
+
+
+def test_nothing_that_is_held_out_is_kept(tmp_path):
+    plain = write_final(recipe(), 8, Speller(), tmp_path / "a", progress=False).rows
+    held_out = [plain[2]["instruction"].upper()]
+    made = write_final(replace(recipe(), held_out=held_out), 8, Speller(), tmp_path / "b", progress=False)
+    assert made.counts["leak"] == 1
+    assert plain[2]["instruction"] not in [row["instruction"] for row in made.rows]
+
+
+def test_seeds_that_are_held_out_are_refused_unless_allowed():
+    with pytest.raises(DataError, match=r"1 of 10 seeds are also in the reference .* split\.leakage=allow"):
+        check_leakage(SEEDS, ["other", SEEDS[3].upper() + "  "], "refuse")
+    check_leakage(SEEDS, SEEDS, "allow")
+    check_leakage(SEEDS, ["other"], "refuse")
+
+
+def test_siblings_of_one_instruction_where_responses_are_optimised(tmp_path):
+    responses = ResponseSettings(samples=3, sampling=Sampling(temperature=0.6))
+    both = replace(recipe(samples_per_prompt=2), responses=responses, optimise="response")
+    write_sets(both, SplitSettings(warmup=6, probe=12), Speller(), tmp_path, progress=False)
+    warmup, probe = read(tmp_path / "warmup.jsonl"), read(tmp_path / "probe.jsonl")
+    groups = {}
+    for row in probe:
+        groups.setdefault(row["prompt_id"], []).append(row)
+        assert (
+            row["completion"] == row["response"] and row["ends"] and row["prompt"].endswith("<|im_start|> assistant ")
+        )
+    assert all([row["sibling"] for row in rows] == [0, 1, 2] for rows in groups.values())
+    assert all(len({row["instruction"] for row in rows}) == 1 for rows in groups.values())
+    assert not {row["id"].split("-")[1] for row in warmup} & {row["id"].split("-")[1] for row in probe}
+
+
+def test_division_takes_whole_prompts():
+    rows = [{"id": f"r1-{prompt:06d}-{sibling}"} for prompt in range(10) for sibling in range(3)]
+    first, rest = divide(rows, 7, seed=1)
+    assert len(first) == 7 and len(rest) == 21
+    assert not {row["id"][:9] for row in first} & {row["id"][:9] for row in rest}
+    assert [row["id"] for row in first] == sorted(row["id"] for row in first)
+    assert divide(rows, 7, seed=1) == (first, rest) and divide(rows, 7, seed=2) != (first, rest)

@@ -1,0 +1,75 @@
+"""A model as judge: grades, choices in both orders, replies without a verdict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from loop_models import make_teacher, make_word_tokenizer
+
+from montessori.errors import DataError
+from montessori.loop.engines import Sample
+from montessori.loop.judge import Judge, JudgeSettings, open_judge
+
+
+class Replies:
+    """An engine that replies with what `reply` makes of the prompt."""
+
+    tokenizer = make_word_tokenizer()
+
+    def __init__(self, reply):
+        self.reply, self.calls = reply, 0
+
+    def load(self, model):
+        pass
+
+    def release(self):
+        pass
+
+    def batches(self, requests):
+        return [list(requests)]
+
+    def generate(self, requests, sampling, stop=()):
+        self.calls += 1
+        return [Sample(self.reply(request.prompt), 2, "stop") for request in requests]
+
+
+def judge(reply, folder):
+    return Judge(JudgeSettings(model="m"), Replies(reply), folder)
+
+
+def test_grades_are_read_from_replies(tmp_path):
+    rows = [{"instruction": f"I {text}", "response": text} for text in ("7", "Grade: 10/10.", "none", "11", "3 of 10")]
+    found = judge(lambda prompt: prompt.partition("Answer:\n")[2].partition("\n")[0], tmp_path).grade(rows)
+    np.testing.assert_equal(found, [7, 10, np.nan, np.nan, 3])
+
+
+def test_preferences_are_ours_in_both_orders(tmp_path):
+    def longer(prompt):
+        first, _, second = prompt.partition("Answer A:\n")[2].partition("\n\nAnswer B:\n")
+        second = second.partition("\n")[0]
+        return "tie" if len(first) == len(second) else f"Answer {'A' if len(first) > len(second) else 'B'}."
+
+    ours, theirs = ["long answer", "x", "same"], ["short", "much longer", "same"]
+    assert judge(longer, tmp_path).prefer(["?"] * 3, ours, theirs) == ([1, 0, 0.5], [1, 0, 0.5])
+    # A judge that always takes the first shows its bias.
+    assert judge(lambda _: "A", tmp_path).prefer(["!"], ["x"], ["y"], name="other") == ([1], [0])
+
+
+def test_replies_without_a_verdict_count_as_ties_unless_all_are(tmp_path):
+    one = judge(lambda prompt: "a riddle" if "Answer A:\nx\n" in prompt else "B is a better one", tmp_path)
+    assert one.prefer(["?"], ["x"], ["y"]) == ([0.5], [1]) and one.unread == 1
+    with pytest.raises(DataError, match="judge m: expected a grade from 1 to 10 in a reply, got none"):
+        judge(lambda _: "fine", tmp_path).grade([{"instruction": "?", "response": "x"}])
+
+
+def test_replies_on_disk_are_not_asked_for_again(tmp_path):
+    rows = [{"instruction": "?", "response": "x"}]
+    judge(lambda _: "4", tmp_path).grade(rows)
+    again = judge(lambda _: "9", tmp_path)
+    assert again.grade(rows).tolist() == [4] and again.engine.calls == 0
+
+
+def test_a_judge_is_loaded_from_a_checkpoint(tmp_path):
+    settings = JudgeSettings(model=str(make_teacher(tmp_path / "model")), chat_template="plain")
+    with open_judge(settings, tmp_path) as loaded, pytest.raises(DataError, match="expected A, B or tie"):
+        loaded.prefer(["say"], ["hello"], ["world"])

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from loop_support import make_generated, make_signal
+
+from montessori.errors import ArgumentError, DataError
+from montessori.loop import pairs
+from montessori.loop.pairs import PairSettings
+from montessori.loop.signals import SignalSettings, around_median, from_scores
+from montessori.scores import Scores
+
+
+def ids(found):
+    return [(pair["chosen_id"], pair["rejected_id"]) for pair in found]
+
+
+def test_every_helpful_sibling_is_paired_with_every_harmful_one_of_its_prompt(tmp_path):
+    rows = make_generated(2)
+    signal = make_signal([0.3, -0.1, 0.1, -0.2, 0.5, 0.4, 0.3, 0.2])
+    summary = pairs.run(PairSettings(), rows, signal, tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert ids(found) == [
+        ("r1-000000-0", "r1-000000-3"),
+        ("r1-000000-0", "r1-000000-1"),
+        ("r1-000000-2", "r1-000000-3"),
+        ("r1-000000-2", "r1-000000-1"),
+    ]
+    assert found[0]["chosen"] == rows[0]["completion"] and found[0]["rejected"] == rows[3]["completion"]
+    assert found[0]["prompt"] == rows[0]["prompt"]
+    assert (found[0]["chosen_value"], found[0]["rejected_value"]) == (0.3, -0.2)
+    assert (summary["num_pairs"], summary["prompts_without_pairs"], summary["num_prompts"]) == (4, 1, 2)
+    assert summary["sign"] == {"positive": 6, "negative": 2, "zero": 0}
+    assert summary["prompts_by_num_pairs"] == {"0": 1, "4": 1}
+
+
+def test_a_shared_drift_is_an_error_that_proposes_centred_and_centred_finds_the_pairs(tmp_path):
+    rows = make_generated(1)
+    signal = make_signal([1.1, 0.9, 1.2, 0.8], drift=1.0)
+    with pytest.raises(DataError, match=r"all are positive.*set pairs\.rule=centred"):
+        pairs.run(PairSettings(), rows, signal, tmp_path)
+    assert not (tmp_path / "pairs.jsonl").exists()
+    assert pairs.run(PairSettings(rule="centred"), rows, signal, tmp_path)["num_pairs"] == 4
+
+
+def test_margin_per_prompt_budget_and_top_k_keep_the_largest_differences():
+    rows, signal = make_generated(2), make_signal([0.4, 0.1, -0.1, -0.4, 0.05, -0.05, 0.0, np.nan])
+    make = lambda **settings: ids(pairs.make_pairs(PairSettings(**settings), rows, signal))  # noqa: E731
+    assert len(make()) == 5
+    assert make(margin=0.5) == [
+        ("r1-000000-0", "r1-000000-3"),
+        ("r1-000000-0", "r1-000000-2"),
+        ("r1-000000-1", "r1-000000-3"),
+    ]
+    assert make(per_prompt=1) == [("r1-000000-0", "r1-000000-3"), ("r1-000001-0", "r1-000001-1")]
+    assert make(top_k=1) == [("r1-000000-0", "r1-000000-3")]
+    # Without a sign, the candidate at exactly 0 takes part as well.
+    assert len(make(rule="difference")) == 6 + 3
+
+
+def test_the_same_text_twice_is_no_preference():
+    rows = make_generated(1, siblings=2)
+    rows[1]["completion"] = rows[0]["completion"]
+    assert pairs.make_pairs(PairSettings(), rows, make_signal([1.0, -1.0])) == []
+
+
+def test_no_pairs_says_why(tmp_path):
+    rows = make_generated(3, siblings=1)
+    with pytest.raises(DataError, match="no prompt has two candidates"):
+        pairs.run(PairSettings(), rows, make_signal([1.0, -1.0, 1.0]), tmp_path)
+    with pytest.raises(DataError, match=r"margin 9.*lower pairs\.margin"):
+        pairs.run(PairSettings(margin=9.0), make_generated(1), make_signal([1.0, -1.0, 0.5, -2.0]), tmp_path)
+    with pytest.raises(ArgumentError, match="one value per row"):
+        pairs.run(PairSettings(), rows, make_signal([1.0]), tmp_path)
+
+
+def make_scores(influence, loss, drift=0.5) -> Scores:
+    size = len(influence)
+    return Scores(
+        influence=np.array(influence),
+        drift=drift,
+        loss=np.array(loss),
+        num_tokens=np.full(size, 8),
+        num_label_tokens=np.full(size, 4),
+        status=np.full(size, "ok", dtype=object),
+        reference_loss=2.0,
+        names=("reference",),
+        method="anchored",
+    )
+
+
+def test_signals_of_scores():
+    scores = make_scores([0.6, 0.1, np.nan], [1.0, 3.0, 2.0])
+    influence = from_scores(SignalSettings(), scores, seed=0)
+    np.testing.assert_allclose(influence.values, [0.6, 0.1, np.nan])
+    np.testing.assert_allclose(influence.centred, [0.1, -0.4, np.nan])
+    hard = from_scores(SignalSettings(kind="training_loss"), scores, seed=0)
+    np.testing.assert_allclose(hard.values, [-1.0, 1.0, 0.0])
+    easy = from_scores(SignalSettings(kind="training_loss", prefer="low"), scores, seed=0)
+    np.testing.assert_allclose(easy.values, [1.0, -1.0, 0.0])
+
+
+def test_the_random_signal_repeats_with_its_seed():
+    scores = make_scores(np.zeros(50), np.zeros(50))
+    draws = [from_scores(SignalSettings(kind="random"), scores, seed=seed).values for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    assert 10 < (draws[0] > 0).sum() < 40
+
+
+def test_grades_are_centred_on_their_median():
+    np.testing.assert_allclose(around_median("judge", [5, np.nan, 1, 3]).values, [2, np.nan, -2, 0])

@@ -1,0 +1,222 @@
+"""Whole rounds with a tiny teacher: every stage, resuming, changed settings, baselines, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from loop_models import make_teacher
+from support import make_text_rows
+
+from montessori.cli import cli
+from montessori.errors import ArgumentError, DataError
+from montessori.loop import round as loop
+from montessori.loop.config import Config
+from montessori.loop.files import write_jsonl
+from montessori.loop.rundir import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Plain settings of a run of seconds."""
+    path = tmp_path_factory.mktemp("material")
+    seeds = [{"instruction": f"Seed task {word} about {word}ing {word}s"} for word in "abcdefgh"]
+    write_jsonl(path / "seeds.jsonl", seeds)
+    write_jsonl(path / "reference.jsonl", make_text_rows(9, seed=3))
+    sampling = {"presence_penalty": 0.0, "top_p": 1.0, "max_new_tokens": 60}
+    training = {"learning_rate": 1e-3, "batch_size": 4, "per_device_train_batch_size": 2}
+    return {
+        "seed": 1,
+        "teacher": str(make_teacher(path / "teacher", seed=1)),
+        "student": str(make_teacher(path / "student", seed=2)),
+        "data": {
+            "seeds": str(path / "seeds.jsonl"),
+            "reference": str(path / "reference.jsonl"),
+            "reference_rows": 5,
+        },
+        "engine": {"batch_size": 8, "device": "cpu"},
+        "generate": {
+            "style": "completion",
+            "seed_examples": 2,
+            "own_examples": 1,
+            "prompts_per_wave": 3,
+            "sampling": sampling,
+        },
+        "responses": {"sampling": {**sampling, "max_new_tokens": 12}},
+        "split": {"warmup": 8, "probe": 16, "final": 8},
+        "warmup": training,
+        "score": {"device": "cpu"},
+        "pairs": {"rule": "difference", "per_prompt": 2},
+        "tune": {**training, "batch_size": 2},
+        "train": training,
+        "evaluate": {"sample": 2, "resamples": 100},
+    }
+
+
+def config(settings, **changes):
+    return Config.read({**settings, **changes}, "test")
+
+
+def outputs(path: Path) -> dict[str, bytes]:
+    """Everything that must repeat: all files but logs, times and pictures."""
+    unstable = {
+        "cost.json",
+        "log.txt",
+        "report.html",
+        "lock",
+        "trainer_state.json",
+        "training_args.bin",
+        "optimizer.pt",
+    }
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name not in unstable and file.suffix != ".png"
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    page = loop.run(config(settings), path, progress=False)
+    return path, page
+
+
+def test_a_round_leaves_every_stage_done_and_a_report(finished):
+    path, page = finished
+    run = RunDirectory(path)
+    assert page is not None and page.is_file()
+    for stage in loop.STAGES:
+        assert run.is_done(f"round_1/{stage}")
+        assert run.costs()[f"round_1/{stage}"]["seconds"] >= 0
+    for stage in ("generate", "warmup", "score", "tune", "regenerate", "train"):
+        assert run.costs()[f"round_1/{stage}"]["tokens"] > 0
+    assert list(run.costs()) == [f"round_1/{stage}" for stage in loop.STAGES]
+    evaluation = json.loads((path / "round_1/evaluate/evaluation.json").read_text())
+    assert {"student", "base"} <= evaluation["held_out"]["models"].keys()
+    assert {"tuned", "untuned", "comparison"} <= evaluation["influence"].keys()
+    assert len((path / "reference.jsonl").read_text().splitlines()) == 5
+    assert len((path / "evaluation.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_same_config_twice_gives_the_same_bytes(settings, finished, tmp_path):
+    loop.run(config(settings), tmp_path / "again", progress=False)
+    first, second = outputs(finished[0]), outputs(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_a_finished_run_is_not_worked_on_again(settings, finished):
+    path, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*.safetensors")}
+    loop.run(config(settings), path, progress=False)
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*.safetensors")} == before
+
+
+def test_changed_settings_of_a_finished_stage_are_named(settings, finished):
+    path, _ = finished
+    kept = (path / "config.yaml").read_bytes()
+    with pytest.raises(ArgumentError, match=r"pairs: was made with another pairs\.margin \(0\.0, now 0\.5\)"):
+        loop.run(config(settings, pairs={"rule": "difference", "per_prompt": 2, "margin": 0.5}), path, progress=False)
+    with pytest.raises(ArgumentError, match=r"generate: was made with another seed \(1, now 2\)"):
+        loop.run(config(settings, seed=2), path, progress=False)
+    assert (path / "config.yaml").read_bytes() == kept
+
+
+def test_two_runs_in_one_directory(settings, tmp_path):
+    with RunDirectory(tmp_path), pytest.raises(ArgumentError, match="another run works"):
+        loop.run(config(settings), tmp_path, progress=False)
+
+
+def test_until_stops_and_single_stages_go_on(settings, finished, tmp_path):
+    assert loop.run(config(settings), tmp_path / "a", until="score", progress=False) is None
+    run = RunDirectory(tmp_path / "a")
+    assert run.is_done("round_1/score") and not run.exists("round_1/pairs")
+    loop.run(config(settings), tmp_path / "a", only="pairs", progress=False)
+    pairs = "round_1/pairs/pairs.jsonl"
+    assert (tmp_path / "a" / pairs).read_bytes() == (finished[0] / pairs).read_bytes()
+    with pytest.raises(ArgumentError, match="expected a finished stage"):
+        loop.run(config(settings), tmp_path / "a", only="train", progress=False)
+
+
+def test_the_untuned_baseline_has_no_tuning_stages(settings, tmp_path):
+    plain = config(settings, teacher_mode="untuned")
+    page = loop.run(plain, tmp_path, progress=False)
+    assert page is not None
+    assert sorted(folder.name for folder in (tmp_path / "round_1").iterdir()) == sorted(loop.UNTUNED_STAGES)
+    with pytest.raises(ArgumentError, match="--until tune: expected one of regenerate, train, evaluate"):
+        loop.run(plain, tmp_path, until="tune")
+
+
+def test_a_second_round_goes_on_from_the_teacher_of_the_first(settings, finished, tmp_path):
+    path = tmp_path / "longer"
+    shutil.copytree(finished[0], path)
+    loop.run(config(settings, rounds=2), path, until="generate", progress=False)
+    assert outputs(finished[0] / "round_1") == outputs(path / "round_1")
+    first, second = ((path / f"round_{n}/generate/probe.jsonl").read_text() for n in (1, 2))
+    assert json.loads(second.splitlines()[0])["id"].startswith("r2-")
+    texts = [{json.loads(line)["completion"] for line in text.splitlines()} for text in (first, second)]
+    assert not texts[0] & texts[1]
+    given = json.loads((path / "round_2/generate/inputs.json").read_text())["teacher"]
+    assert given == RunDirectory(path).digest("round_1/tune")
+
+
+def test_responses_can_be_optimised(settings, tmp_path):
+    changes = {"optimise": "response", "responses": {**settings["responses"], "samples": 2}}
+    loop.run(config(settings, **changes), tmp_path, until="tune", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "round_1/pairs/pairs.jsonl").read_text().splitlines()]
+    assert rows and all(row["prompt"].endswith("<|im_start|> assistant ") for row in rows)
+
+
+def test_seeds_in_the_evaluation_set_are_refused(settings, tmp_path):
+    data = {**settings["data"], "seeds": settings["data"]["reference"]}
+    with pytest.raises(DataError, match=r"9 of 9 seeds are also in the reference or evaluation set"):
+        loop.run(config(settings, data=data), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_without_rows_left_to_evaluate_on(settings, tmp_path):
+    data = {**settings["data"], "reference_rows": 9}
+    with pytest.raises(DataError, match=r"9 rows and data\.reference_rows=9 leave none"):
+        loop.run(config(settings, data=data), tmp_path, progress=False)
+
+
+def test_the_command_line_runs_and_prints_costs(settings, finished):
+    path, _ = finished
+    result = CliRunner().invoke(cli, ["run", "--out", str(path), "--quiet"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "round_1/score" in result.output and f"report: {path}/report.html" in result.output
+
+
+CHILD = "import sys; from montessori.cli import main; sys.argv[0] = 'montessori'; main()"
+
+
+@pytest.mark.parametrize(
+    "sign",
+    ["round_1/generate/samples.jsonl", "round_1/score/scores.journal.0.jsonl", "round_1/tune/checkpoints"],
+)
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(sign, settings, finished, tmp_path):
+    """SIGKILL as soon as a stage has left its first trace on disk; then the same command."""
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CHILD, "run", str(tmp_path / "config.yaml"), "--out", str(out), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / sign).exists():
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not RunDirectory(out).is_done(str(Path(sign).parent))
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    first, second = outputs(finished[0]), outputs(out)
+    assert [name for name in first if first[name] != second.get(name)] == []

@@ -1,0 +1,84 @@
+"""The directory of a run: one worker at a time, finished stages, changed inputs, costs."""
+
+from __future__ import annotations
+
+import pytest
+
+from montessori.errors import ArgumentError, ResourceError
+from montessori.loop.rundir import RunDirectory, content_digest
+
+
+def work(path, inputs, tokens=0, fresh=False, fail=False):
+    """Run a stage that writes its inputs; returns whether it worked."""
+    with RunDirectory(path) as run, run.stage("round_1/pairs", inputs, fresh) as stage:
+        if stage.done:
+            return False
+        (stage.path / "out.txt").write_text(str(inputs))
+        if fail:
+            raise KeyError("pulled plug")
+        stage.tokens = tokens
+        return True
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path):
+    assert work(tmp_path, {"a": {"b": 1}})
+    assert not work(tmp_path, {"a": {"b": 1}})
+    assert work(tmp_path, {"a": {"b": 1}}, fresh=True)
+
+
+def test_changed_inputs_are_named(tmp_path):
+    work(tmp_path, {"pairs": {"rule": "sign", "margin": 0.0}})
+    with pytest.raises(ArgumentError, match=r"another pairs\.rule \('sign', now 'centred'\)"):
+        work(tmp_path, {"pairs": {"rule": "centred", "margin": 0.0}})
+    with pytest.raises(ArgumentError, match=r"another pairs\.top_k"):
+        work(tmp_path, {"pairs": {"rule": "sign", "margin": 0.0, "top_k": 3}})
+    assert work(tmp_path, {"pairs": {"rule": "centred"}}, fresh=True)
+
+
+def test_a_stage_cut_short_is_not_done_and_keeps_its_files_and_time(tmp_path):
+    with pytest.raises(KeyError):
+        work(tmp_path, {"a": 1}, fail=True)
+    run = RunDirectory(tmp_path)
+    assert not run.is_done("round_1/pairs")
+    assert (tmp_path / "round_1/pairs/out.txt").exists()
+    before = run.costs()["round_1/pairs"]
+    with pytest.raises(ArgumentError, match="another a"):
+        work(tmp_path, {"a": 2})
+    assert work(tmp_path, {"a": 1}, tokens=7)
+    after = run.costs()["round_1/pairs"]
+    assert after["tokens"] == 7 and after["started"] == before["started"] and after["seconds"] >= before["seconds"]
+    assert "pulled plug" in (tmp_path / "round_1/pairs/log.txt").read_text()
+
+
+def test_digests_follow_inputs_alone(tmp_path):
+    for name, inputs in (("x", {"a": 1}), ("y", {"a": 1}), ("z", {"a": 2})):
+        work(tmp_path / name, inputs)
+    digests = [RunDirectory(tmp_path / name).digest("round_1/pairs") for name in "xyz"]
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(ArgumentError, match="expected a finished stage"):
+        RunDirectory(tmp_path / "x").digest("round_1/tune")
+
+
+def test_one_run_at_a_time(tmp_path):
+    with RunDirectory(tmp_path), pytest.raises(ArgumentError, match="another run works"), RunDirectory(tmp_path):
+        pass
+    with RunDirectory(tmp_path):
+        pass
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot be written"), RunDirectory(tmp_path / "file"):
+        pass
+
+
+def test_content_digest_sees_names_and_contents(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.bin").write_bytes(b"1")
+    assert content_digest(tmp_path / "a") == content_digest(tmp_path / "b")
+    (tmp_path / "b" / "w.bin").write_bytes(b"2")
+    assert content_digest(tmp_path / "a") != content_digest(tmp_path / "b")
+    (tmp_path / "b" / "w.bin").rename(tmp_path / "b" / "v.bin")
+    with pytest.raises(ArgumentError, match="expected a file"):
+        content_digest(tmp_path / "absent")

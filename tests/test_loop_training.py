@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from loop_support import make_generated, make_signal
+from support import make_text_rows
+
+from montessori.encoding import encode_continuations
+from montessori.errors import ArgumentError, DataError, ResourceError
+from montessori.loop import fit, pairs, train, tune
+from montessori.loop.files import write_jsonl
+from montessori.loop.train import TrainSettings
+from montessori.loop.tune import LoraSettings, TuneSettings
+from montessori.models import load_model
+
+TUNE = {"learning_rate": 1e-3, "batch_size": 2, "per_device_train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs")
+    rows = make_generated(6)
+    values = [(-1) ** row["sibling"] * (1 + row["sibling"]) for row in rows]
+    pairs.run(pairs.PairSettings(), rows, make_signal(values), out)
+    return out / pairs.PAIRS_FILE
+
+
+@pytest.fixture(scope="module")
+def final_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("final") / "final.jsonl"
+    write_jsonl(path, make_generated(6))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(student, pairs_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tune")
+    summary = tune.run(TuneSettings(**TUNE), student, pairs_file, out, seed=0, progress=False)
+    return out, summary
+
+
+def weights(directory) -> dict[str, torch.Tensor]:
+    return load_model(directory)[0].state_dict()
+
+
+def distance(a, b) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / fit.METRICS_FILE).read_text().splitlines()]
+
+
+def margin(directory, reference, row) -> float:
+    """log-ratio of the chosen text minus that of the rejected one, by plain forward passes."""
+
+    @torch.no_grad()
+    def log_prob(source, completion):
+        model, tokenizer = load_model(source)
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        ids = prompt + tokenizer(completion, add_special_tokens=False)["input_ids"]
+        logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        picked = logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+        return float(picked[len(prompt) - 1 :].sum())
+
+    return sum(
+        sign * (log_prob(directory, row[side]) - log_prob(reference, row[side]))
+        for sign, side in ((1, "chosen"), (-1, "rejected"))
+    )
+
+
+def test_dpo_moves_the_teacher_from_rejected_to_chosen(tuned, student, pairs_file):
+    out, summary = tuned
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    held_out = set(json.loads((out / "summary.json").read_text())["validation_prompts"])
+    trained = [row for row in rows if row["prompt_id"] not in held_out]
+    assert summary["num_pairs"] == len(trained) and summary["num_validation_pairs"] == len(rows) - len(trained) > 0
+    gained = [margin(out / tune.TEACHER, student, row) for row in trained]
+    assert sum(gained) / len(gained) > 0.05
+    # The first step compares the teacher with itself: the precomputed log-probabilities are its own.
+    assert metrics(out)[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert "eval_rewards/accuracies" in metrics(out)[-1]
+    assert not (out / fit.CHECKPOINTS).exists()
+
+
+def test_the_loss_of_dpo_is_minus_log_sigmoid_of_the_margin(student, pairs_file, tmp_path):
+    """Against the definition, on one validation pair set, by plain forward passes."""
+    settings = TuneSettings(**{**TUNE, "beta": 0.3, "max_steps": 3})
+    tune.run(settings, student, pairs_file, tmp_path, seed=0, progress=False)
+    held_out = json.loads((tmp_path / "summary.json").read_text())["validation_prompts"]
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    margins = [margin(tmp_path / tune.TEACHER, student, row) for row in rows if row["prompt_id"] in held_out]
+    expected = torch.nn.functional.softplus(-0.3 * torch.tensor(margins)).mean()
+    assert metrics(tmp_path)[-1]["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_same_tuning_twice_gives_the_same_bytes(tuned, student, pairs_file, tmp_path):
+    tune.run(TuneSettings(**TUNE), student, pairs_file, tmp_path, seed=0, progress=False)
+    for name in ("metrics.jsonl", "summary.json", "teacher/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tuned[0] / name).read_bytes(), name
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_after(monkeypatch, saves: int) -> None:
+    """Stop the process's training as a kill would, right after so many checkpoints."""
+    from transformers import Trainer
+
+    original, count = Trainer._save_checkpoint, [0]
+
+    def save(self, *arguments):
+        original(self, *arguments)
+        count[0] += 1
+        if count[0] == saves:
+            raise KilledError
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+
+
+def test_a_killed_tuning_goes_on_to_the_same_bytes(tuned, student, pairs_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)
+        with pytest.raises(KilledError):
+            tune.run(TuneSettings(**TUNE), student, pairs_file, tmp_path, seed=0, progress=False)
+    left = sorted(path.name for path in (tmp_path / fit.CHECKPOINTS).glob("checkpoint-*"))
+    assert left and not (tmp_path / tune.TEACHER).exists()
+    # The last checkpoint was cut short, so that the one before it is used.
+    (tmp_path / fit.CHECKPOINTS / left[-1] / "optimizer.pt").write_bytes(b"PK")
+    tune.run(TuneSettings(**TUNE), student, pairs_file, tmp_path, seed=0, progress=False)
+    for name in ("metrics.jsonl", "teacher/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tuned[0] / name).read_bytes(), name
+
+
+def test_lora_is_merged_and_leaves_embeddings_alone(student, pairs_file, tmp_path):
+    settings = TuneSettings(**{**TUNE, "learning_rate": 1e-2}, lora=LoraSettings(r=2))
+    tune.run(settings, student, pairs_file, tmp_path, seed=0, progress=False)
+    before, after = weights(student), weights(tmp_path / tune.TEACHER)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("proj" in name for name in changed)
+
+
+def test_sft_raises_the_chosen_texts(student, pairs_file, tmp_path):
+    settings = TuneSettings(objective="sft", **{**TUNE, "learning_rate": 3e-3})
+    summary = tune.run(settings, student, pairs_file, tmp_path, seed=0, progress=False)
+    assert summary["num_validation_pairs"] == 0
+    losses = [entry["loss"] for entry in metrics(tmp_path) if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.02
+    row = json.loads(pairs_file.read_text().splitlines()[0])
+    assert margin(tmp_path / tune.TEACHER, student, {**row, "rejected": row["chosen"]}) == 0
+    assert distance(weights(student), weights(tmp_path / tune.TEACHER)) > 1e-4
+
+
+def test_prompt_ids_are_those_of_generation(student):
+    """Token for token: generation feeds tokenizer(prompt, add_special_tokens=False)."""
+    _, tokenizer = load_model(student)
+    rows = [{**row, "chosen": row["completion"], "rejected": "blue red"} for row in make_generated(3)]
+    rows[0]["chosen_ends"] = True
+    for row, pair in zip(rows, tune.encode_pairs(rows, tokenizer), strict=True):
+        assert pair["prompt_ids"] == tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        chosen = tokenizer(row["chosen"], add_special_tokens=False)["input_ids"]
+        assert pair["chosen_ids"] == chosen + ([tokenizer.eos_token_id] if row.get("chosen_ends") else [])
+
+
+def bpe_tokenizer(prepend: str | None):
+    """A byte-level tokenizer, or one that puts a word boundary before every text; both add a bos token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    if prepend is None:
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend(prepend), normalizers.Replace(" ", prepend)])
+        inner.decoder = decoders.Sequence([decoders.Replace(prepend, " "), decoders.Strip(" ", 1, 0)])
+    corpus = [" ".join(row.values()) for row in make_text_rows(50)] + ["a\nb 1 ( <i>name a colour</i>\n<i>say"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if prepend is None else ["\n", "<", ">", "/", "1", "("]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
+    inner.train_from_iterator(corpus, trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("prepend", [None, "▁"], ids=["byte_level", "word_boundary"])
+def test_no_token_spans_prompt_and_completion(prepend):
+    tokenizer = bpe_tokenizer(prepend)
+    prompt, completion = "<s><i>name a colour</i>\n<i>", "say hello</i>"
+    ((prompt_ids, completion_ids),) = encode_continuations([(prompt, completion)], tokenizer)
+    assert prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert prompt_ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(prompt_ids + completion_ids) == prompt + completion
+    # Neither a boundary of words nor a bos token in the middle of the text.
+    assert tokenizer.convert_ids_to_tokens(completion_ids)[0].startswith("s")
+
+
+def test_validation_prompts_are_whole_prompts_and_repeat():
+    names = [f"p{i}" for i in range(20) for _ in range(3)]
+    chosen = tune.validation_prompts(names, 0.1, seed=1)
+    assert len(chosen) == 2 and chosen == tune.validation_prompts(names[::-1], 0.1, seed=1)
+    assert tune.validation_prompts(["p"] * 4, 0.5, seed=1) == set()
+    assert len(tune.validation_prompts(["p", "q"], 0.9, seed=1)) == 1
+
+
+def test_pairs_that_are_too_long_are_left_out_and_counted(student, tmp_path):
+    rows = make_generated(2, siblings=2)
+    rows[0]["completion"] = "say " * 60
+    pairs.run(pairs.PairSettings(), rows, make_signal([1, -1, 1, -1]), tmp_path / "pairs")
+    file = tmp_path / "pairs" / pairs.PAIRS_FILE
+    summary = tune.run(TuneSettings(**TUNE), student, file, tmp_path / "out", seed=0, progress=False)
+    assert (summary["num_too_long"], summary["num_pairs"]) == (1, 1)
+    with pytest.raises(DataError, match="each of the 2 pairs has more than 4 tokens"):
+        tune.run(TuneSettings(**TUNE, max_length=4), student, file, tmp_path / "none", seed=0, progress=False)
+
+
+def test_the_schedule_warms_up_stays_and_decays(student, final_file, tmp_path):
+    settings = TrainSettings(learning_rate=1e-3, batch_size=2, per_device_train_batch_size=2, max_steps=10)
+    train.run(settings, student, final_file, tmp_path, seed=0, progress=False)
+    rates = [entry["learning_rate"] for entry in metrics(tmp_path) if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-9, *[1e-3] * 5, 1e-3, 7.5e-4, 5e-4, 2.5e-4], rel=1e-3)
+
+
+def test_the_student_learns_the_responses_alone(student, final_file, tmp_path):
+    settings = TrainSettings(learning_rate=3e-3, batch_size=4, per_device_train_batch_size=2, num_train_epochs=2)
+    summary = train.run(settings, student, final_file, tmp_path, seed=0, progress=False)
+    losses = [entry["loss"] for entry in metrics(tmp_path) if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.02 and summary["num_examples"] == 24
+    model, tokenizer = load_model(tmp_path / train.STUDENT)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and tokenizer.chat_template
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(student, final_file, tmp_path, monkeypatch):
+    settings = TrainSettings(learning_rate=1e-3, batch_size=4, per_device_train_batch_size=2)
+    train.run(settings, student, final_file, tmp_path / "whole", seed=0, progress=False)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 1)
+        with pytest.raises(KilledError):
+            train.run(settings, student, final_file, tmp_path / "cut", seed=0, progress=False)
+    train.run(settings, student, final_file, tmp_path / "cut", seed=0, progress=False)
+    for name in ("metrics.jsonl", "student/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_batch_that_does_not_divide_is_refused(student, final_file, tmp_path):
+    settings = TrainSettings(batch_size=6, per_device_train_batch_size=4)
+    with pytest.raises(ArgumentError, match="batch_size=6: expected a multiple of 4"):
+        train.run(settings, student, final_file, tmp_path, seed=0, progress=False)
+
+
+def test_a_full_disk_is_an_error_of_one_line(student, tmp_path, monkeypatch):
+    model, tokenizer = load_model(student)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(ResourceError, match="is the disk full"):
+        fit.save_model(model, tokenizer, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_replaces_what_a_kill_left(student, tmp_path):
+    model, tokenizer = load_model(student)
+    shutil.copytree(student, tmp_path / ".model.partial")
+    (tmp_path / "model").mkdir()
+    fit.save_model(model, tokenizer, tmp_path / "model")
+    assert distance(weights(tmp_path / "model"), weights(student)) == 0
+    assert not (tmp_path / ".model.partial").exists()
