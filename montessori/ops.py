@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from montessori import blocked, cpu
+from montessori import blocked, cpu, gpu
 from montessori.errors import ArgumentError
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.validation import check_ids, check_offsets, check_shape, check_state, check_tensors
@@ -47,14 +48,20 @@ class SparseRows:
     offsets: Tensor
 
 
-_LINEAR: dict[str, Callable[..., Tensor]] = {"reference": blocked.linear_influence, "cpu": cpu.linear_influence}
-# Fastest first; the last one takes every argument that the checks let through.
-_PREFERENCE = ("cpu", "reference")
+_LINEAR: dict[str, Callable[..., Tensor]] = {
+    "triton": gpu.linear_influence,
+    "cpu": cpu.linear_influence,
+    "reference": blocked.linear_influence,
+}
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {"triton": gpu.unavailable, "cpu": cpu.unavailable}
+# Fastest first; "reference" takes every argument that the checks let through.
+_PREFERENCE = ("triton", "cpu", "reference")
+_MADE_FOR = {"triton": "kernels for this GPU", "cpu": "compiled kernels for this processor"}
 
 
 def available_impls() -> tuple[str, ...]:
     """Names that `impl=` accepts in this installation, besides "auto"."""
-    return tuple(name for name in _PREFERENCE if name != "cpu" or cpu.unavailable() is None)
+    return tuple(name for name in _PREFERENCE if name not in _UNAVAILABLE or _UNAVAILABLE[name]() is None)
 
 
 def check_impl(impl: str) -> str:
@@ -64,7 +71,7 @@ def check_impl(impl: str) -> str:
     """
     if impl == "auto" or impl in available_impls():
         return impl
-    reason = f": {cpu.unavailable()}" if impl == "cpu" else ""
+    reason = f": {_UNAVAILABLE[impl]()}" if impl in _UNAVAILABLE else ""
     known = ", ".join(repr(name) for name in available_impls())
     raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of {known} in this installation{reason}")
 
@@ -72,18 +79,24 @@ def check_impl(impl: str) -> str:
 def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tuple[str, str]:
     """The implementation that `linear_influence` uses for these arguments, and why.
 
-    "auto" takes the compiled CPU kernels where they apply, else plain torch. Raises ArgumentError when
-    an implementation asked for by name cannot take the arguments.
+    "auto" takes the fastest kernels made for the tensors' device, else plain torch. Raises ArgumentError
+    when an implementation asked for by name cannot take the arguments.
     """
     check_impl(impl)
     if impl == "reference":
         return impl, "asked for by name"
-    reason = cpu.unsupported(step, *tensors)
+    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
+    name = impl if impl != "auto" else "triton" if on_gpu else "cpu"
+    reason = _unsupported(name, step, *tensors)
     if reason is None:
-        return "cpu", "compiled kernels for this processor"
-    if impl == "cpu":
-        raise ArgumentError(f"impl='cpu': {reason}; pass impl='auto' or 'reference'")
-    return "reference", f"not 'cpu', because {reason}"
+        return name, _MADE_FOR[name]
+    if impl == name:
+        raise ArgumentError(f"impl={name!r}: {reason}; pass impl='auto' or 'reference'")
+    return "reference", f"not {name!r}, because {reason}"
+
+
+def _unsupported(name: str, step: OptimizerStep, *tensors: Tensor | None) -> str | None:
+    return gpu.unsupported(*tensors) if name == "triton" else cpu.unsupported(step, *tensors)
 
 
 @torch.no_grad()
@@ -141,11 +154,11 @@ def embedding_influence(
     check_state(q, exp_avg, exp_avg_sq, param, step)
     _matrix_shape(param)
     _check_rows(rows, param, None)
-    _check_plain_impl(impl)
+    backend = _choose_small(impl, rows.grad, q, exp_avg, exp_avg_sq, param)
     if drift is None:
-        drift = blocked.adam_influence(param.new_zeros(1, *param.shape), q, exp_avg, exp_avg_sq, param, step)[0]
+        drift = backend.adam_influence(param.new_zeros(1, *param.shape), q, exp_avg, exp_avg_sq, param, step)[0]
     check_shape("drift", drift, (q.shape[0],), "[K]")
-    return blocked.embedding_influence(rows, q, exp_avg, exp_avg_sq, param, step, drift)
+    return backend.embedding_influence(rows, q, exp_avg, exp_avg_sq, param, step, drift)
 
 
 @torch.no_grad()
@@ -166,13 +179,20 @@ def adam_influence(
     check_state(q, exp_avg, exp_avg_sq, param, step)
     check_tensors({"grad": grad}, param.device)
     check_shape("grad", grad, (None, *param.shape), "[B, *param.shape]")
-    _check_plain_impl(impl)
-    return blocked.adam_influence(grad, q, exp_avg, exp_avg_sq, param, step)
+    backend = _choose_small(impl, grad, q, exp_avg, exp_avg_sq, param)
+    return backend.adam_influence(grad, q, exp_avg, exp_avg_sq, param, step)
 
 
-def _check_plain_impl(impl: str) -> None:
-    if impl not in ("auto", "reference"):
-        raise ArgumentError(f"impl={impl!r}: expected 'auto' or 'reference', this operator has no other implementation")
+def _choose_small(impl: str, grad: Tensor, *state: Tensor | None) -> ModuleType:
+    """The backend module of the operators that have no compiled kernels for the CPU."""
+    if impl not in ("auto", "triton", "reference"):
+        raise ArgumentError(f"impl={impl!r}: expected 'auto', 'triton' or 'reference' for this operator")
+    if impl == "reference" or (impl == "auto" and not grad.is_cuda):
+        return blocked
+    reason = gpu.unsupported(grad, *state)
+    if reason is not None and impl == "triton":
+        raise ArgumentError(f"impl='triton': {reason}; pass impl='auto' or 'reference'")
+    return gpu if reason is None else blocked
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

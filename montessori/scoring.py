@@ -38,12 +38,17 @@ class InfluenceSink:
         if isinstance(use, LinearUse):
             self.scores += ops.linear_influence(use.x, use.dy, use.offsets, *rest, rows=use.rows, impl=self.impl)
         elif isinstance(use, DenseUse):
-            self.scores += ops.adam_influence(use.grad, *rest)
+            self.scores += ops.adam_influence(use.grad, *rest, impl=self._small)
         else:
-            self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name])
+            self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name], impl=self._small)
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]
+
+    @property
+    def _small(self) -> str:
+        """`impl` of the operators that the compiled kernels for linear layers do not have."""
+        return self.impl if self.impl == "reference" else "auto"
 
 
 def parameter_drift(
