@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from montessori import blocked, cpu, gpu
+from montessori import blocked, cpu, cuda, gpu
 from montessori.errors import ArgumentError
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.validation import check_ids, check_offsets, check_shape, check_state, check_tensors
@@ -49,14 +49,20 @@ class SparseRows:
 
 
 _LINEAR: dict[str, Callable[..., Tensor]] = {
+    "cuda": cuda.linear_influence,
     "triton": gpu.linear_influence,
     "cpu": cpu.linear_influence,
     "reference": blocked.linear_influence,
 }
-_UNAVAILABLE: dict[str, Callable[[], str | None]] = {"triton": gpu.unavailable, "cpu": cpu.unavailable}
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "cuda": cuda.unavailable,
+    "triton": gpu.unavailable,
+    "cpu": cpu.unavailable,
+}
 # Fastest first; "reference" takes every argument that the checks let through.
-_PREFERENCE = ("triton", "cpu", "reference")
-_MADE_FOR = {"triton": "kernels for this GPU", "cpu": "compiled kernels for this processor"}
+_PREFERENCE = ("cuda", "triton", "cpu", "reference")
+# What "auto" tries by the tensors' device. The CUDA kernels join once a measurement on a GPU shows them faster.
+_AUTO = {"cuda": "triton", "cpu": "cpu"}
 
 
 def available_impls() -> tuple[str, ...]:
@@ -85,18 +91,25 @@ def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tupl
     check_impl(impl)
     if impl == "reference":
         return impl, "asked for by name"
-    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
-    name = impl if impl != "auto" else "triton" if on_gpu else "cpu"
+    name = impl if impl != "auto" else _AUTO.get(_device_type(tensors), "reference")
+    if name == "reference":
+        return name, f"no kernels for the device {_device_type(tensors)!r}"
     reason = _unsupported(name, step, *tensors)
     if reason is None:
-        return name, _MADE_FOR[name]
+        return name, "asked for by name" if impl == name else f"kernels made for the device {_device_type(tensors)!r}"
     if impl == name:
         raise ArgumentError(f"impl={name!r}: {reason}; pass impl='auto' or 'reference'")
     return "reference", f"not {name!r}, because {reason}"
 
 
+def _device_type(tensors: tuple[Tensor | None, ...]) -> str:
+    return next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
+
+
 def _unsupported(name: str, step: OptimizerStep, *tensors: Tensor | None) -> str | None:
-    return gpu.unsupported(*tensors) if name == "triton" else cpu.unsupported(step, *tensors)
+    if name == "triton":
+        return gpu.unsupported(*tensors)
+    return cuda.unsupported(step, *tensors) if name == "cuda" else cpu.unsupported(step, *tensors)
 
 
 @torch.no_grad()

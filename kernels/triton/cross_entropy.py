@@ -48,7 +48,9 @@ def linear_cross_entropy_kernel(
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         highest = higher
         found = words[None, :] == targets[:, None]
-        tl.store(target_logit_ptr + rows, tl.sum(tl.where(found, logits, 0.0), 1), mask=tl.max(found.to(tl.int32), 1) > 0)
+        tl.store(
+            target_logit_ptr + rows, tl.sum(tl.where(found, logits, 0.0), 1), mask=tl.max(found.to(tl.int32), 1) > 0
+        )
     at = tl.program_id(1) * n + rows
     tl.store(highest_ptr + at, highest, mask=row_mask)
     tl.store(total_ptr + at, total, mask=row_mask)

@@ -23,7 +23,17 @@ def tile_position(tiles_o, tiles_i, GROUP: tl.constexpr):
 
 @triton.jit
 def add_rows(
-    grad, row_ids_ptr, row_grad_ptr, low, high, first_o, columns, I, in_mask, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr
+    grad,
+    row_ids_ptr,
+    row_grad_ptr,
+    low,
+    high,
+    first_o,
+    columns,
+    I,
+    in_mask,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Add the sparse rows low..high-1, whose ids lie in the tile, as a product with their indicator."""
     for start in range(low, high, BLOCK_R):
@@ -99,9 +109,7 @@ def linear_influence_kernel(
         if TIED:
             bounds = row_bounds_ptr + b * (tiles_o + 1) + tile_o
             low, high = tl.load(bounds), tl.load(bounds + 1)
-            grad = add_rows(
-                grad, row_ids_ptr, row_grad_ptr, low, high, first_o, columns, I, in_mask, BLOCK_O, BLOCK_R
-            )
+            grad = add_rows(grad, row_ids_ptr, row_grad_ptr, low, high, first_o, columns, I, in_mask, BLOCK_O, BLOCK_R)
         if not HOLD:
             momentum, second = load_state(
                 exp_avg_ptr, exp_avg_sq_ptr, at, mask, a1, s1, zeros, ADAM, MOMENT, "evict_last"
@@ -118,7 +126,20 @@ def linear_influence_kernel(
 
 
 def linear_influence_launch(
-    x, dy, offsets, q, exp_avg, exp_avg_sq, param, rows, partial, constants, flags, tile, examples_per_program, precision
+    x,
+    dy,
+    offsets,
+    q,
+    exp_avg,
+    exp_avg_sq,
+    param,
+    rows,
+    partial,
+    constants,
+    flags,
+    tile,
+    examples_per_program,
+    precision,
 ):
     """Fill partial [K, B, tiles]. `rows`: sorted ids, gradients and bounds [B, tiles_o + 1] int32, or three None."""
     (num_out, num_in), (num_sets, num_examples, num_tiles) = param.shape, partial.shape
