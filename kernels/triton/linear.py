@@ -23,18 +23,9 @@ def tile_position(tiles_o, tiles_i, GROUP: tl.constexpr):
 
 @triton.jit
 def add_rows(
-    grad,
-    row_ids_ptr,
-    row_grad_ptr,
-    low,
-    high,
-    first_o,
-    columns,
-    I,
-    in_mask,
-    BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    grad, row_ids_ptr, row_grad_ptr, low, high, first_o, columns, I, in_mask,
+    BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Add the sparse rows low..high-1, whose ids lie in the tile, as a product with their indicator."""
     for start in range(low, high, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
@@ -126,21 +117,9 @@ def linear_influence_kernel(
 
 
 def linear_influence_launch(
-    x,
-    dy,
-    offsets,
-    q,
-    exp_avg,
-    exp_avg_sq,
-    param,
-    rows,
-    partial,
-    constants,
-    flags,
-    tile,
-    examples_per_program,
-    precision,
-):
+    x, dy, offsets, q, exp_avg, exp_avg_sq, param, rows, partial,
+    constants, flags, tile, examples_per_program, precision,
+):  # fmt: skip
     """Fill partial [K, B, tiles]. `rows`: sorted ids, gradients and bounds [B, tiles_o + 1] int32, or three None."""
     (num_out, num_in), (num_sets, num_examples, num_tiles) = param.shape, partial.shape
     grid = (num_tiles, triton.cdiv(num_examples, examples_per_program))
