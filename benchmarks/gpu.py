@@ -72,7 +72,7 @@ def sanitize() -> dict[str, Any]:
         return {"error": "no compute-sanitizer"}
     reports = {}
     for kind in SANITIZER_TOOLS:
-        for name in ("checks triton", "checks mma", "checks wgmma"):
+        for name in ("checks triton", "checks mma", "checks wgmma", "checks wgmma_cluster"):
             command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu"]
             outcome = run([*command, "--section", name], SANITIZER_LIMIT_S)
             summary = [line for line in outcome.pop("output").splitlines() if "SUMMARY" in line]

@@ -104,7 +104,7 @@ def linear_influence(
     rows: SparseRows | None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Eq. 5 tile by tile; see `montessori.ops.linear_influence`. `kernel`: "mma" or "wgmma", for measurements."""
+    """Eq. 5 tile by tile; see `montessori.ops.linear_influence`. `kernel`: "mma", "wgmma" or "wgmma_cluster", to measure."""
     if not isinstance(step, AdamWStep) or exp_avg is None or exp_avg_sq is None or rows is not None:
         raise TypeError("expected arguments that `unsupported` has let through")
     if len(bounds) == 1:

@@ -46,19 +46,20 @@ def compiler_report(source: str, arch: str, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "arch", "most_registers"),
+    ("source", "arch", "kernels", "most_registers"),
     [
         # 256 threads of a block share 65,536 registers, so 255 each would still run; more than 192 is a regression.
-        ("linear_mma.cu", "80", 192),
-        ("linear_mma.cu", "100", 192),
+        ("linear_mma.cu", "80", 4, 192),
+        ("linear_mma.cu", "100", 4, 192),
         # 384 threads start with 168; the consumers take 240 from what the producer gives back.
-        ("linear_wgmma.cu", "90a", 168),
+        ("linear_wgmma.cu", "90a", 8, 168),
     ],
 )
-def test_no_kernel_spills_registers(source, arch, most_registers, tmp_path):
+def test_no_kernel_spills_registers(source, arch, kernels, most_registers, tmp_path):
     report = compiler_report(source, arch, tmp_path)
     entries = ENTRY.findall(report)
-    assert len(entries) == 4, report  # two operand dtypes by two dtypes of held state
+    # Two dtypes of operands by two of held state, and by clusters of one and of four blocks.
+    assert len(entries) == kernels, report
     for name, stored, loaded, registers in entries:
         assert (int(stored), int(loaded)) == (0, 0), name
         assert int(registers) <= most_registers, name

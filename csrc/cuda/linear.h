@@ -29,9 +29,10 @@ struct LinearProblem {
   float a1, a2, s1, s2, eps, decay;
 };
 
-// How a kernel cuts the problem: tiles of (block_o, block_i), each giving `parts_per_tile` partial scores.
+// How a kernel cuts the problem: tiles of (block_o, block_i), each worked on by `blocks` blocks together, of which each
+// gives `parts_per_block` partial scores.
 struct Cut {
-  int block_o, block_i, parts_per_tile;
+  int block_o, block_i, blocks, parts_per_block;
 };
 
 inline int64_t num_tiles(const LinearProblem& p, const Cut& cut) {
@@ -51,6 +52,10 @@ cudaError_t launch_linear_mma(const LinearProblem& p, int splits, cudaStream_t s
 // wgmma with TMA, warp-specialised: compute capability 9.0.
 Cut wgmma_cut(const LinearProblem& p);
 cudaError_t launch_linear_wgmma(const LinearProblem& p, int splits, cudaStream_t stream);
+
+// The same in clusters of 2 × 2 blocks, which fetch each operand once for two of them.
+Cut wgmma_cluster_cut(const LinearProblem& p);
+cudaError_t launch_linear_wgmma_cluster(const LinearProblem& p, int splits, cudaStream_t stream);
 
 // scores [B, K] float64: partial[k, b] and the shared row partial[k, B], each added up in a fixed order, times scale.
 cudaError_t launch_sum_partials(const float* partial, int64_t parts, int examples, int sets, double scale,

@@ -207,7 +207,7 @@ cudaError_t launch_operand(const LinearProblem& p, int splits, cudaStream_t stre
 
 }  // namespace
 
-Cut mma_cut(const LinearProblem& p) { return {kBlockO, holds_bfloat16(p) ? 128 : 64, kWarps}; }
+Cut mma_cut(const LinearProblem& p) { return {kBlockO, holds_bfloat16(p) ? 128 : 64, 1, kWarps}; }
 
 cudaError_t launch_linear_mma(const LinearProblem& p, int splits, cudaStream_t stream) {
   return p.x.dtype == Dtype::kBFloat16 ? launch_operand<__nv_bfloat16>(p, splits, stream)

@@ -48,11 +48,11 @@ void check_launch(cudaError_t error, const char* what) {
 int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
 // Shares of the examples, so that a small parameter fills the processors about twice.
-int splits_for(int64_t tiles) {
+int splits_for(int64_t blocks) {
   int device = 0, processors = 0;
   check_launch(cudaGetDevice(&device), "cudaGetDevice");
   check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return static_cast<int>(ceil_div(2 * static_cast<int64_t>(processors), tiles));
+  return static_cast<int>(ceil_div(2 * static_cast<int64_t>(processors), blocks));
 }
 
 struct Kernel {
@@ -64,8 +64,10 @@ Kernel kernel_named(const std::string& name) {
   if (name == "mma") return {montessori::mma_cut, montessori::launch_linear_mma};
 #ifndef MONTESSORI_WITHOUT_WGMMA
   if (name == "wgmma") return {montessori::wgmma_cut, montessori::launch_linear_wgmma};
+  if (name == "wgmma_cluster") return {montessori::wgmma_cluster_cut, montessori::launch_linear_wgmma_cluster};
 #endif
-  STD_TORCH_CHECK(false, "kernel '", name, "' is not in this build: expected mma, or wgmma where 90a was built");
+  STD_TORCH_CHECK(false, "kernel '", name,
+                  "' is not in this build: expected mma, or wgmma or wgmma_cluster where 90a was built");
 }
 
 Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets, const Tensor& q, const Tensor& exp_avg,
@@ -98,11 +100,12 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets, c
   p.decay = static_cast<float>(decay);
   const Kernel chosen = kernel_named(kernel);
   const Cut cut = chosen.cut(p);
-  const int64_t tiles = montessori::num_tiles(p, cut), parts = tiles * cut.parts_per_tile;
+  const int64_t tiles = montessori::num_tiles(p, cut), blocks = tiles * cut.blocks,
+                parts = blocks * cut.parts_per_block;
   const Tensor partial = torch::stable::new_empty(q, {p.sets, p.examples + 1, parts}, ScalarType::Float);
   const Tensor scores = torch::stable::new_empty(q, {p.examples, p.sets}, ScalarType::Double);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  check_launch(chosen.launch(p, splits_for(tiles), stream), "linear_scores");
+  check_launch(chosen.launch(p, splits_for(blocks), stream), "linear_scores");
   check_launch(montessori::launch_sum_partials(p.partial, parts, p.examples, p.sets, -lr,
                                                static_cast<double*>(scores.mutable_data_ptr()), stream),
                "sum_partials");
