@@ -104,7 +104,10 @@ def linear_influence(
     rows: SparseRows | None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Eq. 5 tile by tile; see `montessori.ops.linear_influence`. `kernel`: "mma", "wgmma" or "wgmma_cluster", to measure."""
+    """Eq. 5 tile by tile; see `montessori.ops.linear_influence`.
+
+    `kernel` is "mma", "wgmma" or "wgmma_cluster", by default the one for the device.
+    """
     if not isinstance(step, AdamWStep) or exp_avg is None or exp_avg_sq is None or rows is not None:
         raise TypeError("expected arguments that `unsupported` has let through")
     if len(bounds) == 1:

@@ -199,7 +199,7 @@ def adam_influence(
 def _choose_small(impl: str, grad: Tensor, *state: Tensor | None) -> ModuleType:
     """The backend module of the operators that have no compiled kernels for the CPU."""
     if impl not in ("auto", "triton", "reference"):
-        raise ArgumentError(f"impl={impl!r}: expected 'auto', 'triton' or 'reference' for this operator")
+        raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of 'triton', 'reference' for this operator")
     if impl == "reference" or (impl == "auto" and not grad.is_cuda):
         return blocked
     reason = gpu.unsupported(grad, *state)

@@ -21,6 +21,7 @@ from montessori import tiles
 
 FLOAT_POINTERS = ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale")
 FLOATS = ("a1", "a2", "s1", "s2", "eps", "decay", "l2", "lr")
+SGD = {"ADAM": False, "MOMENT": False, "DECAY": False, "exp_avg_ptr": None, "exp_avg_sq_ptr": None}
 ADAMW = {"ADAM": True, "MOMENT": True, "DECAY": True, "L2": False}
 
 
@@ -38,27 +39,36 @@ def kernels(capability: int) -> dict[str, tuple]:
     tile = tiles.NARROW[divmod(capability, 10)]
     fused = {"SETS": 1, "SETS_PADDED": 1, **ADAMW, "TIED": False, "HOLD": True, "BLOCK_R": 16, "GROUP": 8}
 
+    rows = dict.fromkeys(("row_ids_ptr", "row_grad_ptr", "row_bounds_ptr"))
+
     def linear_entry(tile: tiles.Tile, operand: str, state: str, **changes) -> tuple:
         shape = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_T": tile.block_t}
         constants = {**fused, **shape, "PRECISION": "ieee" if operand == "fp32" else "tf32", **changes}
+        if not constants["TIED"]:
+            constants |= rows
         return linear.linear_influence_kernel, (operand, state), constants, tile.num_warps, tile.num_stages
 
     products = {
         "linear bf16": linear_entry(tile, "bf16", "fp32"),
         "linear bf16, tied": linear_entry(tile, "bf16", "fp32", TIED=True),
-        "linear bf16, two sets": linear_entry(tile, "bf16", "fp32", SETS=2, SETS_PADDED=2, HOLD=False),
     }
-    # The others are memory-bound: what one capability makes of them tells enough.
-    return products if capability != 90 else products | other_kernels(linear_entry(tiles.WIDE, "fp32", "fp32"))
+    if capability != 90:
+        return products
+    # What one capability makes of the others tells enough.
+    more = {
+        "linear bf16, SGD": linear_entry(tile, "bf16", "fp32", **SGD),
+        "linear bf16, two sets": linear_entry(tile, "bf16", "fp32", SETS=2, SETS_PADDED=2, HOLD=False),
+        "linear fp32": linear_entry(tiles.WIDE, "fp32", "fp32"),
+    }
+    return products | more | other_kernels()
 
 
-def other_kernels(wide: tuple) -> dict[str, tuple]:
+def other_kernels() -> dict[str, tuple]:
     logits = {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_H": 64, "PRECISION": "tf32"}
     plain = {"SETS": 1, "BLOCK": tiles.BLOCK_ELEMENTS}
     without_decay = {name: ADAMW[name] for name in ("ADAM", "MOMENT", "L2")}
     step = {"ADAM": True, "MOMENT": True, "BLOCK": tiles.BLOCK_ELEMENTS}
     return {
-        "linear fp32": wide,
         "elementwise": (elementwise.adam_influence_kernel, ("fp32", "fp32"), {**plain, **ADAMW}, 4, 1),
         "step": (elementwise.adam_step_kernel, ("fp32", "fp32"), step, 4, 1),
         "embedding": (embedding.embedding_influence_kernel, ("bf16", "fp32"), {**plain, **without_decay}, 4, 1),

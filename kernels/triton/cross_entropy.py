@@ -27,7 +27,7 @@ def logits_tile(
     return tl.where(word_mask[None, :], logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def linear_cross_entropy_kernel(
     hidden_ptr, weight_ptr, targets_ptr, highest_ptr, total_ptr, target_logit_ptr, n, H, V, words_per_split,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def linear_cross_entropy_kernel(
     tl.store(total_ptr + at, total, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first_word"])
 def logits_gradient_kernel(
     hidden_ptr, weight_ptr, targets_ptr, lse_ptr, scale_ptr, grad_ptr, n, H, V, first_word, num_words,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,

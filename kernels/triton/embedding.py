@@ -6,7 +6,7 @@ import triton.language as tl
 from .update import load_state, step_update
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def embedding_influence_kernel(
     order_ptr, starts_ptr, ids_ptr, grad_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr, partial_ptr,
     num_segments, num_tiles, V, I, a1, a2, s1, s2, eps, decay, l2,

@@ -59,7 +59,7 @@ def example_gradient(
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_examples", "examples_per_program"])
 def linear_influence_kernel(
     x_ptr, dy_ptr, offsets_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr,
     row_ids_ptr, row_grad_ptr, row_bounds_ptr, partial_ptr,
