@@ -5,9 +5,7 @@
 // none needs a barrier but the one after loading.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "instructions.cuh"
 #include "linear.h"
 
 namespace montessori {
@@ -50,18 +48,6 @@ struct Pair<__nv_bfloat16> {
   __device__ static type pack(float2 value) { return __float22bfloat162_rn(value); }
   __device__ static float2 unpack(type value) { return __bfloat1622float2(value); }
 };
-
-__device__ inline float fast_sqrt(float value) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
-  return root;
-}
-
-__device__ inline float fast_reciprocal(float value) {
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(value));
-  return inverse;
-}
 
 __device__ inline float warp_sum(float value) {
 #pragma unroll

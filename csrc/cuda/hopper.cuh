@@ -9,10 +9,6 @@
 
 namespace montessori::hopper {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -92,6 +88,11 @@ __device__ inline void copy_box_to(uint32_t to, const CUtensorMap* map, uint32_t
       "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
       "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
       : "memory");
+}
+
+// 16 bytes.
+__device__ inline void store_zeros(uint32_t to) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
 
 // Ordinary stores to shared memory become visible to the tensor cores.

@@ -12,42 +12,6 @@ namespace {
 
 constexpr int kBlockO = 128, kBlockT = 32, kStages = 4, kThreads = 256, kWarps = 8;
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes; zeros where `given` is false.
-__device__ inline void copy_async(uint32_t to, const void* from, bool given) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(given ? 16 : 0));
-}
-
-__device__ inline void load_transposed(uint32_t (&fragment)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(address));
-}
-
-template <typename Operand>
-__device__ inline void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-
-template <>
-__device__ inline void multiply<__nv_bfloat16>(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ inline void multiply<__half>(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Tokens of one operand in a stage: kBlockT rows of WIDTH elements. Groups of 8 elements are permuted within a row by
 // the row's number, so that the 8 rows of a transposed load lie in different banks.
 template <int WIDTH>
@@ -116,7 +80,7 @@ struct Kernel {
       Panel<kBlockO>::load(stage, p.dy.data, chunk.row, chunk.count, tile.first_o, p.out);
       Panel<BLOCK_I>::load(stage + Panel<kBlockO>::kBytes, p.x.data, chunk.row, chunk.count, tile.first_i, p.in);
     }
-    asm volatile("cp.async.commit_group;");
+    commit_copies();
   }
 
   __device__ static void multiply_stage(uint32_t stage, float (&grad)[2 * kPairs]) {
@@ -146,7 +110,7 @@ struct Kernel {
   }
 
   __device__ static void run(const LinearProblem& p, int splits) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    unsigned char* shared = dynamic_shared();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const TilePosition tile = tile_position<kBlockO, BLOCK_I>(p, blockIdx.x);
     const Share share = share_of(p.examples, splits, blockIdx.y);
@@ -169,7 +133,7 @@ struct Kernel {
     for (int b = share.first; b < share.last; ++b) {
       float grad[2 * kPairs] = {};
       for (int64_t done = p.offsets[b]; done < p.offsets[b + 1]; done += kBlockT) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2));
+        wait_for_copies<kStages - 2>();
         __syncthreads();
         load_stage(stages + (stage + kStages - 1) % kStages * kStageBytes, p, ahead, tile);
         ahead.next();
@@ -179,7 +143,7 @@ struct Kernel {
       store_partial(p, parts, 0, b, part, held.apply(p, grad));
       for (int k = 1; k < p.sets; ++k) store_partial(p, parts, k, b, part, held.further_set(p, position, k, grad));
     }
-    asm volatile("cp.async.wait_all;");
+    wait_for_copies<0>();
   }
 };
 
@@ -194,9 +158,13 @@ cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
   const auto kernel = linear_mma_kernel<Operand, State, BLOCK_I>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(num_tiles(p, mma_cut(p))), std::max(1, std::min(splits, p.examples)));
-  kernel<<<grid, kThreads, kBytes, stream>>>(p, static_cast<int>(grid.y));
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  splits = std::max(1, std::min(splits, p.examples));
+  config.gridDim = dim3(static_cast<unsigned>(num_tiles(p, mma_cut(p))), splits);
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, p, splits);
 }
 
 template <typename Operand>

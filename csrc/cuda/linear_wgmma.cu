@@ -114,8 +114,7 @@ struct Kernel {
     const int thread = threadIdx.x % kGroupThreads, words = (kBlockT - tokens) * kBox * 2 / 16;
     for (int box = 0; box < kBoxesO + kBoxesI; ++box) {
       for (int word = thread; word < words; word += kGroupThreads) {
-        const uint32_t at = stage + box * kBoxBytes + tokens * kBox * 2 + word * 16;
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+        hopper::store_zeros(stage + box * kBoxBytes + tokens * kBox * 2 + word * 16);
       }
     }
     hopper::fence_async_proxy();
@@ -207,10 +206,10 @@ struct Kernel {
 
   __device__ static void run(const LinearProblem& p, const CUtensorMap* x, const CUtensorMap* dy, int splits,
                              int work) {
-    extern __shared__ unsigned char raw[];
-    unsigned char* stages = raw + (1024 - hopper::shared_address(raw) % 1024) % 1024;
+    unsigned char* raw = dynamic_shared();
+    unsigned char* stages = raw + (1024 - shared_address(raw) % 1024) % 1024;
     unsigned char* slots = stages + kStages * kStageBytes;
-    const Pipeline pipe{hopper::shared_address(stages), hopper::shared_address(slots + Held::kBytes)};
+    const Pipeline pipe{shared_address(stages), shared_address(slots + Held::kBytes)};
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         hopper::barrier_init(pipe.barriers + stage * 16, 1);

@@ -33,8 +33,11 @@ __global__ void sum_partials_kernel(const float* partial, int64_t parts, int exa
 
 cudaError_t launch_sum_partials(const float* partial, int64_t parts, int examples, int sets, double scale,
                                 double* scores, cudaStream_t stream) {
-  sum_partials_kernel<<<dim3(examples, sets), kThreads, 0, stream>>>(partial, parts, examples, sets, scale, scores);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(examples, sets);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, sum_partials_kernel, partial, parts, examples, sets, scale, scores);
 }
 
 }  // namespace montessori
