@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from support import make_model, make_rows, warm_optimizer
 from test_ops import ADAMW, HOSTILE, STEPS, Case, assert_specified, embedding_case, linear_case, make_state, ready_case
 
-from montessori import gpu, ops, reference, tiles
+from montessori import InfluenceEstimator, gpu, ops, reference, tiles
 from montessori.errors import ArgumentError
 
 # Several tiles and steps in every direction, none of them whole.
@@ -164,3 +165,15 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
     for name in ("ordinary", "table", "matrix"):
         with pytest.raises(ArgumentError, match=r"impl='triton': it computes in float32 from .*got torch.float64"):
             CASES[name].run(impl="triton")
+
+
+def test_an_estimator_gives_the_same_scores_by_these_kernels():
+    model = make_model("llama_tied", torch.float32)
+    optimizer, rows, references = warm_optimizer(model), make_rows(3, seed=1), make_rows(2, seed=2)
+    scores = {
+        backend: InfluenceEstimator(model, optimizer, references, backend=backend, pilot=1).score(rows).influence
+        for backend in ("triton", "reference")
+    }
+    # Both are float32 sums of the same terms: some hundred roundings of the largest score.
+    largest = abs(scores["reference"]).max()
+    assert abs(scores["triton"] - scores["reference"]).max() <= 100 * torch.finfo(torch.float32).eps * largest

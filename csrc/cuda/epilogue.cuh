@@ -10,17 +10,6 @@
 
 namespace montessori {
 
-__device__ inline float read(const Array& array, int64_t at) {
-  switch (array.dtype) {
-    case Dtype::kBFloat16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(array.data)[at]);
-    case Dtype::kFloat16:
-      return __half2float(static_cast<const __half*>(array.data)[at]);
-    default:
-      return static_cast<const float*>(array.data)[at];
-  }
-}
-
 // Rows have an even length and pairs start at an even column, so one access takes both.
 __device__ inline float2 read_pair(const Array& array, int64_t at) {
   switch (array.dtype) {
