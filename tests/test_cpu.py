@@ -108,8 +108,8 @@ def test_narrow_inputs_are_computed_in_float32(dtype):
 def test_auto_says_what_it_chose_and_why():
     arguments, _ = problem(tied=False)
     tensors = (arguments[0], arguments[1], *arguments[3:])
-    assert ops.choose_impl("auto", *tensors)[0] == "cpu"
-    chosen, why = ops.choose_impl("auto", *(tensor.double() for tensor in tensors))
+    assert ops.choose_impl("auto", STEP, *tensors)[0] == "cpu"
+    chosen, why = ops.choose_impl("auto", STEP, *(tensor.double() for tensor in tensors))
     assert chosen == "reference"
     assert "float64" in why
 

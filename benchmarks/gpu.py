@@ -1,0 +1,143 @@
+"""Builds, checks and times the GPU kernels on the GPU of this machine: one call, a table last, one JSON.
+
+    python -m benchmarks.gpu [--out DIRECTORY] [--sanitize] [--dry-run]
+
+Needs torch, triton, transformers, nvcc and ninja, and no network. Every section runs in a process of its own with a
+time limit, so a kernel that hangs or breaks the device costs its own section alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_sections
+from benchmarks.common import RESULTS, machine
+
+ROOT = Path(__file__).parents[1]
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+BUILD_LIMIT_S = 120
+SANITIZER_LIMIT_S = 180
+# Of the build and all sections together; what comes after it is left out.
+TOTAL_LIMIT_S = 450
+
+
+def build() -> dict[str, Any]:
+    """The CUDA library for the capability of this device, put beside the package's sources.
+
+    Built apart from pyproject.toml, whose metadata an older setuptools would refuse.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    archs = f"{major}{minor}a" if major == 9 else f"{major}{minor}"
+    environment = os.environ | {"MONTESSORI_CUDA_ARCHS": archs, "MONTESSORI_REQUIRE_KERNELS": "1"}
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copy(ROOT / "setup.py", place)
+        shutil.copytree(ROOT / "csrc", Path(place) / "csrc")
+        (Path(place) / "montessori").mkdir()
+        outcome = run([sys.executable, "setup.py", "build_ext", "--inplace"], BUILD_LIMIT_S, environment, Path(place))
+        for library in (Path(place) / "montessori").glob("*.so"):
+            shutil.copy(library, ROOT / "montessori")
+    del outcome["output"]
+    return outcome
+
+
+def run(
+    command: list[str], limit_s: int, environment: dict[str, str] | None = None, place: Path = ROOT
+) -> dict[str, Any]:
+    """Outcome of a child process: seconds, and the error with the end of its output if it failed."""
+    start = time.perf_counter()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = (environment or dict(os.environ)) | {"PYTHONPATH": path}
+    try:
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return {"seconds": time.perf_counter() - start, "error": f"took more than {limit_s} s", "output": ""}
+    outcome: dict[str, Any] = {"seconds": time.perf_counter() - start, "output": done.stdout}
+    if done.returncode:
+        outcome["error"] = (done.stderr or done.stdout)[-3000:]
+    return outcome
+
+
+def run_section(name: str, limit_s: int) -> dict[str, Any]:
+    """Result of one section, or its error."""
+    if limit_s <= 0:
+        return {"seconds": 0.0, "error": "no time left"}
+    outcome = run([sys.executable, "-m", "benchmarks.gpu", "--section", name], limit_s)
+    output = outcome.pop("output")
+    if "error" not in outcome:
+        outcome["result"] = json.loads(output.splitlines()[-1])
+    return outcome
+
+
+def sanitize() -> dict[str, Any]:
+    """The checks under compute-sanitizer, at their own small shapes."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return {"error": "no compute-sanitizer"}
+    reports = {}
+    for kind in SANITIZER_TOOLS:
+        for name in ("checks triton", "checks mma", "checks wgmma", "checks wgmma_cluster"):
+            command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu"]
+            outcome = run([*command, "--section", name], SANITIZER_LIMIT_S)
+            summary = [line for line in outcome.pop("output").splitlines() if "SUMMARY" in line]
+            reports[f"{kind}: {name}"] = outcome | {"summary": summary}
+    return reports
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """A line per section, then the ratios that matter."""
+    for name, outcome in record["sections"].items():
+        print(f"{name:24} {outcome['seconds']:7.1f} s  {outcome.get('error', 'ok').strip().splitlines()[-1][:90]}")
+    for name, outcome in record["sections"].items():
+        for row in [] if name.startswith("checks") else outcome.get("result", {}).get("rows", []):
+            print(f"{name:24} " + "  ".join(f"{key} {_short(value)}" for key, value in row.items()))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--out", type=Path, default=RESULTS, help="directory of the JSON")
+    options.add_argument("--section", choices=sorted(gpu_sections.SECTIONS), help="run one section in this process")
+    options.add_argument("--sanitize", action="store_true", help="also run the checks under compute-sanitizer")
+    options.add_argument("--dry-run", action="store_true", help="list the sections and stop")
+    arguments = options.parse_args()
+    if arguments.dry_run:
+        for name, section in gpu_sections.SECTIONS.items():
+            print(f"{name:24} at most {section.limit_s:4} s  {section.work.__doc__.splitlines()[0]}")
+        return
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu: expected a CUDA device, torch finds none; --dry-run lists what would run")
+    if arguments.section:
+        print(json.dumps(gpu_sections.SECTIONS[arguments.section].work()))
+        return
+    record: dict[str, Any] = {"device": gpu_sections.describe_device(), "machine": machine(), "sections": {}}
+    start = time.perf_counter()
+    record["sections"]["build"] = build()
+    for name, section in gpu_sections.SECTIONS.items():
+        left = int(TOTAL_LIMIT_S - (time.perf_counter() - start))
+        record["sections"][name] = run_section(name, min(section.limit_s, left))
+        print(f"{name}: {record['sections'][name].get('error', 'ok').strip().splitlines()[-1]}", flush=True)
+    if arguments.sanitize:
+        record["sanitizer"] = sanitize()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"gpu_{record['device']['name'].lower().replace(' ', '_')}.json"
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    print_table(record)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""What `benchmarks.gpu` runs on the device: each section returns a dict for the JSON, with the table under "rows".
+
+Times are medians in milliseconds by device events. Dimensions as in `montessori.ops`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from montessori import AdamWStep, InfluenceEstimator, cuda, gpu, ops, reference, tiles
+from montessori.ops import SparseRows
+
+STEP = AdamWStep(lr=1e-3, eps=1e-8, weight_decay=0.1, step=12)
+# [O, I] of the layers that hold most of the weights.
+SHAPES = {
+    "TinyLlama q": (2048, 2048),
+    "TinyLlama up": (5632, 2048),
+    "Llama-3-8B q": (4096, 4096),
+    "Llama-3-8B up": (14336, 4096),
+}
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+PACKED_TOKENS = 16384
+CHECKED = ((96, 72, (5, 0, 64, 1, 130)), (264, 200, (17, 64)), (1024, 512, (300, 1, 0, 700)))
+
+
+@dataclass(frozen=True)
+class Section:
+    work: Callable[[], dict[str, Any]]
+    limit_s: int
+
+
+@dataclass
+class Problem:
+    """Arguments of `linear_influence` on the device."""
+
+    x: Tensor
+    dy: Tensor
+    bounds: list[int]
+    q: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    param: Tensor
+    rows: SparseRows | None = None
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        return self.q, self.exp_avg, self.exp_avg_sq, self.param
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.x, self.dy, self.bounds, *self.state, STEP, self.rows
+
+
+def problem(shape, lengths, operand=torch.bfloat16, state=torch.float32, sets=1, tied=False, seed=0) -> Problem:
+    """Random activations, and moments of the size that such gradients leave behind."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, device="cuda")
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    tokens, scale = bounds[-1], max(1, max(lengths, default=1)) ** 0.5
+    rows = None
+    if tied:
+        ids = torch.randint(0, shape[0], (tokens,), generator=generator, device="cuda")
+        rows = SparseRows(ids, normal(tokens, shape[1]).to(operand), torch.tensor(bounds))
+    return Problem(
+        x=normal(tokens, shape[1]).to(operand),
+        dy=normal(tokens, shape[0]).to(operand),
+        bounds=bounds,
+        q=normal(sets, *shape).to(state),
+        exp_avg=(normal(*shape) * scale).to(state),
+        exp_avg_sq=((normal(*shape) * scale) ** 2 + 0.1).to(state),
+        param=normal(*shape),
+        rows=rows,
+    )
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 12) -> float:
+    """Median of single runs after three warm-ups."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def describe_device() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    names = ("name", "total_memory", "multi_processor_count", "L2_cache_size", "major", "minor")
+    return {name: getattr(properties, name, None) for name in names} | {"cuda": torch.version.cuda}
+
+
+def ceilings() -> dict[str, Any]:
+    """Measured copy bandwidth and matrix product rate, the two limits that times are read against."""
+    source = torch.randn(1 << 29, device="cuda")
+    copied = milliseconds(lambda: source.clone())
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    multiplied = milliseconds(lambda: a @ b)
+    row = {
+        "copy TB/s": 2 * source.numel() * 4 / copied / 1e9,
+        "bf16 product TFLOP/s": 2 * 8192**3 / multiplied / 1e9,
+    }
+    return {"rows": [row]}
+
+
+def specified(p: Problem, dtype: torch.dtype) -> Tensor:
+    """Scores [B, K] by the specification; below float64, gradients are rounded to `dtype` as autograd's are."""
+    wide = torch.promote_types(dtype, torch.float32)
+    state = [tensor.to(wide) for tensor in p.state]
+    scores = []
+    for b in range(len(p.bounds) - 1):
+        span = slice(p.bounds[b], p.bounds[b + 1])
+        grad = reference.linear_gradient(p.x[span].to(dtype), p.dy[span].to(dtype)).to(wide)
+        if p.rows is not None:
+            grad = grad.index_add(0, p.rows.ids[span], p.rows.grad[span].to(wide))
+        scores.append(reference.first_order(state[0], reference.delta(grad, *state[1:], STEP)))
+    return torch.stack(scores).double()
+
+
+def check(run: Callable[..., Tensor], operands, states, **settings) -> dict[str, Any]:
+    """Relative error against float64 beside that of plain torch in the same dtypes, over ragged shapes."""
+    rows = []
+    for operand in operands:
+        for state in states:
+            for index, (num_out, num_in, lengths) in enumerate(CHECKED):
+                p = problem((num_out, num_in), lengths, operand, state, seed=index, **settings)
+                want, plain, got = specified(p, torch.float64), specified(p, operand), run(*p.arguments())
+                again = run(*p.arguments())
+                error, allowed = (float((value - want).norm() / want.norm()) for value in (got, plain))
+                rows.append(
+                    {"O": num_out, "I": num_in, "x": str(operand), "state": str(state), "error": error,
+                     "plain": allowed, "right": bool(error <= 2 * allowed + 1e-6), "repeats": torch.equal(got, again)}
+                )  # fmt: skip
+    if not all(row["right"] and row["repeats"] for row in rows):
+        raise SystemExit(f"wrong results: {[row for row in rows if not (row['right'] and row['repeats'])]}")
+    return {"rows": rows}
+
+
+NARROW, HELD = (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)
+
+
+def checks_triton() -> dict[str, Any]:
+    """Every Triton kernel against float64."""
+    rows = check(gpu.linear_influence, (*NARROW, torch.float32), HELD)["rows"]
+    rows += check(gpu.linear_influence, NARROW, HELD, sets=3)["rows"]
+    rows += check(gpu.linear_influence, NARROW, HELD, tied=True)["rows"]
+    for tile in tiles.RIVALS:
+        rows += check(partial(gpu.linear_influence, tile=tile), (torch.bfloat16,), HELD)["rows"]
+    return {"rows": rows + _check_small()}
+
+
+def _check_small() -> list[dict[str, Any]]:
+    """Ready gradients, table rows and token losses against float64."""
+    p = problem((300, 200), (7, 0, 40), sets=2)
+    grad = torch.randn(3, 300, 200, device="cuda")
+    table = SparseRows(torch.randint(0, 300, (47,), device="cuda"), torch.randn(47, 200, device="cuda"),
+                       torch.tensor(p.bounds))  # fmt: skip
+    wide = [tensor.double() for tensor in p.state]
+    wide_table = SparseRows(table.ids, table.grad.double(), table.offsets)
+    hidden, weight = torch.randn(65, 256, device="cuda"), torch.randn(5000, 256, device="cuda")
+    targets = torch.randint(0, 5000, (65,), device="cuda")
+    token_loss = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    pairs = {
+        "ready": (ops.adam_influence(grad, *p.state, STEP, impl="triton"),
+                  ops.adam_influence(grad.double(), *wide, STEP, impl="reference")),
+        "table": (ops.embedding_influence(table, *p.state, STEP, impl="triton"),
+                  ops.embedding_influence(wide_table, *wide, STEP, impl="reference")),
+        "token loss": (gpu.linear_cross_entropy(hidden, weight, targets)[0].double(), token_loss),
+    }  # fmt: skip
+    rows = [{"kernel": name, "error": float((got - want).norm() / want.norm())} for name, (got, want) in pairs.items()]
+    if not all(row["error"] < 1e-5 for row in rows):
+        raise SystemExit(f"wrong results: {rows}")
+    return rows
+
+
+def checks_cuda(kernel: str) -> dict[str, Any]:
+    """A CUDA kernel of the fused linear influence against float64."""
+    _load_cuda()
+    run = partial(cuda.linear_influence, kernel=kernel)
+    return {"rows": check(run, NARROW, HELD)["rows"] + check(run, NARROW, HELD, sets=3)["rows"]}
+
+
+def _load_cuda() -> None:
+    if cuda.load_error() is not None:
+        raise SystemExit(cuda.load_error())
+
+
+def _unfused(adam_dot: Callable[..., Tensor], p: Problem) -> list[Tensor]:
+    scores = []
+    for low, high in zip(p.bounds[:-1], p.bounds[1:], strict=True):
+        scores.append(adam_dot(p.dy[low:high].T @ p.x[low:high], *p.state))
+    return scores
+
+
+def _adam_dot(grad: Tensor, q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor) -> Tensor:
+    return (q[0] * reference.adamw_delta(grad.float(), exp_avg, exp_avg_sq, param, STEP)).sum()
+
+
+def linear(run: Callable[[Problem], object], states=HELD) -> dict[str, Any]:
+    """Time of one way to score a linear layer beside the plain dW product of the same packed tokens.
+
+    FLOP: 2 · tokens · O · I. Bytes that must move once: 12 (6 in bfloat16) for m, v, q and 4 for θ per element.
+    """
+    rows = []
+    for name, shape in SHAPES.items():
+        for length in LENGTHS:
+            for state in states:
+                p = problem(shape, (length,) * (PACKED_TOKENS // length), state=state)
+                plain, ours = milliseconds(lambda p=p: p.dy.T @ p.x), milliseconds(lambda p=p: run(p))
+                flop = 2 * PACKED_TOKENS * shape[0] * shape[1]
+                rows.append(
+                    {"shape": name, "T": length, "state": str(state).removeprefix("torch."), "dW ms": plain, "ms": ours,
+                     "ratio": ours / plain, "TFLOP/s": flop / ours / 1e9}
+                )  # fmt: skip
+    return {"rows": rows}
+
+
+def linear_triton() -> dict[str, Any]:
+    """Triton's fused linear influence against the plain dW product."""
+    return linear(lambda p: gpu.linear_influence(*p.arguments()))
+
+
+def linear_cuda(kernel: str) -> dict[str, Any]:
+    """A CUDA kernel of the fused linear influence against the plain dW product."""
+    _load_cuda()
+    return linear(lambda p: cuda.linear_influence(*p.arguments(), kernel=kernel))
+
+
+def linear_unfused() -> dict[str, Any]:
+    """A product per example and a compiled Adam-dot on the stored gradient, against the plain dW product."""
+    return linear(partial(_unfused, torch.compile(_adam_dot, dynamic=False)), states=(torch.float32,))
+
+
+def rival_tiles() -> dict[str, Any]:
+    """Tiles of the Triton kernel beside the one chosen."""
+    rows = []
+    for length in (128, 512, 2048):
+        for state in HELD:
+            p = problem(SHAPES["Llama-3-8B q"], (length,) * (PACKED_TOKENS // length), state=state)
+            for tile in tiles.RIVALS:
+                time = milliseconds(lambda p=p, tile=tile: gpu.linear_influence(*p.arguments(), tile=tile))
+                rows.append({"T": length, "state": str(state), "tile": str(tile), "ms": time})
+    return {"rows": rows}
+
+
+def small() -> dict[str, Any]:
+    """Memory-bound kernels: bytes that must move over time, beside the copy of the same run."""
+    size = 1 << 28
+    tensors = [torch.randn(size, device="cuda") for _ in range(4)]
+    grad, q, exp_avg, param = tensors
+    second, source = exp_avg.square() + 0.1, param.clone()
+    copy = 2 * 4 * size / milliseconds(lambda: param.copy_(source)) / 1e9
+    scored = milliseconds(lambda: gpu.adam_influence(grad[None], q[None], exp_avg, second, param, STEP))
+    stepped = milliseconds(lambda: gpu.step_(param, source, grad, exp_avg, second, STEP))
+    # Scores read g, q, m, v, θ; the step reads g, m, v, θ and writes θ.
+    moved = {"copy": copy, "ready gradients": 20 * size / scored / 1e9, "step": 20 * size / stepped / 1e9}
+    return {"rows": [{"kernel": name, "TB/s": rate, "of copy": rate / copy} for name, rate in moved.items()]}
+
+
+def head() -> dict[str, Any]:
+    """Token losses of a vocabulary head of 128,256 words, with and without its logits in memory."""
+    hidden = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16) / 64
+    targets = torch.randint(0, 128256, (4096,), device="cuda")
+
+    def plain() -> Tensor:
+        return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+
+    rows = []
+    for name, work in {"plain": plain, "triton": lambda: gpu.linear_cross_entropy(hidden, weight, targets)}.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        time = milliseconds(work)
+        rows.append({"way": name, "ms": time, "peak MB": (torch.cuda.max_memory_allocated() - before) / 1e6})
+    return {"rows": rows}
+
+
+def score(backend: str) -> dict[str, Any]:
+    """`InfluenceEstimator.score` on TinyLlama's shape against plain forward + backward of the same batches."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to("cuda").eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6)
+    rows = [{"input_ids": torch.randint(0, 32000, (512,)).tolist()} for _ in range(64)]
+    for row in rows:
+        row["labels"] = [-100] * 128 + row["input_ids"][128:]
+    batches = [torch.tensor([row["input_ids"] for row in rows[i : i + 32]], device="cuda") for i in (0, 32)]
+
+    def plain() -> None:
+        for ids in batches:
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad()
+
+    model(input_ids=batches[0][:4], labels=batches[0][:4]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    estimator = InfluenceEstimator(model, optimizer, rows[:8], backend=backend, pilot=2)
+    estimator.prepare(rows)
+    unscored = milliseconds(plain, repeats=5)
+    ours = milliseconds(lambda: estimator.score(rows, batch_tokens=PACKED_TOKENS), repeats=5)
+    tokens = 512 * len(rows)
+    row = {"backend": backend, "plain tokens/s": tokens / unscored * 1e3, "score tokens/s": tokens / ours * 1e3,
+           "speed": unscored / ours}  # fmt: skip
+    return {"rows": [row]}
+
+
+def _named(work: Callable[..., dict[str, Any]], argument: str) -> Callable[[], dict[str, Any]]:
+    run = partial(work, argument)
+    run.__doc__ = work.__doc__
+    return run
+
+
+# The most telling first: time may run out.
+SECTIONS = {
+    "ceilings": Section(ceilings, 40),
+    "checks triton": Section(checks_triton, 90),
+    "checks wgmma": Section(_named(checks_cuda, "wgmma"), 40),
+    "checks wgmma_cluster": Section(_named(checks_cuda, "wgmma_cluster"), 40),
+    "checks mma": Section(_named(checks_cuda, "mma"), 40),
+    "linear triton": Section(linear_triton, 60),
+    "linear wgmma": Section(_named(linear_cuda, "wgmma"), 60),
+    "linear wgmma_cluster": Section(_named(linear_cuda, "wgmma_cluster"), 60),
+    "linear mma": Section(_named(linear_cuda, "mma"), 60),
+    "score triton": Section(_named(score, "triton"), 90),
+    "small": Section(small, 40),
+    "linear unfused": Section(linear_unfused, 90),
+    "tiles": Section(rival_tiles, 60),
+    "head": Section(head, 40),
+    "score cuda": Section(_named(score, "cuda"), 90),
+}

@@ -1,0 +1,64 @@
+// What the host knows of the fused linear kernels. Dimensions: B examples, T tokens, O out, I in, K sets.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace montessori {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+struct Array {
+  const void* data;
+  Dtype dtype;
+};
+
+// Σ q · ((a1 m + a2 g) / (sqrt(s1 v + s2 g²) + ε) + decay θ) per example and set, g = dYᵀX (Eq. 1 and 5).
+struct LinearProblem {
+  Array x;                 // [T, I], bfloat16 or float16, 16-byte aligned rows
+  Array dy;                // [T, O], of the same dtype
+  const int64_t* offsets;  // [B+1]
+  Array q;                 // [K, O, I]
+  Array exp_avg;           // [O, I]
+  Array exp_avg_sq;        // [O, I]
+  Array param;             // [O, I], read only where decay is not 0
+  float* partial;          // [K, B+1, parts]; row B takes the decay, which all examples share
+  int64_t tokens;
+  int examples, sets, out, in;
+  float a1, a2, s1, s2, eps, decay;
+};
+
+// How a kernel cuts the problem: tiles of (block_o, block_i), each worked on by `blocks` blocks together, of which each
+// gives `parts_per_block` partial scores.
+struct Cut {
+  int block_o, block_i, blocks, parts_per_block;
+};
+
+inline int64_t num_tiles(const LinearProblem& p, const Cut& cut) {
+  const int64_t tiles_o = (p.out + cut.block_o - 1) / cut.block_o;
+  return tiles_o * ((p.in + cut.block_i - 1) / cut.block_i);
+}
+
+// State that is bfloat16 throughout is held so, and leaves room for a tile twice as wide.
+inline bool holds_bfloat16(const LinearProblem& p) {
+  return p.q.dtype == Dtype::kBFloat16 && p.exp_avg.dtype == Dtype::kBFloat16 && p.exp_avg_sq.dtype == Dtype::kBFloat16;
+}
+
+// mma.sync with cp.async: compute capability 8.0 and later.
+Cut mma_cut(const LinearProblem& p);
+cudaError_t launch_linear_mma(const LinearProblem& p, int splits, cudaStream_t stream);
+
+// wgmma with TMA, warp-specialised: compute capability 9.0.
+Cut wgmma_cut(const LinearProblem& p);
+cudaError_t launch_linear_wgmma(const LinearProblem& p, int splits, cudaStream_t stream);
+
+// The same in clusters of 2 × 2 blocks, which fetch each operand once for two of them.
+Cut wgmma_cluster_cut(const LinearProblem& p);
+cudaError_t launch_linear_wgmma_cluster(const LinearProblem& p, int splits, cudaStream_t stream);
+
+// scores [B, K] float64: partial[k, b] and the shared row partial[k, B], each added up in a fixed order, times scale.
+cudaError_t launch_sum_partials(const float* partial, int64_t parts, int examples, int sets, double scale,
+                                double* scores, cudaStream_t stream);
+
+}  // namespace montessori

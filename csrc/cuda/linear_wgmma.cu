@@ -1,0 +1,333 @@
+// Fused linear influence by wgmma, fed by the bulk tensor copy engine: compute capability 9.0.
+//
+// A block stays on its processor and takes tile after tile. One thread of the producer warpgroup streams the chunks of
+// all examples through the stages. Two consumer warpgroups take the examples in turn, each forming the whole
+// 128 × BLOCK_I tile of its example's gradient: while one maps its gradient by the optimizer's step (special
+// functions), the other multiplies (tensor cores). Both use the same slots of optimizer state, since they hold the
+// same elements in the same threads.
+//
+// In a cluster of SIDE × SIDE blocks, each block fetches a part of the tokens of its operands and sends them to the
+// blocks that need them too: those of its row of tiles for dY, those of its column for X.
+#include <algorithm>
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+
+namespace montessori {
+namespace {
+
+constexpr int kBlockO = 128, kBlockT = 64, kBox = 64, kGroupThreads = 128, kConsumers = 2;
+constexpr int kThreads = (1 + kConsumers) * kGroupThreads, kWarps = 4;
+constexpr int kBoxBytes = kBlockT * kBox * 2;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+// Named barriers; of the tail and the turn there is one for each consumer.
+constexpr int kStateBarrier = 1, kTailBarrier = 2, kTurnBarrier = kTailBarrier + kConsumers;
+
+template <typename Operand, typename State, int BLOCK_I, int SIDE>
+struct Kernel {
+  static constexpr int kBlocks = SIDE * SIDE, kTokens = kBlockT / SIDE;
+  static constexpr int kBoxesO = kBlockO / kBox, kBoxesI = BLOCK_I / kBox;
+  static constexpr int kStageBytes = (kBoxesO + kBoxesI) * kBoxBytes;
+  static constexpr int kStages = BLOCK_I == 128 ? 4 : 5;
+  static constexpr int kPairs = kBlockO * BLOCK_I / kGroupThreads / 2, kHalfPairs = kPairs / 2;
+  using Held = TileState<State, kPairs, kGroupThreads>;
+  // The swizzle wants stages on multiples of 1024 bytes; dynamic shared memory promises less.
+  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + Held::kBytes + 2 * kStages * 8;
+
+  // Stages are used in order; `count` chunks have gone through since the kernel began.
+  struct Pipeline {
+    uint32_t stages, barriers, count = 0;
+    __device__ uint32_t stage() const { return stages + count % kStages * kStageBytes; }
+    __device__ uint32_t full() const { return barriers + count % kStages * 16; }
+    __device__ uint32_t empty() const { return full() + 8; }
+    __device__ uint32_t parity() const { return count / kStages & 1; }
+  };
+
+  // Place of this block in its cluster.
+  struct Place {
+    int o, i;
+    // Blocks that share its dY, and those that share its X, as bits.
+    __device__ uint16_t row() const { return ((1 << SIDE) - 1) << (o * SIDE); }
+    __device__ uint16_t column() const { return (SIDE == 1 ? 1 : 5) << i; }
+  };
+  static_assert(SIDE == 1 || SIDE == 2);
+
+  __device__ static Place place() {
+    const int rank = static_cast<int>(hopper::cluster_rank());
+    return {rank / SIDE, rank % SIDE};
+  }
+
+  __device__ static TilePosition tile_of(const LinearProblem& p, int index) {
+    const TilePosition tile = tile_position<SIDE * kBlockO, SIDE * BLOCK_I>(p, index);
+    const Place here = place();
+    return {tile.first_o + here.o * kBlockO, tile.first_i + here.i * BLOCK_I};
+  }
+
+  // Pair of a thread in the accumulators of two products of 64 rows.
+  struct Position {
+    int row, column;
+    __device__ int2 operator()(int pair) const {
+      const int half = pair / kHalfPairs, rest = pair % kHalfPairs;
+      return make_int2(row + 64 * half + rest % 2 * 8, column + rest / 2 * 8);
+    }
+  };
+
+  __device__ static int num_chunks(const LinearProblem& p, int b) {
+    return static_cast<int>((p.offsets[b + 1] - p.offsets[b] + kBlockT - 1) / kBlockT);
+  }
+
+  __device__ static void produce(const LinearProblem& p, const CUtensorMap* x, const CUtensorMap* dy, int splits,
+                                 int work, Pipeline pipe) {
+    for (int item = blockIdx.x / kBlocks; item < work; item += gridDim.x / kBlocks) {
+      const TilePosition tile = tile_of(p, item / splits);
+      const Share share = share_of(p.examples, splits, item % splits);
+      for (int b = share.first; b < share.last; ++b) {
+        for (int64_t row = p.offsets[b]; row < p.offsets[b + 1]; row += kBlockT, ++pipe.count) {
+          hopper::barrier_wait(pipe.empty(), pipe.parity() ^ 1);
+          hopper::barrier_expect(pipe.full(), kStageBytes);
+          load_stage(x, dy, pipe, tile, static_cast<int>(row));
+        }
+      }
+    }
+  }
+
+  __device__ static void load_stage(const CUtensorMap* x, const CUtensorMap* dy, const Pipeline& pipe,
+                                    TilePosition tile, int row) {
+    const Place here = place();
+    for (int box = 0; box < kBoxesO + kBoxesI; ++box) {
+      const bool out = box < kBoxesO;
+      const CUtensorMap* map = out ? dy : x;
+      const int column = out ? tile.first_o + box * kBox : tile.first_i + (box - kBoxesO) * kBox;
+      const uint32_t to = pipe.stage() + box * kBoxBytes;
+      if constexpr (SIDE == 1) {
+        hopper::copy_box(to, map, pipe.full(), column, row);
+      } else {
+        const int token = (out ? here.i : here.o) * kTokens;
+        hopper::copy_box_to(to + token * kBox * 2, map, pipe.full(), column, row + token,
+                            out ? here.row() : here.column());
+      }
+    }
+  }
+
+  // The last chunk of an example also brought tokens of the next one: both operands become 0 there.
+  __device__ static void clear_tail(uint32_t stage, int tokens, int group) {
+    const int thread = threadIdx.x % kGroupThreads, words = (kBlockT - tokens) * kBox * 2 / 16;
+    for (int box = 0; box < kBoxesO + kBoxesI; ++box) {
+      for (int word = thread; word < words; word += kGroupThreads) {
+        hopper::store_zeros(stage + box * kBoxBytes + tokens * kBox * 2 + word * 16);
+      }
+    }
+    hopper::fence_async_proxy();
+    hopper::named_barrier(kTailBarrier + group, kGroupThreads);
+  }
+
+  __device__ static void multiply_stage(uint32_t stage, float (&grad)[2 * kPairs]) {
+    hopper::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockT; k += 16) {
+      const uint32_t at = stage + k * kBox * 2;
+      const uint64_t x = hopper::operand_descriptor(at + kBoxesO * kBoxBytes, kBoxBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint64_t dy = hopper::operand_descriptor(at + half * kBoxBytes, kBoxBytes);
+        hopper::Product<Operand, BLOCK_I>::add(&grad[half * kPairs], dy, x);
+      }
+    }
+    hopper::wgmma_commit();
+  }
+
+  // Tells every block that sends to this one that the stage is free here.
+  __device__ static void release(uint32_t empty) {
+    if (threadIdx.x % 32 != 0) return;
+    if constexpr (SIDE == 1) {
+      hopper::barrier_arrive(empty);
+    } else {
+      const Place here = place();
+      const int senders = here.row() | here.column();
+      for (int rank = 0; rank < kBlocks; ++rank) {
+        if (senders >> rank & 1) hopper::barrier_arrive_at(empty, rank);
+      }
+    }
+  }
+
+  // grad = dYᵀX of one example; its chunks are the next ones in the pipeline.
+  __device__ static void example_gradient(int64_t tokens, int group, Pipeline& pipe, float (&grad)[2 * kPairs]) {
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i) grad[i] = 0.f;
+    uint32_t used = 0;
+    for (int64_t left = tokens; left > 0; left -= kBlockT, ++pipe.count) {
+      hopper::barrier_wait(pipe.full(), pipe.parity());
+      if (left < kBlockT) clear_tail(pipe.stage(), static_cast<int>(left), group);
+      hopper::hold_in_place(grad);
+      multiply_stage(pipe.stage(), grad);
+      hopper::wgmma_wait<1>();
+      if (left < tokens) release(used);
+      used = pipe.empty();
+    }
+    hopper::wgmma_wait<0>();
+    hopper::hold_in_place(grad);
+    if (tokens > 0) release(used);
+  }
+
+  __device__ static void consume(const LinearProblem& p, int splits, int work, Pipeline pipe, unsigned char* slots) {
+    const int group = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
+    const int lane = thread % 32, warp = thread / 32;
+    const Held held{reinterpret_cast<typename Held::Slot*>(slots), thread};
+    const int64_t parts = static_cast<int64_t>(work / splits) * kBlocks * kWarps;
+    for (int item = blockIdx.x / kBlocks; item < work; item += gridDim.x / kBlocks) {
+      const int tile_index = item / splits, split = item % splits;
+      const TilePosition tile = tile_of(p, tile_index);
+      const Share share = share_of(p.examples, splits, split);
+      const int64_t part = (static_cast<int64_t>(tile_index) * kBlocks + blockIdx.x % kBlocks) * kWarps + warp;
+      const Position position{tile.first_o + warp * 16 + lane / 4, tile.first_i + lane % 4 * 2};
+      // Both groups are done with the last tile, then each loads half of the slots of this one.
+      hopper::named_barrier(kStateBarrier, kConsumers * kGroupThreads);
+      held.load(p, position, group * kHalfPairs, (group + 1) * kHalfPairs);
+      if (split == 0 && group == 0) store_decay<kPairs>(p, position, parts, part);
+      hopper::named_barrier(kStateBarrier, kConsumers * kGroupThreads);
+      for (int b = share.first; b < share.last; ++b) {
+        if ((b - share.first) % kConsumers != group) {
+          pipe.count += num_chunks(p, b);
+          continue;
+        }
+        // A stage's barrier tells its last use from the one before, not from two before: wait for a chunk only when
+        // the other group has seen all of its chunks.
+        if (b > share.first) hopper::named_barrier(kTurnBarrier + group, kConsumers * kGroupThreads);
+        float grad[2 * kPairs];
+        example_gradient(p.offsets[b + 1] - p.offsets[b], group, pipe, grad);
+        if (b + 1 < share.last) {
+          hopper::named_barrier_arrive(kTurnBarrier + (group + 1) % kConsumers, kConsumers * kGroupThreads);
+        }
+        store_partial(p, parts, 0, b, part, held.apply(p, grad));
+        for (int k = 1; k < p.sets; ++k) store_partial(p, parts, k, b, part, held.further_set(p, position, k, grad));
+      }
+    }
+  }
+
+  __device__ static void run(const LinearProblem& p, const CUtensorMap* x, const CUtensorMap* dy, int splits,
+                             int work) {
+    unsigned char* raw = dynamic_shared();
+    unsigned char* stages = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    unsigned char* slots = stages + kStages * kStageBytes;
+    const Pipeline pipe{shared_address(stages), shared_address(slots + Held::kBytes)};
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        hopper::barrier_init(pipe.barriers + stage * 16, 1);
+        hopper::barrier_init(pipe.barriers + stage * 16 + 8, kWarps * (2 * SIDE - 1));
+      }
+      hopper::fence_barrier_init();
+    }
+    if constexpr (SIDE == 1) {
+      __syncthreads();
+    } else {
+      hopper::cluster_sync();
+    }
+    if (threadIdx.x < kGroupThreads) {
+      hopper::give_registers<kProducerRegisters>();
+      if (threadIdx.x == 0) produce(p, x, dy, splits, work, pipe);
+    } else {
+      hopper::take_registers<kConsumerRegisters>();
+      consume(p, splits, work, pipe, slots);
+    }
+    // No block leaves while another may still tell it that a stage is free.
+    if constexpr (SIDE > 1) hopper::cluster_sync();
+  }
+};
+
+template <typename Operand, typename State, int BLOCK_I, int SIDE>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_wgmma_kernel(const __grid_constant__ LinearProblem p, const __grid_constant__ CUtensorMap x,
+                        const __grid_constant__ CUtensorMap dy, int splits, int work) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  Kernel<Operand, State, BLOCK_I, SIDE>::run(p, &x, &dy, splits, work);
+#endif
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// From the driver at run time, so that the library loads on a machine without one.
+Encode tensor_map_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+  return usable ? reinterpret_cast<Encode>(function) : nullptr;
+}
+
+// Boxes of `tokens_per_box` tokens by 64 columns of a packed activation [T, width]; what lies outside reads as 0.
+bool encode(Encode encoder, CUtensorMap* map, const Array& array, int64_t tokens, int width, int tokens_per_box) {
+  const auto type =
+      array.dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(tokens)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(width) * 2};
+  const cuuint32_t box[] = {kBox, static_cast<cuuint32_t>(tokens_per_box)}, steps[] = {1, 1};
+  return encoder(map, type, 2, const_cast<void*>(array.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename Operand, typename State, int BLOCK_I, int SIDE>
+cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
+  using Chosen = Kernel<Operand, State, BLOCK_I, SIDE>;
+  static const Encode encoder = tensor_map_encoder();
+  CUtensorMap x, dy;
+  if (!encoder || !encode(encoder, &x, p.x, p.tokens, p.in, Chosen::kTokens) ||
+      !encode(encoder, &dy, p.dy, p.tokens, p.out, Chosen::kTokens)) {
+    return cudaErrorNotSupported;
+  }
+  const auto kernel = linear_wgmma_kernel<Operand, State, BLOCK_I, SIDE>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Chosen::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Chosen::kBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = Chosen::kBlocks;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = Chosen::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if ((error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) != cudaSuccess) return error;
+  if (clusters == 0) return cudaErrorLaunchOutOfResources;
+  splits = std::max(1, std::min(splits, p.examples));
+  const Cut cut{SIDE * kBlockO, SIDE * BLOCK_I, Chosen::kBlocks, kWarps};
+  const int work = static_cast<int>(num_tiles(p, cut)) * splits;
+  config.gridDim = std::min(work, clusters) * Chosen::kBlocks;
+  return cudaLaunchKernelEx(&config, kernel, p, x, dy, splits, work);
+}
+
+template <typename Operand, int SIDE>
+cudaError_t launch_operand(const LinearProblem& p, int splits, cudaStream_t stream) {
+  return holds_bfloat16(p) ? launch<Operand, __nv_bfloat16, 128, SIDE>(p, splits, stream)
+                           : launch<Operand, float, 64, SIDE>(p, splits, stream);
+}
+
+template <int SIDE>
+cudaError_t launch_side(const LinearProblem& p, int splits, cudaStream_t stream) {
+  return p.x.dtype == Dtype::kBFloat16 ? launch_operand<__nv_bfloat16, SIDE>(p, splits, stream)
+                                       : launch_operand<__half, SIDE>(p, splits, stream);
+}
+
+template <int SIDE>
+Cut cut(const LinearProblem& p) {
+  return {SIDE * kBlockO, SIDE * (holds_bfloat16(p) ? 128 : 64), SIDE * SIDE, kWarps};
+}
+
+}  // namespace
+
+Cut wgmma_cut(const LinearProblem& p) { return cut<1>(p); }
+
+cudaError_t launch_linear_wgmma(const LinearProblem& p, int splits, cudaStream_t stream) {
+  return launch_side<1>(p, splits, stream);
+}
+
+Cut wgmma_cluster_cut(const LinearProblem& p) { return cut<2>(p); }
+
+cudaError_t launch_linear_wgmma_cluster(const LinearProblem& p, int splits, cudaStream_t stream) {
+  return launch_side<2>(p, splits, stream);
+}
+
+}  // namespace montessori

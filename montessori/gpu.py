@@ -1,0 +1,283 @@
+"""The Triton kernels behind `montessori.ops`, impl="triton". Dimensions as there.
+
+Allocation, launch parameters and the constants of the step; the device code is `montessori.kernels.triton`,
+tile shapes come from `montessori.tiles`. Arguments are trusted here; `montessori.ops` has checked them.
+Triton is imported when an operation runs, not before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from montessori import tiles
+from montessori.steps import AdamWStep, OptimizerStep
+
+if TYPE_CHECKING:
+    from montessori.ops import SparseRows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StepMap:
+    """A step as the kernels see it: Δ(g) = −lr · [ update(g + l2 θ) + decay θ ], see kernels/triton/update.py.
+
+    `constants` are a1, a2, s1, s2, eps, decay, l2; `flags` say which of them can be other than 0.
+    """
+
+    lr: float
+    constants: tuple[float, ...]
+    flags: dict[str, bool]
+
+    @classmethod
+    def of(cls, step: OptimizerStep, exp_avg: Tensor | None) -> StepMap:
+        if isinstance(step, AdamWStep):
+            decay, l2 = (step.weight_decay, 0.0) if step.decoupled else (0.0, step.weight_decay)
+            constants = (*step.folded, step.eps, decay, l2)
+            return cls(step.lr, constants, {"ADAM": True, "MOMENT": True, "DECAY": decay != 0, "L2": l2 != 0})
+        on_grad, on_buffer = step.line(buffered=step.step > 1 and exp_avg is not None)
+        decay = step.weight_decay * on_grad
+        constants = (on_buffer, on_grad, 0.0, 0.0, 0.0, decay, 0.0)
+        return cls(step.lr, constants, {"ADAM": False, "MOMENT": on_buffer != 0, "DECAY": decay != 0, "L2": False})
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU, one operation at a time (for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why the Triton kernels cannot be used in this process, None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not interpreting() and not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why these arguments are not for the Triton kernels, None when they are."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cuda or interpreting()):
+            return f"it runs on a GPU, got a tensor on {tensor.device}"
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"it computes in float32 from float32, bfloat16 or float16, got {tensor.dtype}"
+    return None
+
+
+def linear_influence(
+    x: Tensor,
+    dy: Tensor,
+    bounds: list[int],
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    rows: SparseRows | None,
+    tile: tiles.Tile | None = None,
+) -> Tensor:
+    """Eq. 5 tile by tile; see `montessori.ops.linear_influence`. `tile` is for measurements."""
+    (num_out, num_in), num_examples, num_sets = param.shape, len(bounds) - 1, q.shape[0]
+    if 0 in (num_out, num_in, num_examples, num_sets):
+        return q.new_zeros(num_examples, num_sets, dtype=torch.float64)
+    from montessori.kernels.triton.linear import linear_influence_launch
+
+    common = torch.promote_types(x.dtype, dy.dtype)
+    x, dy = x.to(common).contiguous(), dy.to(common).contiguous()
+    tile = tile or tiles.choose_tile(x)
+    tiles_o, tiles_i = -(-num_out // tile.block_o), -(-num_in // tile.block_i)
+    partial = _partials(q, num_sets, num_examples, tiles_o * tiles_i)
+    step_map = StepMap.of(step, exp_avg)
+    table = (None, None, None) if rows is None else _rows_by_tile(rows, num_out, tile.block_o)
+    with _on(param):
+        linear_influence_launch(
+            x, dy, torch.tensor(bounds, device=x.device), q.contiguous(), *_contiguous(exp_avg, exp_avg_sq, param),
+            table, partial, step_map.constants, step_map.flags, tile,
+            tiles.examples_per_program(tiles_o * tiles_i, num_examples, x.device), _dot_precision(),
+        )  # fmt: skip
+    return _total(partial, torch.arange(num_examples + 1, device=x.device)).mul_(-step.lr)
+
+
+def _rows_by_tile(rows: SparseRows, num_out: int, block_o: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows sorted by example and id, and bounds int32 [B, tiles_o + 1] of each row of tiles."""
+    key = _example_of(rows) * num_out + rows.ids
+    key, order = key.sort(stable=True)
+    first = torch.arange(0, num_out + block_o, block_o, device=key.device).clamp(max=num_out)
+    example = torch.arange(rows.offsets.numel() - 1, device=key.device)
+    bounds = torch.searchsorted(key, example[:, None] * num_out + first)
+    return rows.ids[order].int(), rows.grad[order].contiguous(), bounds.int()
+
+
+def embedding_influence(
+    rows: SparseRows,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    drift: Tensor,
+) -> Tensor:
+    """Eq. 6, one program per touched row; see `montessori.ops.embedding_influence`."""
+    (num_rows, width), num_examples = param.shape, rows.offsets.numel() - 1
+    start = drift.double().to(param.device).expand(num_examples, -1)
+    if 0 in (rows.ids.numel(), width, q.shape[0]):
+        return start.clone()
+    from montessori.kernels.triton.embedding import embedding_influence_launch
+
+    key, order = (_example_of(rows) * num_rows + rows.ids).sort(stable=True)
+    segments, counts = torch.unique_consecutive(key, return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    per_row = -(-width // tiles.BLOCK_ELEMENTS)
+    partial = _partials(q, q.shape[0], segments.numel(), per_row)
+    step_map = StepMap.of(step, exp_avg)
+    with _on(param):
+        embedding_influence_launch(
+            order, starts, segments % num_rows, rows.grad.contiguous(), q.contiguous(),
+            *_contiguous(exp_avg, exp_avg_sq, param), partial, step_map.constants, step_map.flags,
+            min(tiles.BLOCK_ELEMENTS, _power_of_2(width)),
+        )  # fmt: skip
+    example = torch.arange(num_examples + 1, device=key.device)
+    return start + _total(partial, torch.searchsorted(segments, example * num_rows)).mul_(-step.lr)
+
+
+def adam_influence(
+    grad: Tensor | None,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+) -> Tensor:
+    """Eq. 3 for ready gradients; see `montessori.ops.adam_influence`."""
+    if grad is None:
+        grad = torch.zeros_like(param)[None]
+    num_examples, num_sets, size = grad.shape[0], q.shape[0], param.numel()
+    if 0 in (num_examples, num_sets, size):
+        return q.new_zeros(num_examples, num_sets, dtype=torch.float64)
+    from montessori.kernels.triton.elementwise import adam_influence_launch
+
+    partial = _partials(q, num_sets, num_examples, -(-size // tiles.BLOCK_ELEMENTS))
+    step_map = StepMap.of(step, exp_avg)
+    with _on(param):
+        adam_influence_launch(
+            grad.reshape(num_examples, size).contiguous(), q.contiguous(), *_contiguous(exp_avg, exp_avg_sq, param),
+            partial, step_map.constants, step_map.flags, tiles.BLOCK_ELEMENTS,
+        )  # fmt: skip
+    return _total(partial, torch.arange(num_examples + 1, device=param.device)).mul_(-step.lr)
+
+
+def step_(
+    param: Tensor,
+    source: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: OptimizerStep,
+) -> None:
+    """param = source + Δ(grad) in one pass; `param` may be `source`, and must be contiguous.
+
+    The way back from a virtual step is a copy of `source`, or the next candidate's step from the same `source`."""
+    if param.numel() == 0:
+        return
+    from montessori.kernels.triton.elementwise import adam_step_launch
+
+    step_map = StepMap.of(step, exp_avg)
+    source, grad = source.contiguous(), grad.contiguous()
+    with _on(param):
+        adam_step_launch(
+            param, source, grad, *_contiguous(exp_avg, exp_avg_sq), step.lr, step_map.constants, step_map.flags,
+            tiles.BLOCK_ELEMENTS,
+        )  # fmt: skip
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Token losses and log Σ exp of the logits, float32 [n] each, without the logits in memory.
+
+    hidden [n, H] at label positions, weight [V, H], targets int64 [n] within the vocabulary.
+    """
+    num_rows = hidden.shape[0]
+    if num_rows == 0:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+    from montessori.kernels.triton.cross_entropy import linear_cross_entropy_launch
+
+    tile = tiles.choose_logits_tile(hidden)
+    words_per_split = tile.block_i * tiles.WORD_BLOCKS
+    highest, total = hidden.new_empty(2, -(-weight.shape[0] // words_per_split), num_rows, dtype=torch.float32)
+    target_logit = hidden.new_empty(num_rows, dtype=torch.float32)
+    with _on(hidden):
+        linear_cross_entropy_launch(
+            hidden.contiguous(), weight.contiguous(), targets, highest, total, target_logit, words_per_split, tile,
+            _dot_precision(),
+        )  # fmt: skip
+    lse = torch.logsumexp(highest + total.log(), dim=0)
+    return lse - target_logit, lse
+
+
+def logits_gradient(
+    hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, num_words: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Gradients [n, words] of Σ scale · loss on the logits, `num_words` words at a time, with their span.
+
+    `lse` from `linear_cross_entropy`, `scale` [n]. Each block is the dY of the same rows of the head's weight, which
+    `montessori.ops.linear_influence` scores; its product with those rows of the weight adds to dX.
+    """
+    from montessori.kernels.triton.cross_entropy import logits_gradient_launch
+
+    tile = tiles.choose_logits_tile(hidden)
+    hidden, weight, scale = hidden.contiguous(), weight.contiguous(), scale.float().contiguous()
+    for first in range(0, weight.shape[0], num_words):
+        span = slice(first, min(first + num_words, weight.shape[0]))
+        grad = hidden.new_empty(hidden.shape[0], span.stop - first)
+        if grad.numel():
+            with _on(hidden):
+                logits_gradient_launch(hidden, weight, targets, lse, scale, grad, first, tile, _dot_precision())
+        yield span, grad
+
+
+def _partials(like: Tensor, num_sets: int, num_parts: int, num_tiles: int) -> Tensor:
+    return like.new_empty(num_sets, num_parts, num_tiles, dtype=torch.float32)
+
+
+def _total(partial: Tensor, offsets: Tensor) -> Tensor:
+    """Scores float64 [B, K] from partial [K, parts, tiles] and the offsets [B+1] of each example's parts."""
+    from montessori.kernels.triton.partials import sum_partials_launch
+
+    scores = partial.new_empty(offsets.numel() - 1, partial.shape[0], dtype=torch.float64)
+    with _on(partial):
+        sum_partials_launch(partial.flatten(1), offsets * partial.shape[2], scores)
+    return scores
+
+
+def _example_of(rows: SparseRows) -> Tensor:
+    """Example of each sparse row, int64 [T] on the rows' device."""
+    counts = rows.offsets.to(rows.ids.device).diff()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _dot_precision() -> str:
+    """Float32 products follow torch's own switch; narrower ones are exact products either way."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

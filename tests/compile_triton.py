@@ -1,0 +1,127 @@
+"""Compiles every Triton kernel ahead of time for the capabilities in argv and prints its resources as JSON.
+
+Runs in a process of its own: under TRITON_INTERPRET=1 nothing can be compiled. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from montessori.kernels.triton import cross_entropy, elementwise, embedding, linear, partials
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from montessori import tiles
+
+FLOAT_POINTERS = ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale")
+FLOATS = ("a1", "a2", "s1", "s2", "eps", "decay", "l2", "lr")
+SGD = {"ADAM": False, "MOMENT": False, "DECAY": False, "exp_avg_ptr": None, "exp_avg_sq_ptr": None}
+ADAMW = {"ADAM": True, "MOMENT": True, "DECAY": True, "L2": False}
+
+
+def pointer_types(operand: str, state: str) -> dict[str, str]:
+    """Element type of every pointer argument by its name."""
+    types = dict.fromkeys(("x", "dy", "grad", "hidden", "weight", "row_grad"), operand)
+    types |= dict.fromkeys(("q", "exp_avg", "exp_avg_sq"), state)
+    types |= dict.fromkeys(("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale"), "fp32")
+    types |= dict.fromkeys(("offsets", "order", "starts", "ids", "targets"), "i64")
+    return types | {"row_ids": "i32", "row_bounds": "i32", "scores": "fp64"}
+
+
+def kernels(capability: int) -> dict[str, tuple]:
+    """Kernel, element types, constants, warps and stages as `montessori.gpu` launches them."""
+    tile = tiles.NARROW[divmod(capability, 10)]
+    fused = {"SETS": 1, "SETS_PADDED": 1, **ADAMW, "TIED": False, "HOLD": True, "BLOCK_R": 16, "GROUP": 8}
+
+    rows = dict.fromkeys(("row_ids_ptr", "row_grad_ptr", "row_bounds_ptr"))
+
+    def linear_entry(tile: tiles.Tile, operand: str, state: str, **changes) -> tuple:
+        shape = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_T": tile.block_t}
+        constants = {**fused, **shape, "PRECISION": "ieee" if operand == "fp32" else "tf32", **changes}
+        if not constants["TIED"]:
+            constants |= rows
+        return linear.linear_influence_kernel, (operand, state), constants, tile.num_warps, tile.num_stages
+
+    products = {
+        "linear bf16": linear_entry(tile, "bf16", "fp32"),
+        "linear bf16, tied": linear_entry(tile, "bf16", "fp32", TIED=True),
+    }
+    if capability != 90:
+        return products
+    # What one capability makes of the others tells enough.
+    more = {
+        "linear bf16, SGD": linear_entry(tile, "bf16", "fp32", **SGD),
+        "linear bf16, two sets": linear_entry(tile, "bf16", "fp32", SETS=2, SETS_PADDED=2, HOLD=False),
+        "linear fp32": linear_entry(tiles.WIDE, "fp32", "fp32"),
+    }
+    return products | more | other_kernels()
+
+
+def other_kernels() -> dict[str, tuple]:
+    logits = {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_H": 64, "PRECISION": "tf32"}
+    plain = {"SETS": 1, "BLOCK": tiles.BLOCK_ELEMENTS}
+    without_decay = {name: ADAMW[name] for name in ("ADAM", "MOMENT", "L2")}
+    step = {"ADAM": True, "MOMENT": True, "BLOCK": tiles.BLOCK_ELEMENTS}
+    return {
+        "elementwise": (elementwise.adam_influence_kernel, ("fp32", "fp32"), {**plain, **ADAMW}, 4, 1),
+        "step": (elementwise.adam_step_kernel, ("fp32", "fp32"), step, 4, 1),
+        "embedding": (embedding.embedding_influence_kernel, ("bf16", "fp32"), {**plain, **without_decay}, 4, 1),
+        "cross entropy": (cross_entropy.linear_cross_entropy_kernel, ("bf16", "fp32"), logits, 8, 3),
+        "logits gradient": (cross_entropy.logits_gradient_kernel, ("bf16", "fp32"), logits, 8, 3),
+        "partials": (partials.sum_partials_kernel, ("fp32", "fp32"), {"BLOCK": 512}, 4, 1),
+    }
+
+
+def compile_kernel(kernel, types: tuple[str, str], constants: dict, warps: int, stages: int, capability: int) -> dict:
+    pointers = pointer_types(*types)
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{pointers[name.removesuffix('_ptr')]}"
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if name.endswith("_ptr") or name in ("O", "I", "H", "V", "size"):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=at, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    return resources(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+
+
+def resources(compiled) -> dict:
+    """Registers, spilled bytes, shared memory, and which instructions the machine code has."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    matrix = sorted({word for word in ("HGMMA", "HMMA", "UTCHMMA") if re.search(rf"\b{word}\b", code)})
+    special = len(re.findall(r"\bMUFU\.(?:RSQ|SQRT|RCP)\b", code))
+    shared = compiled.metadata.shared
+    return {"registers": registers, "stack": stack, "shared": shared, "matrix": matrix, "special": special}
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    compiled = {
+        capability: {name: compile_kernel(*entry, int(capability)) for name, entry in kernels(int(capability)).items()}
+        for capability in sys.argv[1:]
+    }
+    print(json.dumps(compiled))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The Triton kernels under Triton's interpreter, against the specification in float64.
+
+`tests/test_triton.py` runs this file in a process of its own: the interpreter is chosen before Triton is imported.
+The interpreter multiplies bfloat16 as raw bits, so operands here are float32 and float16; bfloat16 is stored state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import make_model, make_rows, warm_optimizer
+from test_ops import ADAMW, HOSTILE, STEPS, Case, assert_specified, embedding_case, linear_case, make_state, ready_case
+
+from montessori import InfluenceEstimator, gpu, ops, reference, tiles
+from montessori.errors import ArgumentError
+
+# Several tiles and steps in every direction, none of them whole.
+CASES = HOSTILE | {
+    "many_of_one_token": linear_case((1,) * 9, num_out=3, num_in=2),
+    "several_tiles": linear_case((37, 0, 1, 16), num_out=37, num_in=35),
+    "several_tiles_tied": linear_case((20, 3, 0), num_out=50, num_in=19, tied=(40, 0, 3)),
+    "more_tiles_than_a_group": linear_case((2, 1), num_out=150, num_in=40, sets=3),
+    "wide_table": embedding_case((9, 0, 4, 1), table=5, width=2 * tiles.BLOCK_ELEMENTS + 3),
+    "as_many_touched_rows_as_examples": embedding_case((0, 2, 1), table=3, width=tiles.BLOCK_ELEMENTS + 1),
+    "several_blocks": ready_case((tiles.BLOCK_ELEMENTS + 5, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_as_specified(name):
+    assert_specified(CASES[name], torch.float32, "triton")
+
+
+@pytest.mark.parametrize("name", ["several_tiles_tied", "wide_table", "several_blocks"])
+def test_scores_of_narrow_inputs_are_as_specified(name):
+    assert_specified(CASES[name], torch.float16, "triton")
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("name", ["tied", "table", "matrix"])
+def test_scores_of_every_optimizer_are_as_specified(name, step):
+    case = CASES[name]
+    assert_specified(replace(case, **make_state(tuple(case.param.shape), len(case.q), step)), torch.float32, "triton")
+
+
+def narrow_state(case: Case) -> Case:
+    names = ("q", "exp_avg", "exp_avg_sq")
+    return replace(case.to(torch.float32), **{name: getattr(case, name).bfloat16() for name in names})
+
+
+@pytest.mark.parametrize("name", ["several_tiles", "wide_table", "several_blocks"])
+def test_state_in_bfloat16_is_computed_in_float32(name):
+    narrow = narrow_state(CASES[name])
+    assert torch.equal(narrow.run(impl="triton"), narrow.to(torch.float32).run(impl="triton"))
+
+
+@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("shape", [(16, 32, 16), (32, 16, 32)])
+def test_every_tile_gives_the_specified_scores(monkeypatch, hold, shape):
+    monkeypatch.setattr(tiles, "choose_tile", lambda operand: tiles.Tile(*shape, num_warps=1, num_stages=1, hold=hold))
+    for name in ("several_tiles", "several_tiles_tied", "one_set"):
+        assert_specified(CASES[name], torch.float32, "triton")
+
+
+def test_an_example_has_the_same_bits_alone_in_a_batch_and_in_programs_of_its_own(monkeypatch):
+    case = CASES["several_tiles_tied"].to(torch.float32)
+    together = case.run(impl="triton")
+    monkeypatch.setattr(tiles, "examples_per_program", lambda num_tiles, num_examples, device: 1)
+    assert torch.equal(case.run(impl="triton"), together)
+    for b, (low, high) in enumerate(zip(case.offsets[:-1].tolist(), case.offsets[1:].tolist(), strict=True)):
+        first, last = case.rows.offsets[b : b + 2].tolist()
+        rows = replace(
+            case.rows, ids=case.rows.ids[first:last], grad=case.rows.grad[first:last],
+            offsets=torch.tensor([0, last - first]),
+        )  # fmt: skip
+        alone = replace(
+            case, x=case.x[low:high], dy=case.dy[low:high], offsets=torch.tensor([0, high - low]), rows=rows
+        )
+        assert torch.equal(alone.run(impl="triton")[0], together[b])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_example_breaks_its_own_score_alone(value):
+    case = CASES["several_tiles"].to(torch.float32)
+    want = case.run(impl="triton")
+    broken = case.x.clone()
+    broken[0, 3] = value
+    got = replace(case, x=broken).run(impl="triton")
+    assert got[0].isnan().all()
+    assert torch.equal(got[1:], want[1:])
+
+
+def test_without_epsilon_the_edge_of_a_tile_stays_out_of_the_score():
+    step = replace(ADAMW, eps=0.0)
+    for name in ("ordinary", "matrix", "table"):
+        assert CASES[name].to(torch.float32).run(impl="triton").isfinite().all()
+        assert_specified(replace(CASES[name], step=step), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_the_step_itself_is_as_specified_and_can_be_taken_back(step):
+    case = replace(ready_case((3, 700), size=1), **make_state((3, 700), 1, step)).to(torch.float32)
+    state = (case.exp_avg, case.exp_avg_sq)
+    param, source = case.param.clone(), case.param.clone()
+    gpu.step_(param, source, case.ready[0], *state, step)
+    wide = [None if t is None else t.double() for t in (case.ready[0], *state, case.param)]
+    plain = case.param + reference.delta(case.ready[0], *state, case.param, step)
+    want = wide[3] + reference.delta(*wide, step)
+    # Twice the plain path's error, and a rounding of every part: the weight and the eight of its step.
+    parts = wide[3].abs() + 8 * (want - wide[3]).abs() + 8 * step.lr * wide[0].abs()
+    assert torch.all((param - want).abs() <= 2 * (plain - want).abs() + parts * torch.finfo(torch.float32).eps)
+    assert torch.equal(source, case.param)
+    again = source.clone()
+    gpu.step_(again, again, case.ready[0], *state, step)
+    assert torch.equal(again, param)
+
+
+def head_case(num_rows=17, width=19, num_words=531):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (num_rows, num_words))
+    return hidden, weight, torch.randint(0, num_words, (num_rows,), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(17, 19, 531), (1, 1, 1), (16, 16, 16)])
+def test_token_losses_are_those_of_the_logits(dtype, shape):
+    hidden, weight, targets = head_case(*shape)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    losses, lse = gpu.linear_cross_entropy(hidden, weight, targets)
+    logits = hidden.double() @ weight.double().T
+    want = F.cross_entropy(logits, targets, reduction="none")
+    plain = F.cross_entropy(hidden.float() @ weight.float().T, targets, reduction="none")
+    # A rounding for each of the width + 8 operations on the largest logit, and twice the plain path's error.
+    largest = (hidden.double().abs() @ weight.double().abs().T).amax(1)
+    allowed = 2 * (plain - want).abs() + (shape[1] + 8) * torch.finfo(torch.float32).eps * (1 + largest)
+    assert torch.all((losses - want).abs() <= allowed)
+    assert torch.all((lse - logits.logsumexp(1)).abs() <= allowed)
+
+
+def test_blocks_of_the_logits_gradient_are_those_of_autograd():
+    hidden, weight, targets = head_case()
+    scale = torch.linspace(0.1, 1, len(targets), dtype=torch.float64)
+    logits = (hidden @ weight.T).requires_grad_()
+    (F.cross_entropy(logits, targets, reduction="none") * scale).sum().backward()
+    hidden, weight = hidden.float(), weight.float()
+    _, lse = gpu.linear_cross_entropy(hidden, weight, targets)
+    blocks = list(gpu.logits_gradient(hidden, weight, targets, lse, scale, num_words=200))
+    assert [(span.start, span.stop) for span, _ in blocks] == [(0, 200), (200, 400), (400, 531)]
+    got = torch.cat([block for _, block in blocks], dim=1)
+    # exp turns the absolute error of logit − lse, some width + 8 roundings of the largest logit, into a relative one.
+    error = (hidden.shape[1] + 8) * torch.finfo(torch.float32).eps * (1 + (hidden.abs() @ weight.abs().T).max())
+    assert torch.all((got - logits.grad).abs() <= error * scale[:, None])
+
+
+def test_no_label_position_gives_no_loss():
+    hidden, weight, targets = head_case(0, 4, 9)
+    assert gpu.linear_cross_entropy(hidden.float(), weight.float(), targets)[0].shape == (0,)
+
+
+def test_arguments_that_do_not_fit_are_refused_by_name():
+    assert "triton" in ops.available_impls()
+    for name in ("ordinary", "table", "matrix"):
+        with pytest.raises(ArgumentError, match=r"impl='triton': it computes in float32 from .*got torch.float64"):
+            CASES[name].run(impl="triton")
+
+
+def test_an_estimator_gives_the_same_scores_by_these_kernels():
+    model = make_model("llama_tied", torch.float32)
+    optimizer, rows, references = warm_optimizer(model), make_rows(3, seed=1), make_rows(2, seed=2)
+    scores = {
+        backend: InfluenceEstimator(model, optimizer, references, backend=backend, pilot=1).score(rows).influence
+        for backend in ("triton", "reference")
+    }
+    # Both are float32 sums of the same terms: some hundred roundings of the largest score.
+    largest = abs(scores["reference"]).max()
+    assert abs(scores["triton"] - scores["reference"]).max() <= 100 * torch.finfo(torch.float32).eps * largest

@@ -1,0 +1,115 @@
+"""The CUDA kernels on a machine without a GPU: what the compiler makes of them, and how they are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from montessori import AdamWStep, SGDStep, cuda, ops
+from montessori.errors import ArgumentError
+
+ROOT = Path(__file__).parents[1]
+ENTRY = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg", re.S
+)
+
+
+def setup_module_of_the_build():
+    """setup.py as a module; it calls `setup()` on import, which does nothing but parse here."""
+    spec = importlib.util.spec_from_file_location("montessori_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    before, sys.argv = sys.argv, ["setup.py", "--quiet", "--version"]
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.argv = before
+    return module
+
+
+def compiler_report(source: str, archs: tuple[str, ...], tmp_path: Path) -> str:
+    toolkit = setup_module_of_the_build().cuda_toolkit()
+    if toolkit is None:
+        pytest.skip("no CUDA toolkit")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    command = [toolkit / "bin/nvcc", "-O3", "-std=c++17", "-DNDEBUG", *targets, "-Xptxas", "-v", "-c", source]
+    done = subprocess.run(
+        [*map(str, command), "-o", str(tmp_path / "object.o")], cwd=ROOT / "csrc/cuda", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "archs", "kernels", "most_registers"),
+    [
+        # 256 threads of a block share 65,536 registers, so 255 each would still run; more than 192 is a regression.
+        ("linear_mma.cu", ("80", "100"), 8, 192),
+        # 384 threads start with 168; the consumers take 240 from what the producer gives back.
+        ("linear_wgmma.cu", ("90a",), 8, 168),
+    ],
+)
+def test_no_kernel_spills_registers(source, archs, kernels, most_registers, tmp_path):
+    report = compiler_report(source, archs, tmp_path)
+    entries = ENTRY.findall(report)
+    # Two dtypes of operands by two of held state, and by two targets, or by clusters of one and of four blocks.
+    assert len(entries) == kernels, report
+    for name, stored, loaded, registers in entries:
+        assert (int(stored), int(loaded)) == (0, 0), name
+        assert int(registers) <= most_registers, name
+    assert "warning" not in report.lower(), report  # among others: products that the compiler had to serialise
+
+
+@pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA kernels were not built")
+def test_the_library_loads_without_a_driver():
+    assert cuda.load_error() is None
+    assert "kernel" in str(torch.ops.montessori_cuda.linear_scores.default._schema)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_kernels_are_refused_by_name_with_the_reason():
+    assert "cuda" not in ops.available_impls()
+    with pytest.raises(ArgumentError, match=r"impl='cuda': .*there is no CUDA device"):
+        ops.check_impl("cuda")
+
+
+def arguments(dtype=torch.bfloat16, size=16):
+    x, dy = torch.ones(4, size, dtype=dtype), torch.ones(4, size, dtype=dtype)
+    state = [torch.ones(2, size, size), *(torch.ones(size, size) for _ in range(3))]
+    return [x, dy, *state, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "step", "reason"),
+    [
+        ({}, AdamWStep(lr=0.1), "tensor on cpu"),
+        ({0: torch.ones(4, 16)}, AdamWStep(lr=0.1), "x and dy in bfloat16 or both in float16"),
+        ({5: torch.ones(16, 12)}, AdamWStep(lr=0.1), "sizes divisible by 8"),
+        ({2: torch.ones(2, 16, 16).double()}, AdamWStep(lr=0.1), "state in float32"),
+        ({0: torch.ones(0, 16).bfloat16()}, AdamWStep(lr=0.1), "no token"),
+        ({5: torch.ones(257)[1:].view(16, 16)}, AdamWStep(lr=0.1), "multiple of 16 bytes"),
+        ({6: torch.ones(1, 16)}, AdamWStep(lr=0.1), "tied"),
+        ({}, AdamWStep(lr=0.1, weight_decay=0.1, decoupled=False), "L2"),
+        ({}, SGDStep(lr=0.1), "no SGD"),
+    ],
+)
+def test_arguments_that_the_kernels_do_not_take_are_named(monkeypatch, change, step, reason):
+    """The rules are the same everywhere; only whether there is a device is answered for this machine."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    given = [change.get(position, tensor) for position, tensor in enumerate(arguments())]
+    if reason != "tensor on cpu":
+        monkeypatch.setattr(cuda, "_elsewhere", lambda param: None)
+    assert reason in cuda.unsupported(step, *given)
+
+
+def test_the_list_of_capabilities_is_read_from_the_environment(monkeypatch):
+    build = setup_module_of_the_build()
+    monkeypatch.setenv("MONTESSORI_CUDA_ARCHS", "80; 90a;")
+    assert build.cuda_archs() == ["80", "90a"]
+    monkeypatch.setenv("MONTESSORI_CUDA_ARCHS", "")
+    assert build.cuda_archs() == []

@@ -1,0 +1,93 @@
+"""The Triton kernels on a machine without a GPU: interpreted, compiled ahead of time, and out of the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from montessori import gpu, ops, tiles
+from montessori.errors import ArgumentError
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+# Bytes of shared memory that one block may have, by capability.
+SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
+MATRIX_INSTRUCTION = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_interpreted_kernels_are_as_specified():
+    pytest.importorskip("triton")
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict:
+    pytest.importorskip("triton")
+    cache = str(tmp_path_factory.mktemp("triton"))
+    done = run(HERE / "compile_triton.py", *SHARED_LIMIT, TRITON_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_kernels_compile_within_the_resources_of_a_gpu(compiled, capability):
+    for name, used in compiled[capability].items():
+        # 16 bytes of stack are two registers beside a loop; a spilled tile has hundreds.
+        assert used["stack"] <= 16, f"{name}: {used}"
+        assert used["shared"] <= SHARED_LIMIT[capability], f"{name}: {used}"
+        on_tensor_cores = name not in ("linear fp32", "elementwise", "step", "embedding", "partials")
+        assert (MATRIX_INSTRUCTION[capability] in used["matrix"]) == on_tensor_cores, f"{name}: {used}"
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_an_element_costs_two_special_functions(compiled, capability):
+    tile = tiles.NARROW[divmod(int(capability), 10)]
+    per_thread = tile.block_o * tile.block_i // (32 * tile.num_warps)
+    # One square root and one reciprocal; two more for the index arithmetic of the tile.
+    assert compiled[capability]["linear bf16"]["special"] <= 2 * per_thread + 4
+
+
+def test_the_package_works_where_triton_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    assert gpu.unavailable() == "triton is not installed"
+    assert "triton" not in ops.available_impls()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_kernels_are_refused_by_name_with_the_reason():
+    with pytest.raises(ArgumentError, match=r"impl='triton': .*(no CUDA device|not installed)"):
+        ops.check_impl("triton")
+
+
+def test_the_kernel_folder_stays_out_of_the_way_until_a_kernel_runs(tmp_path):
+    """transformers looks for a package `kernels`; the folder of that name at the root must not answer for it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("marker = 1\n")
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r})\n"
+        "import kernels; assert kernels.marker == 1\n"
+        "import montessori.ops\n"
+        "assert not any('kernels.triton' in name for name in sys.modules), 'imported before a kernel ran'\n"
+        "import importlib.util; assert importlib.util.find_spec('montessori.kernels.triton.linear')\n"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
