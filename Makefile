@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/montessori demo --out out/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-real: .venv/installed
 	$(BIN)/python -m pytest -q -m "real or slow"

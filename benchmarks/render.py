@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the JSON files under benchmarks/results.
+"""Write the tables of README.md and docs/performance.md from the JSON files under benchmarks/results.
 
 python -m benchmarks.render
 """
@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
 
 
 def fidelity(records: list[dict[str, Any]]) -> str:
@@ -37,18 +38,74 @@ def fidelity(records: list[dict[str, Any]]) -> str:
 
 def speed(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| threads | backend | plain forward + backward | score | time ratio | once (q, anchor, proof) |",
-        "|---|---|---|---|---|---|",
+        "| threads | products | plain | trimmed | score | score / plain | score / trimmed | quarter / plain "
+        "| quarter's Spearman |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
-        plain, score = (statistics.median(record["seconds"][key]) for key in ("plain", "score"))
-        low, high = record["ratio_spread"]
+        settings, ratios = record["settings"], record["speed"]
+        products = settings["dtype"] + ("" if settings["precision"] == "highest" else f", {settings['precision']!r}")
+        rates = [record["tokens"] / statistics.median(record["seconds"][arm]) for arm in ("plain", "trimmed", "score")]
         lines.append(
-            f"| {record['machine']['threads']} | {record['backend']} | {record['tokens'] / plain:.0f} tokens/s "
-            f"| {record['tokens'] / score:.0f} tokens/s | {record['ratio_median']:.2f} ({low:.2f}–{high:.2f}) "
-            f"| {record['seconds']['once']:.0f} s |"
+            f"| {record['machine']['threads']} | {products} | "
+            + " | ".join(f"{rate:.0f} tokens/s" for rate in rates)
+            + f" | {_ratio(ratios['score/plain'])} | {_ratio(ratios['score/trimmed'])} "
+            f"| {_ratio(ratios['sampled/plain'])} | {record['sampled_spearman']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def once(records: list[dict[str, Any]]) -> str:
+    lines = ["| threads | products | q, anchor and proof |", "|---|---|---|"]
+    for record in records:
+        settings = record["settings"]
+        lines.append(f"| {record['machine']['threads']} | {settings['dtype']} | {record['seconds']['once']:.0f} s |")
+    return "\n".join(lines)
+
+
+def sampling(record: dict[str, Any]) -> str:
+    lines = ["| share of the tiles | Spearman | Pearson | standard error / spread | error / standard error |"]
+    lines.append("|---|---|---|---|---|")
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['sample']} | {row['spearman']:.4f} | {row['pearson']:.4f} "
+            f"| {row['error_over_spread']:.3f} | {row['error_over_claimed']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def kernels(records: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | O × I | tokens an example | products | ms | GFLOP/s | share of the product rate | time / plain dW |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for row in record["rows"]:
+            lines.append(
+                f"| {row['model']} | {row['out']} × {row['in']} | {row['length']} | {record['settings']['dtype']} "
+                f"| {row['seconds'] * 1e3:.1f} | {row['gflops']:.0f} | {row['gflops'] / record['product_gflops']:.0%} "
+                f"| {row['ratio_to_dw']:.2f} ({row['ratio_low']:.2f}–{row['ratio_high']:.2f}) |"
+            )
+    return "\n".join(lines)
+
+
+def memory(record: dict[str, Any]) -> str:
+    peaks = record["peak_rss_bytes"]
+    lines = ["| padded tokens of a batch | plain, with m, v, q | score | score / plain |", "|---|---|---|---|"]
+    for tokens in record["settings"]["batch_tokens"]:
+        plain, score = peaks[f"plain/{tokens}"], peaks[f"score/{tokens}"]
+        lines.append(f"| {tokens} | {plain / 1e9:.2f} GB | {score / 1e9:.2f} GB | {score / plain:.2f} |")
+    return "\n".join(lines)
+
+
+def profile(record: dict[str, Any]) -> str:
+    lines = ["| work | seconds | share |", "|---|---|---|"]
+    lines += [f"| {kind} | {row['seconds']:.2f} | {row['share']:.1%} |" for kind, row in record["rows"].items()]
+    return "\n".join(lines)
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
 def _records(pattern: str) -> list[dict[str, Any]]:
@@ -56,17 +113,26 @@ def _records(pattern: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
+    speeds = sorted(
+        _records("speed_auto_*.json"),
+        key=lambda r: (r["settings"]["dtype"] != "float32", r["settings"]["precision"], -r["machine"]["threads"]),
+    )
+    clipping = _records("fidelity_*.json")
     tables = {
-        "fidelity": fidelity(
-            sorted(_records("fidelity_*.json"), key=lambda record: record["settings"]["warmup_max_grad_norm"] or 0)
-        ),
-        "speed": speed(_records("speed_*.json")),
+        "fidelity": fidelity(sorted(clipping, key=lambda r: r["settings"]["warmup_max_grad_norm"] or 0)),
+        "speed": speed(speeds),
+        "once": once(speeds),
+        "sampling": sampling(_records("sampling.json")[0]),
+        "kernels": kernels(_records("kernels_*.json")),
+        "memory": memory(_records("memory.json")[0]),
+        "profile": profile(_records("profile.json")[0]),
     }
-    for name, table in tables.items():
-        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
-    README.write_text(text, encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, table in tables.items():
+            block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+            text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

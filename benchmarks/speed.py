@@ -11,9 +11,11 @@ gradient, anchor, proof of the capture) is timed apart.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +101,9 @@ def main() -> None:
         "score": lambda: score(estimator, "score"),
     }
     if arguments.backend == "auto":
-        sampled = InfluenceEstimator(model, checkpoint, reference, sample=SAMPLE, **settings)
-        sampled.prepare(candidates)
+        # Shares the preparation of the other: only the sample differs.
+        sampled = copy.copy(estimator)
+        sampled.options = replace(estimator.options, sample=SAMPLE)
         arms["sampled"] = lambda: score(sampled, "sampled")
     times = interleaved(arms, arguments.repeats)
     compared = [(of, to) for of in ("score", "sampled") for to in ("plain", "trimmed") if of in times]

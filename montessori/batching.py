@@ -16,6 +16,10 @@ from montessori.errors import ArgumentError, DataError, ResourceError
 
 IGNORE_INDEX = -100
 
+# Padding that a batch may have, as a share of it, once it has enough tokens to keep a processor busy.
+MOST_PADDING = 0.1
+BUSY_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class Example:
@@ -93,7 +97,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "candidates") -> list[list[Example]]:
     """Group examples of similar length so that B times the longest stays within `batch_tokens`.
 
-    The grouping depends on lengths and row numbers only, so the same input always gives the same
+    A batch of more than some 1,000 tokens is closed before a tenth of it would be padding. The grouping depends on lengths and row numbers only, so the same input always gives the same
     batches. Longest first: the first batch shows the peak of memory.
     """
     if batch_tokens < 1:
@@ -105,12 +109,22 @@ def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "ca
             f"batch_tokens={batch_tokens}: raise batch_tokens or lower max_length"
         )
     batches: list[list[Example]] = []
+    real = 0
     for example in ordered:
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].num_tokens <= batch_tokens:
+        if batches and _joins(batches[-1], real, example, batch_tokens):
             batches[-1].append(example)
+            real += example.num_tokens
         else:
             batches.append([example])
+            real = example.num_tokens
     return batches
+
+
+def _joins(batch: Sequence[Example], real: int, example: Example, batch_tokens: int) -> bool:
+    """Whether `example` still goes into `batch`, which has `real` tokens and begins with its longest."""
+    padded = (len(batch) + 1) * batch[0].num_tokens
+    padding = padded - real - example.num_tokens
+    return padded <= batch_tokens and (real < BUSY_TOKENS or padding <= MOST_PADDING * padded)
 
 
 def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Iterator[Example]:

@@ -125,6 +125,15 @@ def test_the_operator_passes_opcheck():
     )
 
 
+def test_the_other_operators_pass_opcheck():
+    library, constants = torch.ops.montessori, (0.9, 0.1, 0.9, 0.1, 1e-8, 0.0, 0.0, 0.0)
+    q, grad, exp_avg, param = torch.randn(2, 9), torch.randn(3, 9), torch.randn(9), torch.randn(9)
+    exp_avg_sq = exp_avg.square()
+    torch.library.opcheck(library.dense_scores.default, (grad, q, exp_avg, exp_avg_sq, param, *constants))
+    torch.library.opcheck(library.dense_scores.default, (None, q, exp_avg, exp_avg_sq, param, *constants))
+    torch.library.opcheck(library.cross_entropy_.default, (torch.randn(3, 5), torch.tensor([0, 4, 2]), torch.rand(3)))
+
+
 def test_the_package_works_where_the_kernels_are_not_built():
     code = (
         "from montessori import ops\n"

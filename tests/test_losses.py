@@ -262,3 +262,11 @@ def test_a_row_that_cannot_be_used_is_named(row, message):
         list(examples_from_tokens([GOOD, row], "candidates"))
     assert str(error.value).startswith("candidates row 1: ")
     assert "\n" not in str(error.value)
+
+
+def test_a_full_batch_is_closed_before_it_is_mostly_padding():
+    lengths = [400] * 4 + [100] * 12
+    batches = make_batches(of_lengths(*lengths), 8192)
+    assert [len(batch) for batch in batches] == [4, 12]
+    # Few tokens go together all the same.
+    assert len(make_batches(of_lengths(400, 100, 20), 8192)) == 1
