@@ -26,8 +26,9 @@ from montessori.losses import label_rows, model_inputs
 from montessori.rules import LINEAR, ModuleRule
 from montessori.uses import LinearUse, TouchedRows
 
-# Bytes of logits alive at a time.
+# Bytes of logits alive at a time: near the caches on a processor, enough work for one launch on a GPU.
 LOGITS_BYTES = 64 << 20
+GPU_LOGITS_BYTES = 512 << 20
 
 
 class HeadError(ModelError):
@@ -105,7 +106,7 @@ class ChunkedHead:
                              for ids in self.touched]  # fmt: skip
         if self.wants_bias:
             self.bias_grad = hidden.new_zeros(len(counts), self.head.out_features, dtype=weights.dtype)
-        for first, last in self._groups(_wide(hidden.dtype).itemsize):
+        for first, last in self._groups(hidden):
             span = slice(self.offsets[first], self.offsets[last])
             for rows, losses, dlogits in self._blocks(hidden[span], span, weights[span]):
                 token_losses[span] = losses
@@ -116,9 +117,9 @@ class ChunkedHead:
         sums = torch.zeros(len(counts), dtype=torch.float64, device=hidden.device)
         return sums.index_add(0, example, token_losses) / counts, grad
 
-    def _groups(self, itemsize: int) -> Iterator[tuple[int, int]]:
+    def _groups(self, hidden: Tensor) -> Iterator[tuple[int, int]]:
         """Runs of examples whose logits fit, each of one example at least."""
-        most = LOGITS_BYTES // (self.head.out_features * itemsize)
+        most = _most_logits(hidden) // self.head.out_features
         first = 0
         for last in range(1, len(self.offsets)):
             if last == len(self.offsets) - 1 or self.offsets[last + 1] - self.offsets[first] > most:
@@ -133,7 +134,7 @@ class ChunkedHead:
         the normaliser, the second for the gradient.
         """
         size, targets = self.head.out_features, self.targets[span]
-        width = max(1, LOGITS_BYTES // (hidden.shape[0] * weights.itemsize))
+        width = max(1, _most_logits(hidden) // hidden.shape[0])
         if width >= size:
             logits = self._logits(hidden, slice(None))
             yield slice(None), ops.cross_entropy_(logits, targets, weights, impl=self.impl), logits
@@ -202,6 +203,11 @@ def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
         yield
     finally:
         del module.forward
+
+
+def _most_logits(hidden: Tensor) -> int:
+    """Number of logits alive at a time."""
+    return (GPU_LOGITS_BYTES if hidden.is_cuda else LOGITS_BYTES) // _wide(hidden.dtype).itemsize
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
