@@ -97,8 +97,9 @@ def collate(examples: Sequence[Example]) -> Batch:
 def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "candidates") -> list[list[Example]]:
     """Group examples of similar length so that B times the longest stays within `batch_tokens`.
 
-    A batch of more than some 1,000 tokens is closed before a tenth of it would be padding. The grouping depends on lengths and row numbers only, so the same input always gives the same
-    batches. Longest first: the first batch shows the peak of memory.
+    A batch of more than some 1,000 tokens is closed before a tenth of it would be padding. The grouping
+    depends on lengths and row numbers only, so the same input always gives the same batches. Longest first:
+    the first batch shows the peak of memory.
     """
     if batch_tokens < 1:
         raise ArgumentError(f"batch_tokens={batch_tokens}: expected a positive number of tokens")
