@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,12 @@ def main() -> None:
         "fidelity": fidelity(sorted(clipping, key=lambda r: r["settings"]["warmup_max_grad_norm"] or 0)),
         "speed": speed(speeds),
         "once": once(speeds),
-        "sampling": sampling(_records("sampling.json")[0]),
         "kernels": kernels(_records("kernels_*.json")),
-        "memory": memory(_records("memory.json")[0]),
-        "profile": profile(_records("profile.json")[0]),
     }
+    singles: dict[str, Callable[[dict[str, Any]], str]] = {"sampling": sampling, "memory": memory, "profile": profile}
+    for name, table_of in singles.items():
+        records = _records(f"{name}.json")
+        tables[name] = table_of(records[0]) if records else "Not run yet."
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name, table in tables.items():

@@ -28,6 +28,9 @@ from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 # A gradient that is zero in exact arithmetic is rounding noise; measure it against the global norm.
 NOISE_SHARE = 1e-3
+# The chunked head rounds less than torch's float32 softmax over a large vocabulary does, whose error reaches 1e-3 of
+# a norm's gradient; the rest of the model is proved without it.
+HEAD_SLACK = 10
 
 
 @dataclass
@@ -36,6 +39,7 @@ class _CompareSink:
     position: int
     scale: float
     parameters: dict[str, nn.Parameter]
+    slack: float = 1.0
     parts: dict[str, Tensor] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
@@ -76,7 +80,7 @@ class _CompareSink:
         want = torch.zeros_like(some) if want is None else want
         got = torch.zeros_like(some) if got is None else got
         error = float((got.double() - want.double()).norm())
-        allowed = TOLERANCE[want.dtype] * (float(want.double().norm()) + NOISE_SHARE * self.scale)
+        allowed = self.slack * TOLERANCE[want.dtype] * (float(want.double().norm()) + NOISE_SHARE * self.scale)
         if not error <= allowed:
             self.wrong.add(name)
 
@@ -90,8 +94,6 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     plan = make_plan(model)
     parameters = plan.trainable
     examples = _of_two_lengths(examples)
-    if loss is response_loss:
-        plan.head = _proved_head(model, plan, examples)
     proved: set[str] = set()
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
@@ -105,15 +107,16 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
             wrong = _disagreeing(model, plan, group, loss, sink)
             if not wrong - plan.fallback:
                 break
-            if plan.head is not None:
-                # Its hook may hold where the chunks do not.
-                plan.head = None
-                continue
             plan.fallback |= wrong
         proved |= sink.used
     plan.fallback |= parameters.keys() - proved
     if plan.fallback:
         _warn(plan)
+    elif loss is response_loss:
+        last = _CompareSink(expected, len(examples) - 1, scale, parameters, HEAD_SLACK)
+        plan.head = _proved_head(model, plan, examples)
+        if plan.head is not None and _disagreeing(model, plan, examples, loss, last):
+            plan.head = None
     return plan
 
 
