@@ -101,7 +101,8 @@ def memory(record: dict[str, Any]) -> str:
 
 def profile(record: dict[str, Any]) -> str:
     lines = ["| work | seconds | share |", "|---|---|---|"]
-    lines += [f"| {kind} | {row['seconds']:.2f} | {row['share']:.1%} |" for kind, row in record["rows"].items()]
+    rows = sorted(record["rows"].items(), key=lambda item: -item[1]["seconds"])
+    lines += [f"| {kind} | {row['seconds']:.2f} | {row['share']:.1%} |" for kind, row in rows]
     return "\n".join(lines)
 
 
