@@ -1,0 +1,140 @@
+"""montessori and its peers on the same candidates: time, memory, and agreement with real optimizer steps.
+
+    python -m benchmarks.peers --candidates seed_tasks_175.jsonl --reference reference_256.jsonl
+    ... --model tiny --scored 16 --num-references 8
+
+Each peer runs in a process of its own. Times are ratios to plain forward + backward in the same process, pair by pair;
+memory is the peak resident size above that of the plain pass. A peer that cannot run keeps its row, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import RESULTS, parser, write_result
+from benchmarks.peers.task import save
+from benchmarks.students import add_model_options, examples_of, student_checkpoint
+from montessori.agreement import Agreement
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A peer: module and class under `benchmarks.peers`, its distribution, and what its scores are."""
+
+    peer: str
+    package: str | None
+    score: str
+
+
+REAL = "real step"
+ENTRIES = {
+    REAL: Entry("montessori_peer:RealStep", None, "loss before − after one real step"),
+    "montessori": Entry("montessori_peer:Montessori", "montessori", "exact Adam, anchored"),
+    "montessori, first order": Entry("montessori_peer:FirstOrder", "montessori", "exact Adam"),
+    "montessori, block linears": Entry("montessori_peer:BlockLinears", "montessori", "exact Adam"),
+    "dattri-llm, Adam": Entry("dattri:ExactAdam", "dattri-llm", "exact Adam"),
+    "dattri-llm, raw": Entry("dattri:RawDot", "dattri-llm", "gradient dot product"),
+    "bergson, Adam": Entry("bergson_peer:FrozenAdam", "bergson", "gradient / frozen √v, dot product"),
+    "bergson, raw": Entry("bergson_peer:RawDot", "bergson", "gradient dot product"),
+    "kronfluence, identity": Entry("kronfluence_peer:RawDot", "kronfluence", "gradient dot product"),
+    "Opacus + Adam in torch": Entry("opacus_peer:ExactAdam", "opacus", "exact Adam"),
+    "torch.func.vmap + Adam": Entry("vmap:ExactAdam", "torch", "exact Adam"),
+    "LESS-style, one by one": Entry("less:AdamDot", "torch", "Adam without bias correction"),
+}
+
+
+def run_peer(entry: Entry, task: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Result of the worker process, or the reason why there is none."""
+    out = task.with_name("result.json")
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.peers.worker", "--task", str(task), "--out", str(out)]
+    command += ["--peer", entry.peer, "--repeats", str(arguments.repeats), "--threads", str(arguments.threads)]
+    command += ["--package", entry.package] if entry.package else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took more than {arguments.limit} s"}
+    if done.returncode or not out.exists():
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"error": lines[-1]}
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def last_results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows of the last run on this model."""
+    path = RESULTS / f"peers_{arguments.model}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["peers"] if path.exists() else {}
+
+
+def add_agreement(results: dict[str, dict[str, Any]]) -> None:
+    """Put each peer's agreement with the real steps beside its scores."""
+    real = results.get(REAL, {})
+    if "scores" not in real:
+        return
+    truth = np.array(real["scores"])
+    for name, result in results.items():
+        if name != REAL and "scores" in result:
+            agreement = Agreement.of(np.array(result["scores"]), truth).to_dict()
+            if not result["same_units"]:
+                del agreement["median_relative_error"], agreement["max_relative_error"]
+            result["agreement"] = agreement
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    add_model_options(options, scored=8, references=4)
+    options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--limit", type=int, default=600, help="seconds that one peer may take")
+    options.add_argument(
+        "--only", nargs="+", choices=list(ENTRIES), help="run these, keep the other rows of the last run"
+    )
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    candidates, references, rest = examples_of(arguments)
+    task = arguments.work / f"peers_{arguments.model}" / "task.json"
+    save(task, student_checkpoint(arguments, rest), candidates, references, arguments.batch_size)
+    results = last_results(arguments) if arguments.only else {}
+    for name in arguments.only or ENTRIES:
+        entry = ENTRIES[name]
+        results[name] = {"score": entry.score, **run_peer(entry, task, arguments)}
+        print(f"{name}: {results[name].get('error', 'ok')}", flush=True)
+    results = {name: results[name] for name in ENTRIES if name in results}
+    add_agreement(results)
+    del arguments.only
+    path = write_result(f"peers_{arguments.model}", arguments, {"peers": results})
+    show(results)
+    print(f"wrote {path}")
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    table = Table(title="ratio of time to plain forward + backward")
+    for column in ("", "time", "extra peak memory, GB", "covered", "Pearson", "Spearman", "sign"):
+        table.add_column(column)
+    for name, result in results.items():
+        if "error" in result:
+            table.add_row(name, result["error"])
+            continue
+        ratio = np.median(np.divide(result["seconds"]["score"], result["seconds"]["plain"]))
+        extra = (result["peak_rss_bytes"]["score"] - result["peak_rss_bytes"]["plain"]) / 1e9
+        covered = 1 - sum(result["left_out"].values()) / result["trainable"]
+        agreement = result.get("agreement", {})
+        figures = [f"{agreement[key]:.4f}" if key in agreement else "" for key in ("pearson", "spearman")]
+        sign = f"{agreement['sign_agreement']:.0%}" if agreement else ""
+        table.add_row(name, f"{ratio:.2f}", f"{extra:.2f}", f"{covered:.0%}", *figures, sign)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
