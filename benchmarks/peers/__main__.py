@@ -74,7 +74,8 @@ def run_peer(entry: Entry, task: Path, arguments: argparse.Namespace) -> dict[st
 def last_results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Rows of the last run on this model."""
     path = RESULTS / f"peers_{arguments.model}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["peers"] if path.exists() else {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["peers"] if path.exists() else []
+    return {row.pop("name"): row for row in rows}
 
 
 def add_agreement(results: dict[str, dict[str, Any]]) -> None:
@@ -113,7 +114,9 @@ def main() -> None:
     results = {name: results[name] for name in ENTRIES if name in results}
     add_agreement(results)
     del arguments.only
-    path = write_result(f"peers_{arguments.model}", arguments, {"peers": results})
+    path = write_result(
+        f"peers_{arguments.model}", arguments, {"peers": [{"name": name, **result} for name, result in results.items()]}
+    )
     show(results)
     print(f"wrote {path}")
 

@@ -1,0 +1,251 @@
+"""Writes benchmarks/RESULTS.md and its plots from the JSON files in benchmarks/results: `-m benchmarks.results`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import plots
+from benchmarks.common import RESULTS
+
+PAGE = Path(__file__).parent / "RESULTS.md"
+OURS = "montessori"
+TITLES = {"smollm2": "SmolLM2-135M", "tiny": "four layers, random weights"}
+
+HEAD = """# Results against peers, naive loops and real steps
+
+Written by `python -m benchmarks.results` from the JSON files beside it; nothing here is typed by hand. `make bench`
+runs everything. Times are ratios within one process on a shared machine: read the ratios. What the estimator costs
+alone, by kernel, memory and precision, is in [docs/performance.md](../docs/performance.md).
+"""
+
+PEERS = """## Peers
+
+Same model, candidates, references, threads and warm AdamW state; each peer in a process of its own, with the model
+beside the one that the plain passes use. *Time* is that of scoring against plain forward + backward in the same
+process, pair by pair: over the candidates, and over the references too where a peer passes over both at once (†).
+*Once* is what it does before, the reference gradient first of all. *Memory* is the peak resident size above that of the
+plain pass, preparation included. Agreement is with one real float32 step on each candidate, of all parameters; relative
+errors stand where a score is a change of loss.
+"""
+
+NOT_AHEAD = """### Where we are not ahead
+
+Every figure of the tables above in which a peer does better than `montessori`:
+"""
+
+REASONS = """
+What is done once costs more here than elsewhere: the anchor takes a backward pass for each of its 8 pilots and two
+evaluations of the reference, and the capture is proved against autograd before the first candidate. None of it grows
+with the number of candidates. The first-order rows go without the anchor.
+"""
+
+NAIVE = """## Naive loops
+
+One real step per candidate and the whole reference after it. *Optimised*: weights and optimizer state restored from
+memory, references unpadded and in batches. *Published style*: the checkpoint read again for every candidate, every
+sequence padded to 1,024 tokens, the reference evaluated before and after. `montessori` with all that it does once.
+"""
+
+TRUTH = """## Agreement with real steps
+
+Truth is one real AdamW step on each candidate in float32, reference loss before and after. *v frozen* leaves the
+candidate's own gradient out of the second moment; *real step on bfloat16 parameters* is what a script measures that
+steps and evaluates a bfloat16 model.
+"""
+
+
+def ratios(result: dict[str, Any]) -> np.ndarray:
+    """Time of scoring over time of the plain pass, pair by pair."""
+    return np.divide(result["seconds"]["score"], result["seconds"]["plain"])
+
+
+def extra_memory(result: dict[str, Any]) -> float:
+    """Bytes of peak resident size above the plain pass."""
+    return result["peak_rss_bytes"]["score"] - result["peak_rss_bytes"]["plain"]
+
+
+def covered(result: dict[str, Any]) -> float:
+    return 1 - sum(result["left_out"].values()) / result["trainable"]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def setting(record: dict[str, Any], command: str) -> str:
+    """The machine and the command of a run."""
+    machine, options = record["machine"], record["settings"]
+    named = ["candidates", "reference", "model", "scored", "num_references", "batch_size", "max_length", "threads"]
+    given = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in named if name in options)
+    return (
+        f"{machine['cpu']}, torch {machine['versions']['torch']}, transformers "
+        f"{machine['versions']['transformers']}.\n\n"
+        f"    python -m benchmarks.{command} {given}\n"
+    )
+
+
+def peers(record: dict[str, Any]) -> str:
+    rows = []
+    for result in record["peers"]:
+        label = [result["name"], result.get("version", ""), result["score"]]
+        if "error" in result:
+            rows.append([*label, f"not run: {result['error']}", *[""] * 8])
+            continue
+        pairs = ratios(result)
+        time = f"{np.median(pairs):.2f} ({pairs.min():.2f}–{pairs.max():.2f}){'†' if result['over_references'] else ''}"
+        outside = ", ".join(f"{kind} {size / 1e6:.2g} M" for kind, size in sorted(result["left_out"].items()))
+        rows.append(
+            [
+                *label,
+                time,
+                f"{result['seconds']['prepare']:.1f} s",
+                f"{extra_memory(result) / 1e9:+.2f} GB",
+                f"{covered(result):.0%}",
+                outside or "–",
+                *agreement_cells(result.get("agreement")),
+            ]
+        )
+    columns = ["", "version", "score", "time / plain", "once", "memory", "covered", "leaves out"]
+    columns += ["Pearson", "Spearman", "sign", "median relative error"]
+    return table(columns, rows)
+
+
+def agreement_cells(agreement: dict[str, float] | None) -> list[str]:
+    if agreement is None:
+        return [""] * 4
+    error = agreement.get("median_relative_error")
+    figures = [f"{agreement['pearson']:.5f}", f"{agreement['spearman']:.3f}", f"{agreement['sign_agreement']:.0%}"]
+    return [*figures, "" if error is None else f"{error:.2%}"]
+
+
+def not_ahead(record: dict[str, Any]) -> str:
+    """A line per figure in which a peer does better than the default method."""
+    results = {result["name"]: result for result in record["peers"] if "error" not in result}
+    if OURS not in results:
+        return ""
+    measures: dict[str, tuple[Callable[[dict[str, Any]], float], str]] = {
+        "time / plain": (lambda r: float(np.median(ratios(r))), "{:.2f}"),
+        "done once, seconds": (lambda r: r["seconds"]["prepare"], "{:.1f}"),
+        "extra memory, GB": (lambda r: extra_memory(r) / 1e9, "{:+.2f}"),
+        "1 − Pearson": (lambda r: 1 - r.get("agreement", {"pearson": -1})["pearson"], "{:.1e}"),
+    }
+    lines = []
+    for title, (value, form) in measures.items():
+        ours = value(results[OURS])
+        better = [
+            f"{name} {form.format(value(result))}"
+            for name, result in results.items()
+            if not name.startswith(OURS)
+            and name != "real step"
+            and value(result) < ours
+            and form.format(value(result)) != form.format(ours)
+        ]
+        if better:
+            lines.append(f"- {title}, {TITLES[record['settings']['model']]}: {form.format(ours)}; {', '.join(better)}")
+    return "\n".join(lines) + "\n" if lines else f"- {TITLES[record['settings']['model']]}: none.\n"
+
+
+def naive(record: dict[str, Any]) -> str:
+    measured = [[row["method"], str(row["n"]), str(row["r"]), f"{row['seconds']:.1f} s"] for row in record["measured"]]
+    errors = ", ".join(f"{method} {error:.0%}" for method, error in record["fit_error"].items())
+    modelled = [
+        [
+            str(row["n"]),
+            str(row["r"]),
+            *(f"{row[method]:,.0f} s" for method in ("montessori", "optimised", "published")),
+            f"{row['optimised'] / row['montessori']:.1f}",
+            f"{row['published'] / row['montessori']:.1f}",
+        ]
+        for row in record["modelled"]
+    ]
+    columns = ["candidates", "references", "montessori", "optimised", "published style"]
+    columns += ["optimised / montessori", "published / montessori"]
+    return (
+        "Measured:\n\n"
+        + table(["", "candidates", "references", "time"], measured)
+        + f"\n**Modelled**, from the terms of each cost fitted to the points above (largest error there: {errors}), at "
+        f"the mean lengths of the data ({np.mean(record['tokens']['candidates']):.0f} and "
+        f"{np.mean(record['tokens']['references']):.0f} tokens):\n\n" + table(columns, modelled)
+    )
+
+
+def truth_row(record: dict[str, Any]) -> str:
+    rows = [[name, str(a["num_examples"]), *agreement_cells(a), _largest(a)] for name, a in record["agreement"].items()]
+    columns = ["", "candidates", "Pearson", "Spearman", "sign", "median relative error", "largest"]
+    return table(columns, rows) + f"\nCurvature seen by the anchor: {record['curvature'][0]:.1e}.\n"
+
+
+def _largest(agreement: dict[str, float]) -> str:
+    error = agreement.get("max_relative_error")
+    return "" if error is None else f"{error:.1%}"
+
+
+def truth_sweeps(record: dict[str, Any]) -> str:
+    parts = []
+    for name, rows in record["sweeps"].items():
+        methods = list(rows[0]["agreement"])
+        cells = [
+            [
+                f"{row['value']:g}",
+                f"{row['curvature'][0]:.1e}",
+                *(_short(row["agreement"][method]) for method in methods),
+            ]
+            for row in rows
+        ]
+        parts.append(table([f"`{name}`", "curvature", *methods], cells))
+    return (
+        "Sweeps on the small model, one setting at a time (lr 5e-6, 12 warm-up steps, β2 0.999, 128 tokens otherwise). "
+        "Cells: Pearson · sign agreement · median relative error. *Curvature* is the share of the anchor's own loss "
+        "change that its linear prediction misses, which the estimator reports without a real step.\n\n"
+        + "\n".join(parts)
+    )
+
+
+def _short(agreement: dict[str, float]) -> str:
+    error = agreement.get("median_relative_error")
+    return f"{agreement['pearson']:.4f} · {agreement['sign_agreement']:.0%}" + (
+        "" if error is None else f" · {error:.1%}"
+    )
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def section(name: str, title: str, command: str, render: Callable[[dict[str, Any]], str]) -> list[str]:
+    """Title, setting and tables of one JSON file, or that it has not been run."""
+    record = load(name)
+    if record is None:
+        return [f"### {title}\n", "Not run yet.\n"]
+    return [f"### {title}\n", render(record), setting(record, command)]
+
+
+def image(path: Path | None, text: str) -> list[str]:
+    return [] if path is None else [f"![{text}]({path.relative_to(PAGE.parent)})\n"]
+
+
+def main() -> None:
+    parts = [HEAD, PEERS]
+    for model, title in TITLES.items():
+        parts += section(f"peers_{model}", title, "peers", peers)
+    parts += image(plots.pareto(load("peers_smollm2")), "fidelity against cost, SmolLM2-135M")
+    compared = [record for model in TITLES if (record := load(f"peers_{model}"))]
+    parts += [NOT_AHEAD, "".join(map(not_ahead, compared)), REASONS, NAIVE]
+    parts += section("naive_smollm2", TITLES["smollm2"], "naive", naive)
+    parts += image(plots.speed(load("naive_smollm2")), "seconds against the number of candidates")
+    parts += [TRUTH, *section("truth_smollm2", TITLES["smollm2"], "truth", truth_row)]
+    parts += image(plots.scatter(load("truth_smollm2")), "predicted against real influence")
+    parts += section("truth_tiny", "A small model, by setting", "truth", truth_sweeps)
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
