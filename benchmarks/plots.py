@@ -90,3 +90,22 @@ def scatter(record: dict[str, Any] | None) -> Path | None:
     axes.set_ylabel("predicted, or measured in bfloat16")
     axes.legend(fontsize=7)
     return _save(figure, "agreement")
+
+
+def memory(record: dict[str, Any] | None) -> Path | None:
+    """Extra peak memory against the number of examples in a batch."""
+    if record is None:
+        return None
+    figure, axes = _figure()
+    for result in record["peers"]:
+        if "peaks" not in result:
+            continue
+        sizes = [peak["batch_size"] for peak in result["peaks"]]
+        extra = [(peak["score"] - peak["plain"]) / 1e6 for peak in result["peaks"]]
+        width = 2.5 if result["name"].startswith("montessori") else 1.2
+        axes.plot(sizes, extra, marker="o", markersize=3, linewidth=width, label=result["name"])
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_xlabel("examples in a batch")
+    axes.set_ylabel("peak memory above plain forward + backward, MB")
+    axes.legend(fontsize=7)
+    return _save(figure, "memory_against_batch")

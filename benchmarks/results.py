@@ -124,6 +124,16 @@ def agreement_cells(agreement: dict[str, float] | None) -> list[str]:
     return [*figures, "" if error is None else f"{error:.2%}"]
 
 
+def memory(record: dict[str, Any]) -> str:
+    sizes = next((r["peaks"] for r in record["peers"] if "peaks" in r), [])
+    columns = ["examples in a batch", *(str(peak["batch_size"]) for peak in sizes)]
+    rows = []
+    for result in record["peers"]:
+        cells = [f"{(peak['score'] - peak['plain']) / 1e6:+.0f} MB" for peak in result.get("peaks", [])]
+        rows.append([result["name"], *(cells or [f"not run: {result['error']}", *[""] * (len(sizes) - 1)])])
+    return table(columns, rows)
+
+
 def not_ahead(record: dict[str, Any]) -> str:
     """A line per figure in which a peer does better than the default method."""
     results = {result["name"]: result for result in record["peers"] if "error" not in result}
@@ -236,6 +246,8 @@ def main() -> None:
     for model, title in TITLES.items():
         parts += section(f"peers_{model}", title, "peers", peers)
     parts += image(plots.pareto(load("peers_smollm2")), "fidelity against cost, SmolLM2-135M")
+    parts += section("peers_memory", "Memory against the batch, four layers", "peers.memory", memory)
+    parts += image(plots.memory(load("peers_memory")), "extra peak memory against the number of examples in a batch")
     compared = [record for model in TITLES if (record := load(f"peers_{model}"))]
     parts += [NOT_AHEAD, "".join(map(not_ahead, compared)), REASONS, NAIVE]
     parts += section("naive_smollm2", TITLES["smollm2"], "naive", naive)

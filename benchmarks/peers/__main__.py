@@ -11,10 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,52 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import RESULTS, parser, write_result
+from benchmarks.peers.entries import ENTRIES, REAL, run_peer
 from benchmarks.peers.task import save
 from benchmarks.students import add_model_options, examples_of, student_checkpoint
 from montessori.agreement import Agreement
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A peer: module and class under `benchmarks.peers`, its distribution, and what its scores are."""
-
-    peer: str
-    package: str | None
-    score: str
-
-
-REAL = "real step"
-ENTRIES = {
-    REAL: Entry("montessori_peer:RealStep", None, "loss before − after one real step"),
-    "montessori": Entry("montessori_peer:Montessori", "montessori", "exact Adam, anchored"),
-    "montessori, first order": Entry("montessori_peer:FirstOrder", "montessori", "exact Adam"),
-    "montessori, block linears": Entry("montessori_peer:BlockLinears", "montessori", "exact Adam"),
-    "dattri-llm, Adam": Entry("dattri:ExactAdam", "dattri-llm", "exact Adam"),
-    "dattri-llm, raw": Entry("dattri:RawDot", "dattri-llm", "gradient dot product"),
-    "bergson, Adam": Entry("bergson_peer:FrozenAdam", "bergson", "gradient / frozen √v, dot product"),
-    "bergson, raw": Entry("bergson_peer:RawDot", "bergson", "gradient dot product"),
-    "kronfluence, identity": Entry("kronfluence_peer:RawDot", "kronfluence", "gradient dot product"),
-    "Opacus + Adam in torch": Entry("opacus_peer:ExactAdam", "opacus", "exact Adam"),
-    "torch.func.vmap + Adam": Entry("vmap:ExactAdam", "torch", "exact Adam"),
-    "LESS-style, one by one": Entry("less:AdamDot", "torch", "Adam without bias correction"),
-}
-
-
-def run_peer(entry: Entry, task: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Result of the worker process, or the reason why there is none."""
-    out = task.with_name("result.json")
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.peers.worker", "--task", str(task), "--out", str(out)]
-    command += ["--peer", entry.peer, "--repeats", str(arguments.repeats), "--threads", str(arguments.threads)]
-    command += ["--package", entry.package] if entry.package else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took more than {arguments.limit} s"}
-    if done.returncode or not out.exists():
-        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": lines[-1]}
-    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def last_results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -106,10 +60,11 @@ def main() -> None:
     candidates, references, rest = examples_of(arguments)
     task = arguments.work / f"peers_{arguments.model}" / "task.json"
     save(task, student_checkpoint(arguments, rest), candidates, references, arguments.batch_size)
+    extra = ["--repeats", str(arguments.repeats)]
     results = last_results(arguments) if arguments.only else {}
     for name in arguments.only or ENTRIES:
         entry = ENTRIES[name]
-        results[name] = {"score": entry.score, **run_peer(entry, task, arguments)}
+        results[name] = {"score": entry.score, **run_peer(entry, task, arguments.threads, arguments.limit, extra)}
         print(f"{name}: {results[name].get('error', 'ok')}", flush=True)
     results = {name: results[name] for name in ENTRIES if name in results}
     add_agreement(results)

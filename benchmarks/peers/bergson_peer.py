@@ -30,6 +30,9 @@ class _Bergson:
         self.prefix = f"{task.model.base_model_prefix}."
         self.layers = [name.removeprefix(self.prefix) for name in task.block_linears]
         self.covered = {f"{name}.weight" for name in task.block_linears}
+        # As its own workers do: no weight gradient but that of the embedding, through which dY flows.
+        task.model.requires_grad_(False)
+        task.model.get_input_embeddings().requires_grad_(True)
         self.normalizers = {name.removeprefix(self.prefix): value for name, value in normalizers.items()}
         self.directory = tempfile.TemporaryDirectory()
         # Its default loss is a sum over tokens.

@@ -44,6 +44,8 @@ class _Dattri:
                 batch_losses(self.task.model, batch).sum().backward()
             self.task.model.zero_grad()
             scores.append(self.callback.record.gradient.similarity(self.q, reduce="all")[:, 0])
+            # Or the next batch is captured beside this one.
+            self.callback.record = None
         return torch.cat(scores).double().numpy() * self.scale
 
 

@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,30 @@ def measure(task: Task, make_peer: Callable[[Task], Peer], repeats: int) -> dict
     }
 
 
+def measure_memory(task: Task, make_peer: Callable[[Task], Peer], batch_sizes: Sequence[int]) -> dict[str, Any]:
+    """Peaks per number of examples in a batch, smallest first; preparation is left out."""
+    plain_model = copy.deepcopy(task.model)
+    peer = make_peer(task)
+    peer.prepare()
+    peaks = []
+    for size in sorted(batch_sizes):
+        task.batch_size = size
+        reset_peak()
+        plain_pass(plain_model, task, peer.over_references)
+        plain = peak_bytes()
+        reset_peak()
+        peer.score()
+        peaks.append({"batch_size": size, "plain": plain, "score": peak_bytes()})
+    return {"peaks": peaks}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--task", type=Path, required=True)
     options.add_argument("--peer", required=True, help="module:class of benchmarks.peers")
     options.add_argument("--package", help="distribution whose version is recorded")
-    options.add_argument("--repeats", type=int, required=True)
+    options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--memory", type=int, nargs="+", help="peaks at these batch sizes instead of times")
     options.add_argument("--threads", type=int, required=True)
     options.add_argument("--out", type=Path, required=True)
     arguments = options.parse_args()
@@ -109,7 +127,11 @@ def main() -> None:
     torch.manual_seed(0)
     module, name = arguments.peer.split(":")
     make_peer = getattr(importlib.import_module(f"benchmarks.peers.{module}"), name)
-    result = measure(Task.load(arguments.task), make_peer, arguments.repeats)
+    task = Task.load(arguments.task)
+    if arguments.memory:
+        result = measure_memory(task, make_peer, arguments.memory)
+    else:
+        result = measure(task, make_peer, arguments.repeats)
     if arguments.package:
         result["version"] = version(arguments.package)
     arguments.out.write_text(json.dumps(result), encoding="utf-8")
