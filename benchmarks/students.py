@@ -22,6 +22,8 @@ from montessori.warmup import warmup
 
 MODELS = ("smollm2", "tiny")
 TINY_VOCABULARY = 4096
+# The same for every benchmark, so that they share one warm-up.
+WARMUP_LENGTH = 128
 # Rows of the candidates' file that may be scored; the warm-up sees the others.
 SCORED_ROWS = 32
 
@@ -35,12 +37,13 @@ def add_model_options(options: argparse.ArgumentParser, scored: int, references:
 
 
 def examples_of(arguments: argparse.Namespace) -> tuple[list[Example], list[Example], list[Example]]:
-    """Candidates to score, references, and examples for warm-ups, cut at `max_length` tokens."""
+    """Candidates to score and references, cut at `max_length` tokens, and examples for warm-ups of the tiny model."""
     everything, candidates, reference = load_data(arguments)
+    rest = replace(everything, rows=everything.rows[SCORED_ROWS:])
     tokenizer = load_tokenizer(checkpoint_name("smollm2-135m"))
     lists = []
-    for rows in (candidates, reference, replace(everything, rows=everything.rows[SCORED_ROWS:])):
-        examples = encode_rows(rows, tokenizer, max_length=arguments.max_length, truncation="right").examples
+    for rows, length in ((candidates, arguments.max_length), (reference, arguments.max_length), (rest, WARMUP_LENGTH)):
+        examples = encode_rows(rows, tokenizer, max_length=length, truncation="right").examples
         lists.append([_small(example) for example in examples] if arguments.model == "tiny" else examples)
     return lists[0][: arguments.scored], lists[1], lists[2]
 
