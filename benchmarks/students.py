@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.common import load_data, warm_student
 from montessori.batching import Example, collate
 from montessori.encoding import encode_rows
+from montessori.errors import ArgumentError
 from montessori.losses import response_loss
 from montessori.models import checkpoint_name, load_model, load_tokenizer
 from montessori.warmup import warmup
@@ -24,7 +25,7 @@ MODELS = ("smollm2", "tiny")
 TINY_VOCABULARY = 4096
 # The same for every benchmark, so that they share one warm-up.
 WARMUP_LENGTH = 128
-# Rows of the candidates' file that may be scored; the warm-up sees the others.
+# Rows of the candidates' file that may be scored by default; the warm-up sees the others.
 SCORED_ROWS = 32
 
 
@@ -32,14 +33,19 @@ def add_model_options(options: argparse.ArgumentParser, scored: int, references:
     """Options of a benchmark that scores a few examples on one of `MODELS`."""
     options.set_defaults(num_candidates=SCORED_ROWS, num_references=references)
     options.add_argument("--model", choices=MODELS, default="smollm2")
-    options.add_argument("--scored", type=int, default=scored, help=f"candidates to score, at most {SCORED_ROWS}")
+    options.add_argument("--scored", type=int, default=scored, help="how many of the candidates are scored")
     options.add_argument("--max-length", type=int, default=128, help="tokens at which examples are cut")
 
 
 def examples_of(arguments: argparse.Namespace) -> tuple[list[Example], list[Example], list[Example]]:
     """Candidates to score and references, cut at `max_length` tokens, and examples for warm-ups of the tiny model."""
+    if arguments.scored > arguments.num_candidates:
+        raise ArgumentError(
+            f"--scored {arguments.scored}: expected at most --num-candidates {arguments.num_candidates}, "
+            "the rows that the warm-up does not see: raise it"
+        )
     everything, candidates, reference = load_data(arguments)
-    rest = replace(everything, rows=everything.rows[SCORED_ROWS:])
+    rest = replace(everything, rows=everything.rows[arguments.num_candidates :])
     tokenizer = load_tokenizer(checkpoint_name("smollm2-135m"))
     lists = []
     for rows, length in ((candidates, arguments.max_length), (reference, arguments.max_length), (rest, WARMUP_LENGTH)):
