@@ -40,11 +40,11 @@ test-real: .venv/installed
 
 bench: .venv-bench/installed
 	$(BENCH)/python -m benchmarks.peers $(BENCH_DATA)
-	$(BENCH)/python -m benchmarks.peers --model tiny --scored 16 --num-references 8 --threads 1 $(BENCH_DATA)
-	$(BENCH)/python -m benchmarks.peers.memory --threads 1 $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.peers --model tiny --scored 16 --num-references 8 $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.peers.memory $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.naive $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.truth $(BENCH_DATA)
-	$(BENCH)/python -m benchmarks.truth --model tiny --threads 1 $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.truth --model tiny $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.results
 
 lint: .venv/installed
