@@ -25,7 +25,7 @@ from benchmarks.common import parser, write_result
 from benchmarks.students import add_model_options, examples_of, load_student, make_tiny, student_checkpoint, train
 from montessori import InfluenceEstimator
 from montessori.agreement import Agreement
-from montessori.batching import Example
+from montessori.batching import IGNORE_INDEX, Example
 from montessori.checkpoints import read_state
 from montessori.losses import response_loss
 from montessori.optim_state import AdamWState
@@ -152,9 +152,14 @@ def warmed(tiny: nn.Module, setting: Setting, examples: Sequence[Example]) -> tu
 
 
 def cut(examples: Sequence[Example], length: int) -> list[Example]:
-    """The first `length` tokens of those examples that keep a label."""
-    short = [Example(e.input_ids[:length], e.labels[:length], e.index) for e in examples]
-    return [example for example in short if example.num_label_tokens]
+    """At most `length` tokens of each example, half of them before its first label."""
+    short = []
+    for example in examples:
+        first = int((example.labels != IGNORE_INDEX).nonzero()[0])
+        start = max(0, first - length // 2) if example.num_tokens > length else 0
+        span = slice(start, start + length)
+        short.append(Example(example.input_ids[span], example.labels[span], example.index))
+    return short
 
 
 def sweep_all(

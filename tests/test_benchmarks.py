@@ -111,6 +111,16 @@ def test_size_beyond_the_examples_takes_their_mean_length():
     assert (size.candidate_tokens, size.reference_tokens) == (60.0, 4.0)
 
 
+def test_a_shortened_candidate_keeps_labels_and_a_short_one_is_whole():
+    ids = torch.arange(40)
+    labels = torch.where(ids < 30, -100, ids)
+    long, short = Example(ids, labels, 0), Example(ids[25:35], labels[25:35], 1)
+    cut = truth.cut([long, short], 16)
+    assert [example.num_tokens for example in cut] == [16, 10]
+    assert cut[0].num_label_tokens == 8
+    assert torch.equal(cut[1].input_ids, short.input_ids)
+
+
 def peer_result(name, score, prepare, extra, pearson=0.9):
     return {
         "name": name,
