@@ -10,7 +10,7 @@ terms of its own cost; figures beyond the measured points are of that model, and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,54 +41,76 @@ class Size:
     reference_tokens: float
 
 
-# Seconds as a sum of these terms, with coefficients >= 0.
-TERMS: dict[str, Callable[[Size], list[float]]] = {
-    # A step per candidate; the references before the first step and after every one.
-    "optimised": lambda s: [s.n, (s.n + 1) * s.reference_tokens],
+# What is timed on its own, and its seconds as a sum of terms with coefficients >= 0.
+PHASES: dict[str, dict[str, Callable[[Size], list[float]]]] = {
+    "optimised": {
+        "references": lambda s: [0, s.reference_tokens],
+        # A step and the way back per candidate; the references before the first and after every one.
+        "loop": lambda s: [s.n, (s.n + 1) * s.reference_tokens],
+    },
     # Reading the checkpoint and a step per candidate; its references before and after, padded.
-    "published": lambda s: [s.n, s.n * s.r],
-    # Proof and pilot steps once; the reference gradient; a pass over the candidates.
-    "montessori": lambda s: [1, s.reference_tokens, s.candidate_tokens],
+    "published": {"loop": lambda s: [s.n, s.n * s.r]},
+    "montessori": {
+        # The proof and 8 pilot steps; the reference's losses and gradient.
+        "prepare": lambda s: [1, s.reference_tokens, 0],
+        "score": lambda s: [0, 0, s.candidate_tokens],
+    },
 }
+# Phase, N and R of each measurement.
 MEASURED = {
-    "optimised": ((2, 2), (2, 6), (4, 6)),
-    "published": ((1, 1), (1, 2), (2, 2)),
-    "montessori": ((4, 2), (4, 6), (12, 6)),
+    "optimised": (("references", 2, 6), ("loop", 2, 6), ("references", 2, 6), ("loop", 2, 6)),
+    "published": (("loop", 1, 1), ("loop", 1, 2), ("loop", 2, 2)),
+    "montessori": (("prepare", 16, 2), ("score", 16, 2), ("prepare", 16, 8), ("score", 16, 8)),
 }
 MODELLED = [(n, r) for n in (8, 100, 1000) for r in (8, 64, 256)]
 
 
-def fit(method: str, sizes: list[Size], seconds: list[float]) -> tuple[list[float], float]:
+def whole(method: str, size: Size) -> list[float]:
+    """Terms of a whole run: of its loop, or of its phases together."""
+    phases = PHASES[method]
+    parts = [phases["loop"]] if "loop" in phases else list(phases.values())
+    return np.sum([terms(size) for terms in parts], axis=0).tolist()
+
+
+def fit(
+    method: str, phases: Sequence[str], sizes: Sequence[Size], seconds: Sequence[float]
+) -> tuple[list[float], float]:
     """Coefficients of the method's terms, by least squares of relative errors, and the largest relative error."""
-    rows, measured = np.array([TERMS[method](size) for size in sizes], dtype=float), np.array(seconds)
+    rows = np.array([PHASES[method][phase](size) for phase, size in zip(phases, sizes, strict=True)], dtype=float)
+    measured = np.array(seconds)
     coefficients, _ = nnls(rows / measured[:, None], np.ones_like(measured))
     return coefficients.tolist(), float(np.abs(rows @ coefficients / measured - 1).max())
 
 
-def measure(method: str, checkpoint: Path, candidates: list[Example], references: list[Example]) -> list[float]:
-    """Seconds of whole runs at the method's points."""
-    model = load_student(checkpoint)
-    # Warm: threads, buffers and the files that a reload reads.
-    response_loss(model, collate(candidates[:1])).sum().backward()
-    model.zero_grad()
-    state = read_state(checkpoint, model)
+class Runner:
+    """Runs phases of the methods on one student, warm."""
 
-    def run(n: int, r: int) -> None:
-        if method == "published":
-            published_naive_loop(checkpoint, candidates[:n], references[:r], max_length=MAX_LENGTH)
-        elif method == "optimised":
-            sets = ReferenceSets({"reference": references[:r]}, "example_mean", 4096)
-            optimised_naive_loop(model, state, candidates[:n], sets)
-        else:
-            rows = [[_row(example) for example in examples] for examples in (references[:r], candidates[:n])]
-            InfluenceEstimator(model, state, rows[0]).score(rows[1])
+    def __init__(self, checkpoint: Path, candidates: list[Example], references: list[Example]) -> None:
+        self.checkpoint, self.candidates, self.references = checkpoint, candidates, references
+        self.model = load_student(checkpoint)
+        self.state = read_state(checkpoint, self.model)
+        response_loss(self.model, collate(candidates[:1])).sum().backward()
+        self.model.zero_grad()
 
-    seconds = []
-    for n, r in MEASURED[method]:
+    def seconds(self, method: str, phase: str, n: int, r: int) -> float:
+        """Time of a phase; `score` goes on from the `prepare` before it."""
+        candidates, references = self.candidates[:n], self.references[:r]
+        if phase == "prepare":
+            self.estimator = InfluenceEstimator(self.model, self.state, list(map(_row, references)))
         start = time.perf_counter()
-        run(n, r)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        if method == "published":
+            published_naive_loop(self.checkpoint, candidates, references, max_length=MAX_LENGTH)
+        elif phase == "prepare":
+            self.estimator.prepare(list(map(_row, candidates)))
+        elif phase == "score":
+            self.estimator.score(list(map(_row, candidates)))
+        else:
+            sets = ReferenceSets({"reference": references}, "example_mean", 4096)
+            if phase == "references":
+                sets.loss(self.model, response_loss)
+            else:
+                optimised_naive_loop(self.model, self.state, candidates, sets)
+        return time.perf_counter() - start
 
 
 def size_of(n: int, r: int, candidates: list[Example], references: list[Example]) -> Size:
@@ -108,23 +130,24 @@ def _row(example: Example) -> dict[str, list[int]]:
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     add_model_options(options, scored=SCORED_ROWS, references=256)
-    options.set_defaults(max_length=256)
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     candidates, references, rest = examples_of(arguments)
     checkpoint = student_checkpoint(arguments, rest)
-    result: dict[str, Any] = {"measured": [], "coefficients": {}, "fit_error": {}, "modelled": []}
-    for method in TERMS:
-        sizes = [size_of(n, r, candidates, references) for n, r in MEASURED[method]]
-        seconds = measure(method, checkpoint, candidates, references)
-        result["coefficients"][method], result["fit_error"][method] = fit(method, sizes, seconds)
-        result["measured"] += [
-            {"method": method, "seconds": s, **asdict(size)} for size, s in zip(sizes, seconds, strict=True)
-        ]
+    runner = Runner(checkpoint, candidates, references)
+    tokens = {"candidates": [e.num_tokens for e in candidates], "references": [e.num_tokens for e in references]}
+    result: dict[str, Any] = {"measured": [], "coefficients": {}, "fit_error": {}, "modelled": [], "tokens": tokens}
+    for method, points in MEASURED.items():
+        phases = [phase for phase, _, _ in points]
+        sizes = [size_of(n, r, candidates, references) for _, n, r in points]
+        seconds = [runner.seconds(method, *point) for point in points]
+        result["coefficients"][method], result["fit_error"][method] = fit(method, phases, sizes, seconds)
+        for phase, size, value in zip(phases, sizes, seconds, strict=True):
+            result["measured"].append({"method": method, "phase": phase, "seconds": value, **asdict(size)})
         print(f"{method}: {seconds}", flush=True)
     for n, r in MODELLED:
         size = size_of(n, r, candidates, references)
-        costs = {method: float(np.dot(TERMS[method](size), result["coefficients"][method])) for method in TERMS}
+        costs = {method: float(np.dot(whole(method, size), result["coefficients"][method])) for method in PHASES}
         result["modelled"].append({**asdict(size), **costs})
     path = write_result(f"naive_{arguments.model}", arguments, result)
     show(result)
@@ -136,7 +159,7 @@ def show(result: dict[str, Any]) -> None:
     for column in ("N", "R", "optimised", "published", "montessori", "optimised / montessori"):
         table.add_column(column)
     for row in result["modelled"]:
-        seconds = [row[method] for method in TERMS]
+        seconds = [row[method] for method in PHASES]
         table.add_row(str(row["n"]), str(row["r"]), *(f"{s:.0f}" for s in seconds), f"{seconds[0] / seconds[2]:.1f}")
     Console().print(table)
 

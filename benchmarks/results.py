@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,14 +163,8 @@ def not_ahead(record: dict[str, Any]) -> str:
 
 
 def naive(record: dict[str, Any]) -> str:
-    points = Counter(row["method"] for row in record["measured"])
     measured = [[row["method"], str(row["n"]), str(row["r"]), f"{row['seconds']:.1f} s"] for row in record["measured"]]
-    errors = ", ".join(
-        f"{method} {error:.0%}"
-        if len(record["coefficients"][method]) < points[method]
-        else f"{method} none, with as many terms as points"
-        for method, error in record["fit_error"].items()
-    )
+    errors = ", ".join(f"{method} {error:.0%}" for method, error in record["fit_error"].items())
     modelled = [
         [
             str(row["n"]),
@@ -186,7 +179,7 @@ def naive(record: dict[str, Any]) -> str:
     columns += ["optimised / montessori", "published / montessori"]
     return (
         "Measured:\n\n"
-        + table(["", "candidates", "references", "time"], measured)
+        + table(["", "phase", "candidates", "references", "time"], measured)
         + f"\n**Modelled**, from the terms of each cost fitted to the points above (largest error there: {errors}), at "
         f"the mean lengths of the data ({np.mean(record['tokens']['candidates']):.0f} and "
         f"{np.mean(record['tokens']['references']):.0f} tokens):\n\n" + table(columns, modelled)

@@ -96,13 +96,20 @@ def test_frozen_v_is_the_linear_part_of_the_update():
 
 
 def test_cost_model_recovers_the_costs_that_made_the_points():
-    sizes = [naive.Size(n, r, 100.0 * n, 200.0 * r) for n, r in ((2, 2), (2, 6), (4, 6))]
-    seconds = [1.5 * s.n + 0.01 * (s.n + 1) * s.reference_tokens for s in sizes]
-    coefficients, error = naive.fit("optimised", sizes, seconds)
+    sizes = [naive.Size(n, r, 100.0 * n, 200.0 * r) for n, r in ((2, 6), (2, 6), (4, 6))]
+    phases = ["references", "loop", "loop"]
+    seconds = [0.01 * 1200] + [1.5 * s.n + 0.01 * (s.n + 1) * s.reference_tokens for s in sizes[1:]]
+    coefficients, error = naive.fit("optimised", phases, sizes, seconds)
     assert coefficients == pytest.approx([1.5, 0.01])
     assert error < 1e-9
-    _, worse = naive.fit("optimised", sizes, [seconds[0], seconds[1] * 2, seconds[2]])
+    _, worse = naive.fit("optimised", phases, sizes, [seconds[0], seconds[1] * 2, seconds[2]])
     assert worse > 0.1
+
+
+def test_a_whole_run_costs_its_loop_or_the_sum_of_its_phases():
+    size = naive.Size(10, 4, 1000.0, 800.0)
+    assert naive.whole("optimised", size) == [10, 11 * 800.0]
+    assert naive.whole("montessori", size) == [1, 800.0, 1000.0]
 
 
 def test_size_beyond_the_examples_takes_their_mean_length():
