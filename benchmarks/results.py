@@ -163,7 +163,10 @@ def not_ahead(record: dict[str, Any]) -> str:
 
 
 def naive(record: dict[str, Any]) -> str:
-    measured = [[row["method"], str(row["n"]), str(row["r"]), f"{row['seconds']:.1f} s"] for row in record["measured"]]
+    measured = [
+        [row["method"], row["phase"], str(row["n"]), str(row["r"]), f"{row['seconds']:.1f} s"]
+        for row in record["measured"]
+    ]
     errors = ", ".join(f"{method} {error:.0%}" for method, error in record["fit_error"].items())
     modelled = [
         [
