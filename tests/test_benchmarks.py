@@ -6,6 +6,7 @@ import torch
 from support import make_model, make_rows, slow_influence, warm_optimizer
 
 from benchmarks import naive, results, truth
+from benchmarks.peers.entries import ENTRIES
 from benchmarks.peers.less import AdamDot
 from benchmarks.peers.montessori_peer import FirstOrder, Montessori, RealStep
 from benchmarks.peers.task import Task, exact_adam_scores, mean_losses, reference_gradient
@@ -151,9 +152,10 @@ def test_a_peer_that_does_better_is_listed_and_one_that_does_not_is_not():
 
 
 def test_a_peer_that_failed_keeps_its_row_with_the_reason():
-    failed = {"name": "other", "score": "s", "error": "ModuleNotFoundError: no other"}
-    text = results.peers({"peers": [failed, peer_result("x", 1, 1, 0)]})
-    assert "not run: ModuleNotFoundError: no other" in text
+    failed = {"name": "bergson, raw", "score": "s", "error": "ModuleNotFoundError: no bergson"}
+    text = results.peers({"peers": [failed, peer_result("montessori", 1, 1, 0)]})
+    assert "not run: ModuleNotFoundError: no bergson" in text
+    assert all(f"| {name} |" in text for name in ENTRIES)
     rows = [line.count("|") for line in text.splitlines()]
     assert len(set(rows)) == 1
     assert "| 75% | norms" in text
