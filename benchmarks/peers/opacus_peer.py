@@ -7,6 +7,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 
 from benchmarks.peers.task import Task, batch_losses, exact_adam_scores, reference_gradient
+from montessori.batching import Batch
 
 
 class ExactAdam:
@@ -26,7 +27,7 @@ class ExactAdam:
     def score(self) -> np.ndarray:
         return np.concatenate([self._score_batch(batch) for batch in self.task.batches(self.task.candidates)])
 
-    def _score_batch(self, batch) -> np.ndarray:
+    def _score_batch(self, batch: Batch) -> np.ndarray:
         batch_losses(self.wrapped, batch).sum().backward()
         total = torch.zeros(batch.size, dtype=torch.float64)
         with torch.no_grad():
