@@ -67,20 +67,25 @@ class TileSample:
     bounds: Tensor
     population: Tensor
 
-    @classmethod
-    def draw(cls, q: Tensor, sample: float, seed: int) -> TileSample:
+    @staticmethod
+    def draw(q: Tensor, sample: float, seed: int) -> TileSample:
         """A share of about `sample` of the tiles of the weight that q [K, O, I] belongs to."""
-        count = int(torch.ops.montessori.linear_tiles(q))
-        strata = max(1, int(count * sample / DRAWN_PER_STRATUM))
-        edges = [count * h // strata for h in range(strata + 1)]
-        generator = torch.Generator().manual_seed(seed)
-        drawn, bounds, population = [], [0], []
-        for low, high in pairwise(edges):
-            size = min(high - low, max(DRAWN_PER_STRATUM, round((high - low) * sample)))
-            drawn.append(low + torch.randperm(high - low, generator=generator)[:size].sort().values)
-            bounds.append(bounds[-1] + size)
-            population.append(high - low)
-        return cls(torch.cat(drawn), torch.tensor(bounds), torch.tensor(population))
+        return _draw(int(torch.ops.montessori.linear_tiles(q)), sample, seed)
+
+
+@lru_cache(maxsize=4096)
+def _draw(count: int, sample: float, seed: int) -> TileSample:
+    """Of `count` tiles; kept, because every batch asks for the same draws."""
+    strata = max(1, int(count * sample / DRAWN_PER_STRATUM))
+    edges = [count * h // strata for h in range(strata + 1)]
+    generator = torch.Generator().manual_seed(seed)
+    drawn, bounds, population = [], [0], []
+    for low, high in pairwise(edges):
+        size = min(high - low, max(DRAWN_PER_STRATUM, round((high - low) * sample)))
+        drawn.append(low + torch.randperm(high - low, generator=generator)[:size].sort().values)
+        bounds.append(bounds[-1] + size)
+        population.append(high - low)
+    return TileSample(torch.cat(drawn), torch.tensor(bounds), torch.tensor(population))
 
 
 def linear_influence(
@@ -161,8 +166,8 @@ def _prepared(
         buffered = step.step > 1 and exp_avg is not None
         on_grad, on_buffer = step.line(buffered)
         first = exp_avg.contiguous() if exp_avg is not None and buffered else None
-        constants = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step.weight_decay, on_buffer / on_grad)
-        return _Prepared((q.contiguous(), first, None, param.contiguous()), constants, -step.lr * on_grad)
+        constants = (0.0, on_grad, 0.0, 0.0, 0.0, 0.0, step.weight_decay * on_grad, on_buffer)
+        return _Prepared((q.contiguous(), first, None, param.contiguous()), constants, -step.lr)
     if exp_avg is None or exp_avg_sq is None:
         raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
     decay, on_param = (0.0, step.weight_decay) if step.decoupled else (step.weight_decay, 0.0)

@@ -71,7 +71,7 @@ class ChunkedHead:
     """Losses of a batch from hidden states; hands the head's gradient on part by part.
 
     `receive` is None where the head's weight has no rule. `touched` are the sorted ids int64 [U_b] per example
-    whose rows the weight's other use, the embedding, also changes; `rows_of_touched` has the head's own gradient
+    whose rows the weight's other use, the embedding, also changes; `touched_rows` has the head's own gradient
     of them afterwards. `bias_grad` [B, V] is there afterwards where `wants_bias`.
     """
 

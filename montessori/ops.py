@@ -143,11 +143,7 @@ def linear_influence(
     Returns float64 [B, K]. Raises ArgumentError when an argument does not fit.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    check_tensors({"x": x, "dy": dy}, param.device)
-    num_out, num_in = _matrix_shape(param)
-    check_shape("x", x, (None, num_in), "[T, I]")
-    check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
-    bounds = check_offsets(offsets, x.shape[0])
+    bounds = _check_batch(x, dy, offsets, param)
     if rows is not None:
         _check_rows(rows, param, len(bounds))
     extra = rows.grad if rows is not None else None
@@ -177,13 +173,9 @@ def sampled_linear_influence(
     kernels cannot take the arguments.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    check_tensors({"x": x, "dy": dy}, param.device)
-    num_out, num_in = _matrix_shape(param)
-    check_shape("x", x, (None, num_in), "[T, I]")
-    check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
+    bounds = _check_batch(x, dy, offsets, param)
     if not 0 < sample <= 1:
         raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
-    bounds = check_offsets(offsets, x.shape[0])
     choose_impl("cpu", step, x, dy, q, exp_avg, exp_avg_sq, param)
     tiles = cpu.TileSample.draw(q, sample, seed)
     return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
@@ -301,6 +293,15 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: st
 def _choose_dense(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
     """The implementation for ready gradients and rows; beside the CUDA library, which has matrices alone, Triton's."""
     return choose_impl("triton" if impl == "cuda" else impl, step, *tensors)[0]
+
+
+def _check_batch(x: Tensor, dy: Tensor, offsets: Tensor, param: Tensor) -> list[int]:
+    """The offsets as a list, of x [T, I] and dy [T, O] that fit `param` [O, I]."""
+    check_tensors({"x": x, "dy": dy}, param.device)
+    num_out, num_in = _matrix_shape(param)
+    check_shape("x", x, (None, num_in), "[T, I]")
+    check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
+    return check_offsets(offsets, x.shape[0])
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

@@ -9,7 +9,7 @@ enum class Step { kAdamW, kSgd };
 
 // One weight tile of `rows` × columns (padded), constants of the step folded in by the packing:
 // m = a1·exp_avg and v = s1·exp_avg_sq are [rows, columns], q is [sets, rows, columns]. Padding holds
-// m = q = 0 and v = 1.
+// m = q = 0 and v = 1. SGD has neither m nor v; its update is a2·g.
 struct TileJob {
   const float* m;
   const float* v;

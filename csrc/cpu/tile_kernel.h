@@ -37,7 +37,7 @@ class Sums {
 
 template <Step step, bool kFast>
 inline Vector update(Vector g, const float* m, const float* v, const TileJob& job) {
-  if constexpr (step == Step::kSgd) return g;
+  if constexpr (step == Step::kSgd) return job.a2 * g;
   return quotient<kFast>(load(m) + job.a2 * g, load(v) + job.s2 * (g * g), job.eps);
 }
 
