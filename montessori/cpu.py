@@ -40,6 +40,7 @@ def unavailable() -> str | None:
     torch.library.register_fake("montessori::linear_scores", _fake_linear_scores)
     torch.library.register_fake("montessori::dense_scores", _fake_dense_scores)
     torch.library.register_fake("montessori::cross_entropy_", _fake_cross_entropy)
+    torch.library.register_fake("montessori::step_", _fake_step)
     return None
 
 
@@ -142,6 +143,19 @@ def adam_influence(
     return torch.ops.montessori.dense_scores(flat, *call.state, *call.constants) * call.scale
 
 
+def adam_step_(
+    param: Tensor,
+    source: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: OptimizerStep,
+) -> None:
+    """param = source + Δ(grad) in one pass; see `montessori.ops.adam_step_`."""
+    moments, constants = _folded(exp_avg, exp_avg_sq, step)
+    torch.ops.montessori.step_(param, source.contiguous(), grad.contiguous(), *moments, step.lr, *constants)
+
+
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Losses of the rows of `logits` float32 [n, V], float64 [n]; logits become their gradients.
 
@@ -162,17 +176,23 @@ class _Prepared:
 def _prepared(
     q: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, param: Tensor, step: OptimizerStep
 ) -> _Prepared:
+    moments, constants = _folded(exp_avg, exp_avg_sq, step)
+    return _Prepared((q.contiguous(), *moments, param.contiguous()), constants, -step.lr)
+
+
+def _folded(
+    exp_avg: Tensor | None, exp_avg_sq: Tensor | None, step: OptimizerStep
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[float, ...]]:
+    """The moments that are read, and a1, a2, s1, s2, eps, decay, on_param, on_exp_avg: Δ is −lr times the rest."""
     if isinstance(step, SGDStep):
-        buffered = step.step > 1 and exp_avg is not None
-        on_grad, on_buffer = step.line(buffered)
-        first = exp_avg.contiguous() if exp_avg is not None and buffered else None
+        buffer = exp_avg if step.step > 1 else None
+        on_grad, on_buffer = step.line(buffer is not None)
         constants = (0.0, on_grad, 0.0, 0.0, 0.0, 0.0, step.weight_decay * on_grad, on_buffer)
-        return _Prepared((q.contiguous(), first, None, param.contiguous()), constants, -step.lr)
+        return (None if buffer is None else buffer.contiguous(), None), constants
     if exp_avg is None or exp_avg_sq is None:
         raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
     decay, on_param = (0.0, step.weight_decay) if step.decoupled else (step.weight_decay, 0.0)
-    state = (q.contiguous(), exp_avg.contiguous(), exp_avg_sq.contiguous(), param.contiguous())
-    return _Prepared(state, (*step.folded, step.eps, decay, on_param, 0.0), -step.lr)
+    return (exp_avg.contiguous(), exp_avg_sq.contiguous()), (*step.folded, step.eps, decay, on_param, 0.0)
 
 
 def _sorted_rows(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,3 +223,10 @@ def _fake_dense_scores(
 
 def _fake_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float64)
+
+
+def _fake_step(
+    param: Tensor, source: Tensor, grad: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, lr: float,
+    a1: float, a2: float, s1: float, s2: float, eps: float, decay: float, on_param: float, on_exp_avg: float,
+) -> None:  # fmt: skip
+    return None

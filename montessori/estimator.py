@@ -263,6 +263,8 @@ class InfluenceEstimator:
                 self._reference_loss,
                 self.options.max_grad_norm,
                 loss,
+                # The truth of an audit has the bits of the real optimizer.
+                self.options.backend if self.options.method == "exact" else "reference",
             )
             return _Prepared(scorer, delta, loss, torch.zeros_like(loss))
         plan = self._verified_plan()

@@ -28,6 +28,7 @@ __all__ = [
     "SGDStep",
     "SparseRows",
     "adam_influence",
+    "adam_step_",
     "available_impls",
     "check_impl",
     "choose_impl",
@@ -70,6 +71,11 @@ _DENSE: dict[str, Callable[..., Tensor]] = {
     "triton": gpu.adam_influence,
     "cpu": cpu.adam_influence,
     "reference": blocked.adam_influence,
+}
+_STEP: dict[str, Callable[..., None]] = {
+    "triton": gpu.adam_step_,
+    "cpu": cpu.adam_step_,
+    "reference": blocked.adam_step_,
 }
 
 
@@ -265,6 +271,36 @@ def adam_influence(
         check_shape("grad", grad, (None, *param.shape), "[B, *param.shape]")
     chosen = _choose_dense(impl, step, grad, q, exp_avg, exp_avg_sq, param)
     return _DENSE[chosen](grad, q, exp_avg, exp_avg_sq, param, step)
+
+
+@torch.no_grad()
+def adam_step_(
+    param: Tensor,
+    source: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: OptimizerStep,
+    *,
+    impl: str = "auto",
+) -> None:
+    """param = source + Δ(grad) in place (Eq. 1), of one shape; the optimizer's state is not advanced.
+
+    `param` may be `source`; the way back is a copy of it. The kernels go over memory once and round as they do in
+    scores; impl="reference" takes torch's own operations and has the bits of `optimizer.step()`.
+    """
+    check_state(source[None], exp_avg, exp_avg_sq, source, step)
+    check_tensors({"param": param, "grad": grad}, source.device)
+    check_shape("param", param, tuple(source.shape), "source.shape")
+    check_shape("grad", grad, tuple(source.shape), "source.shape")
+    if param.dtype is not source.dtype:
+        raise ArgumentError(f"source: expected {param.dtype}, as param, got {source.dtype}")
+    if not param.is_contiguous():
+        if impl not in ("auto", "reference"):
+            raise ArgumentError(f"param: impl={impl!r} expects a contiguous tensor, got strides {param.stride()}")
+        impl = "reference"
+    chosen = _choose_dense(impl, step, param, grad, exp_avg, exp_avg_sq)
+    _STEP[chosen](param, source, grad, exp_avg, exp_avg_sq, step)
 
 
 @torch.no_grad()
