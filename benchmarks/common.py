@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from montessori.batching import Example, make_batches
 from montessori.data import Rows, load_rows
 from montessori.demo import demo_file
 from montessori.encoding import encode_rows
@@ -66,6 +70,39 @@ def load_data(arguments: argparse.Namespace) -> tuple[Rows, Rows, Rows]:
     everything, reference = load_rows(arguments.candidates), load_rows(arguments.reference)
     scored = Rows(list(everything)[: arguments.num_candidates], everything.source)
     return everything, scored, Rows(list(reference)[: arguments.num_references], reference.source)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def interleaved(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each arm, one of each in turn; the first round, cold, is left out."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for name, work in list(arms.items()) * (repeats + 1):
+        times[name].append(seconds(work))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def ratios(times: dict[str, list[float]], of: str, to: str) -> dict[str, float]:
+    """Speed of `of` relative to `to`, pair by pair: median and range."""
+    values = [b / a for a, b in zip(times[of], times[to], strict=True)]
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def spread_batches(rows: Rows, tokenizer: Any, arguments: argparse.Namespace) -> tuple[Rows, list[list[Example]]]:
+    """Full batches from the middle of each stretch of lengths, and the rows in them."""
+
+    def batched(some: Rows) -> list[list[Example]]:
+        examples = encode_rows(some, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
+        return make_batches(examples, arguments.batch_tokens)
+
+    every = batched(rows)
+    chosen = [every[(2 * i + 1) * len(every) // (2 * arguments.batches)] for i in range(arguments.batches)]
+    kept = Rows([list(rows)[example.index] for batch in chosen for example in batch], rows.source)
+    return kept, batched(kept)
 
 
 def machine() -> dict[str, Any]:

@@ -262,7 +262,7 @@ def small() -> dict[str, Any]:
     second, source = exp_avg.square() + 0.1, param.clone()
     copy = 2 * 4 * size / milliseconds(lambda: param.copy_(source)) / 1e9
     scored = milliseconds(lambda: gpu.adam_influence(grad[None], q[None], exp_avg, second, param, STEP))
-    stepped = milliseconds(lambda: gpu.step_(param, source, grad, exp_avg, second, STEP))
+    stepped = milliseconds(lambda: gpu.adam_step_(param, source, grad, exp_avg, second, STEP))
     # Scores read g, q, m, v, θ; the step reads g, m, v, θ and writes θ.
     moved = {"copy": copy, "ready gradients": 20 * size / scored / 1e9, "step": 20 * size / stepped / 1e9}
     return {"rows": [{"kernel": name, "TB/s": rate, "of copy": rate / copy} for name, rate in moved.items()]}

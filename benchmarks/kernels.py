@@ -10,14 +10,12 @@ operands 4 · T · (O + I). Plain dW is one product over all tokens; the kernel 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import parser, write_result
+from benchmarks.common import interleaved, parser, write_result
 from montessori import AdamWStep, ops
 from montessori.runs import DTYPES
 
@@ -30,19 +28,10 @@ TOKENS = 2048
 STEP = AdamWStep(lr=5e-6, step=20)
 
 
-def paired(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for name, work in list(arms.items()) * (repeats + 1):
-        start = time.perf_counter()
-        work()
-        times[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in times.items()}
-
-
 def product_rate(dtype: torch.dtype) -> float:
     """GFLOP/s of a large square matrix product, the best of five."""
     a, b = (torch.randn(3072, 3072).to(dtype) for _ in range(2))
-    best = min(paired({"mm": lambda: a @ b}, 5)["mm"])
+    best = min(interleaved({"mm": lambda: a @ b}, 5)["mm"])
     return 2 * 3072**3 / best / 1e9
 
 
@@ -56,7 +45,7 @@ def measure(out: int, num_in: int, length: int, dtype: torch.dtype, repeats: int
         "ours": lambda: ops.linear_influence(x, dy, offsets, q[None], exp_avg, exp_avg_sq, param, STEP, impl="cpu"),
         "dw": lambda: dy.T @ x,
     }
-    times = paired(arms, repeats)
+    times = interleaved(arms, repeats)
     ours = statistics.median(times["ours"])
     pairs = [a / b for a, b in zip(times["ours"], times["dw"], strict=True)]
     return {

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import MAX_LENGTH, load_data, parser, warm_student, write_result
+from benchmarks.common import MAX_LENGTH, load_data, parser, spread_batches, warm_student, write_result
 from montessori import InfluenceEstimator
-from montessori.data import Rows
 from montessori.models import load_model
 
 KINDS = {
-    "matrix products: forward and dX": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "matrix products: forward and dX": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::"),
     "scores of weights: dW, update, dot with q": ("montessori::linear_scores",),
     "attention": ("aten::_scaled_dot_product",),
     "cross-entropy of the head": ("montessori::cross_entropy_",),
@@ -35,20 +34,21 @@ def kind_of(name: str) -> str:
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--scored", type=int, default=16, help="how many of the candidates are scored")
+    options.add_argument("--batches", type=int, default=1, help="how many batches are scored, spread over the lengths")
+    options.add_argument("--batch-tokens", type=int, default=4096)
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
-    everything, candidates, reference = load_data(arguments)
+    everything, _, reference = load_data(arguments)
     checkpoint = warm_student(everything, arguments)
-    candidates = Rows(list(candidates)[: arguments.scored], candidates.source)
     model, tokenizer = load_model(checkpoint)
+    candidates, _ = spread_batches(everything, tokenizer, arguments)
     estimator = InfluenceEstimator(
         model, checkpoint, reference, tokenizer=tokenizer, max_length=MAX_LENGTH, truncation="right"
     )
-    estimator.score(candidates)
+    estimator.score(candidates, batch_tokens=arguments.batch_tokens)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         start = time.perf_counter()
-        estimator.score(candidates)
+        estimator.score(candidates, batch_tokens=arguments.batch_tokens)
         wall = time.perf_counter() - start
     spent: Counter[str] = Counter()
     for event in recorded.key_averages():

@@ -44,11 +44,10 @@ def speed(records: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
-        settings, ratios = record["settings"], record["speed"]
-        products = settings["dtype"] + ("" if settings["precision"] == "highest" else f", {settings['precision']!r}")
+        ratios = record["speed"]
         rates = [record["tokens"] / statistics.median(record["seconds"][arm]) for arm in ("plain", "trimmed", "score")]
         lines.append(
-            f"| {record['machine']['threads']} | {products} | "
+            f"| {record['machine']['threads']} | {_products(record)} | "
             + " | ".join(f"{rate:.0f} tokens/s" for rate in rates)
             + f" | {_ratio(ratios['score/plain'])} | {_ratio(ratios['score/trimmed'])} "
             f"| {_ratio(ratios['sampled/plain'])} | {record['sampled_spearman']:.3f} |"
@@ -59,8 +58,18 @@ def speed(records: list[dict[str, Any]]) -> str:
 def once(records: list[dict[str, Any]]) -> str:
     lines = ["| threads | products | q, anchor and proof |", "|---|---|---|"]
     for record in records:
-        settings = record["settings"]
-        lines.append(f"| {record['machine']['threads']} | {settings['dtype']} | {record['seconds']['once']:.0f} s |")
+        lines.append(f"| {record['machine']['threads']} | {_products(record)} | {record['seconds']['once']:.0f} s |")
+    return "\n".join(lines)
+
+
+def products(records: list[dict[str, Any]]) -> str:
+    lines = ["| threads | O × I | product | torch, GFLOP/s | ours, GFLOP/s | speed |", "|---|---|---|---|---|---|"]
+    for record in records:
+        for row in record["rows"]:
+            lines.append(
+                f"| {record['machine']['threads']} | {row['out']} × {row['in']} | {row['product']} "
+                f"| {row['gflops']['torch']:.0f} | {row['gflops']['ours']:.0f} | {_ratio(row['speed'])} |"
+            )
     return "\n".join(lines)
 
 
@@ -106,6 +115,11 @@ def profile(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _products(record: dict[str, Any]) -> str:
+    dtype, precision = (record["settings"][name] for name in ("dtype", "precision"))
+    return dtype if precision == "highest" else f"{dtype}, {precision!r}"
+
+
 def _ratio(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
@@ -125,6 +139,7 @@ def main() -> None:
         "speed": speed(speeds),
         "once": once(speeds),
         "kernels": kernels(_records("kernels_*.json")),
+        "products": products(_records("products_*.json")),
     }
     singles: dict[str, Callable[[dict[str, Any]], str]] = {"sampling": sampling, "memory": memory, "profile": profile}
     for name, table_of in singles.items():

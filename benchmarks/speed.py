@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -24,11 +23,19 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks.common import MAX_LENGTH, load_data, parser, warm_student, write_result
+from benchmarks.common import (
+    MAX_LENGTH,
+    interleaved,
+    load_data,
+    parser,
+    ratios,
+    seconds,
+    spread_batches,
+    warm_student,
+    write_result,
+)
 from montessori import InfluenceEstimator
-from montessori.batching import Example, collate, make_batches
-from montessori.data import Rows
-from montessori.encoding import encode_rows
+from montessori.batching import Example, collate
 from montessori.losses import response_loss
 from montessori.models import load_model
 from montessori.runs import DTYPES
@@ -50,29 +57,9 @@ def trimmed_pass(model: nn.Module, batches: Sequence[Sequence[Example]]) -> None
         model.zero_grad()
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def interleaved(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each arm, one of each in turn; the first round, cold, is left out."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for name, work in list(arms.items()) * (repeats + 1):
-        times[name].append(seconds(work))
-    return {name: values[1:] for name, values in times.items()}
-
-
-def ratios(times: dict[str, list[float]], of: str, to: str) -> dict[str, float]:
-    """Speed of `of` relative to `to`, pair by pair: median and range."""
-    values = [b / a for a, b in zip(times[of], times[to], strict=True)]
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--scored", type=int, default=16, help="how many of the candidates are scored")
+    options.add_argument("--batches", type=int, default=1, help="how many batches are scored, spread over the lengths")
     options.add_argument("--batch-tokens", type=int, default=4096)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--backend", default="auto", help="implementation of montessori.ops")
@@ -81,12 +68,11 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision(arguments.precision)
-    everything, candidates, reference = load_data(arguments)
+    everything, _, reference = load_data(arguments)
     checkpoint = warm_student(everything, arguments)
-    candidates = Rows(list(candidates)[: arguments.scored], candidates.source)
     model, tokenizer = load_model(checkpoint, dtype=DTYPES[arguments.dtype])
-    examples = encode_rows(candidates, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
-    batches = make_batches(examples, arguments.batch_tokens)
+    candidates, batches = spread_batches(everything, tokenizer, arguments)
+    examples = [example for batch in batches for example in batch]
     settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "right", "backend": arguments.backend}
     estimator = InfluenceEstimator(model, checkpoint, reference, **settings)
     once = seconds(lambda: estimator.prepare(candidates))

@@ -6,6 +6,9 @@ a block costs six passes over cache-resident memory:
     a1 = β1/(1−β1^t)   a2 = (1−β1)/(1−β1^t)   s1 = β2/(1−β2^t)   s2 = (1−β2)/(1−β2^t)
     q·Δ = −lr · [ q · (a1 m + a2 g) / (sqrt(s1 v + s2 g²) + ε) + λ q · θ ]
 
+The step itself follows torch's own single-tensor AdamW, Adam and SGD operation by operation, so it gives the same bits
+as `optimizer.step()`.
+
 Arguments are trusted here; `montessori.ops` has checked them. Dimensions as there.
 """
 
@@ -185,6 +188,50 @@ def adam_influence(
         for example in range(num_examples):
             scores[example] += block.score(grad[example, span].to(dtype, copy=True))
     return scores
+
+
+def adam_step_(
+    param: Tensor,
+    source: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: OptimizerStep,
+) -> None:
+    """param = source + Δ(grad); see `montessori.ops.adam_step_`."""
+    if param is not source:
+        param.copy_(source)
+    if isinstance(step, SGDStep):
+        _sgd_step(param, grad, exp_avg, step)
+    elif exp_avg is None or exp_avg_sq is None:
+        raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
+    else:
+        _adamw_step(param, grad, exp_avg, exp_avg_sq, step)
+
+
+def _adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
+    if step.weight_decay:
+        if step.decoupled:
+            param.mul_(1 - step.lr * step.weight_decay)
+        else:
+            grad = grad.add(param, alpha=step.weight_decay)
+    exp_avg = exp_avg.to(grad.dtype).lerp(grad, 1 - step.beta1)
+    exp_avg_sq = exp_avg_sq.to(grad.dtype).mul(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
+    step_size = step.lr / (1 - step.beta1**step.step)
+    denominator = (exp_avg_sq.sqrt() / (1 - step.beta2**step.step) ** 0.5).add_(step.eps)
+    param.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def _sgd_step(param: Tensor, grad: Tensor, buffer: Tensor | None, step: SGDStep) -> None:
+    if step.weight_decay:
+        grad = grad.add(param, alpha=step.weight_decay)
+    if step.momentum:
+        if buffer is None or step.step == 1:
+            buffer = grad
+        else:
+            buffer = buffer.mul(step.momentum).add_(grad, alpha=1 - step.dampening)
+        grad = grad.add(buffer, alpha=step.momentum) if step.nesterov else buffer
+    param.add_(grad, alpha=-step.lr)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 The model runs unchanged. A hook on a module's forward keeps its input X; a hook on its output receives
 dY in the backward pass and hands (X, dY) on at once. The parameters that a rule covers do not require
-grad meanwhile, so autograd skips their weight-gradient products: they are replaced, not doubled.
+grad meanwhile, so autograd skips their weight-gradient products: they are replaced, not doubled. Plain
+linear layers compute the same products through the faster library (`montessori.products`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from montessori.head import ChunkedHead, hidden_states
 from montessori.local import local_gradients, sum_per_example
 from montessori.losses import LossFunction
 from montessori.ops import SparseRows
+from montessori.products import fast_products
 from montessori.rowmap import RowMap, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, LOCAL, ModuleRule, Plan
 from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
@@ -67,6 +69,7 @@ class Capture:
             for parameter in covered:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
+            stack.enter_context(fast_products(self._model))
             for module, rule in self._plan.rules.items():
                 if module is not self._plan.head and not set(rule.parameters.values()) <= self._plan.fallback:
                     for handle in self._hooks(module, rule):

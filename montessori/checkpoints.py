@@ -53,6 +53,24 @@ def read_state(directory: str | os.PathLike[str], model: nn.Module) -> AdamWStat
     return state
 
 
+def read_optimizer(
+    optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
+    model: nn.Module,
+    lr: float | None,
+) -> AdamWState:
+    """State of any of these, checked and on the devices of the model's parameters; `lr` replaces the one found."""
+    if isinstance(optimizer, str | os.PathLike):
+        state = read_state(optimizer, model)
+    elif isinstance(optimizer, AdamWState):
+        state = optimizer
+    else:
+        state = AdamWState.from_optimizer(model, optimizer)
+    if lr is not None:
+        state = state.with_overrides(lr=lr)
+    state.validate(model)
+    return state.beside(model)
+
+
 def _optimizer_file(path: Path) -> Path:
     several = sorted(file.name for file in path.glob("optimizer_*.bin"))
     found = [name for name in (TRAINER_FILE, ACCELERATE_FILE) if (path / name).is_file()]

@@ -40,6 +40,7 @@ def unavailable() -> str | None:
     torch.library.register_fake("montessori::linear_scores", _fake_linear_scores)
     torch.library.register_fake("montessori::dense_scores", _fake_dense_scores)
     torch.library.register_fake("montessori::cross_entropy_", _fake_cross_entropy)
+    torch.library.register_fake("montessori::step_", _fake_step)
     return None
 
 
@@ -67,20 +68,25 @@ class TileSample:
     bounds: Tensor
     population: Tensor
 
-    @classmethod
-    def draw(cls, q: Tensor, sample: float, seed: int) -> TileSample:
+    @staticmethod
+    def draw(q: Tensor, sample: float, seed: int) -> TileSample:
         """A share of about `sample` of the tiles of the weight that q [K, O, I] belongs to."""
-        count = int(torch.ops.montessori.linear_tiles(q))
-        strata = max(1, int(count * sample / DRAWN_PER_STRATUM))
-        edges = [count * h // strata for h in range(strata + 1)]
-        generator = torch.Generator().manual_seed(seed)
-        drawn, bounds, population = [], [0], []
-        for low, high in pairwise(edges):
-            size = min(high - low, max(DRAWN_PER_STRATUM, round((high - low) * sample)))
-            drawn.append(low + torch.randperm(high - low, generator=generator)[:size].sort().values)
-            bounds.append(bounds[-1] + size)
-            population.append(high - low)
-        return cls(torch.cat(drawn), torch.tensor(bounds), torch.tensor(population))
+        return _draw(int(torch.ops.montessori.linear_tiles(q)), sample, seed)
+
+
+@lru_cache(maxsize=4096)
+def _draw(count: int, sample: float, seed: int) -> TileSample:
+    """Of `count` tiles; kept, because every batch asks for the same draws."""
+    strata = max(1, int(count * sample / DRAWN_PER_STRATUM))
+    edges = [count * h // strata for h in range(strata + 1)]
+    generator = torch.Generator().manual_seed(seed)
+    drawn, bounds, population = [], [0], []
+    for low, high in pairwise(edges):
+        size = min(high - low, max(DRAWN_PER_STRATUM, round((high - low) * sample)))
+        drawn.append(low + torch.randperm(high - low, generator=generator)[:size].sort().values)
+        bounds.append(bounds[-1] + size)
+        population.append(high - low)
+    return TileSample(torch.cat(drawn), torch.tensor(bounds), torch.tensor(population))
 
 
 def linear_influence(
@@ -137,6 +143,19 @@ def adam_influence(
     return torch.ops.montessori.dense_scores(flat, *call.state, *call.constants) * call.scale
 
 
+def adam_step_(
+    param: Tensor,
+    source: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: OptimizerStep,
+) -> None:
+    """param = source + Δ(grad) in one pass; see `montessori.ops.adam_step_`."""
+    moments, constants = _folded(exp_avg, exp_avg_sq, step)
+    torch.ops.montessori.step_(param, source.contiguous(), grad.contiguous(), *moments, step.lr, *constants)
+
+
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Losses of the rows of `logits` float32 [n, V], float64 [n]; logits become their gradients.
 
@@ -157,17 +176,23 @@ class _Prepared:
 def _prepared(
     q: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, param: Tensor, step: OptimizerStep
 ) -> _Prepared:
+    moments, constants = _folded(exp_avg, exp_avg_sq, step)
+    return _Prepared((q.contiguous(), *moments, param.contiguous()), constants, -step.lr)
+
+
+def _folded(
+    exp_avg: Tensor | None, exp_avg_sq: Tensor | None, step: OptimizerStep
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[float, ...]]:
+    """The moments that are read, and a1, a2, s1, s2, eps, decay, on_param, on_exp_avg: Δ is −lr times the rest."""
     if isinstance(step, SGDStep):
-        buffered = step.step > 1 and exp_avg is not None
-        on_grad, on_buffer = step.line(buffered)
-        first = exp_avg.contiguous() if exp_avg is not None and buffered else None
-        constants = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step.weight_decay, on_buffer / on_grad)
-        return _Prepared((q.contiguous(), first, None, param.contiguous()), constants, -step.lr * on_grad)
+        buffer = exp_avg if step.step > 1 else None
+        on_grad, on_buffer = step.line(buffer is not None)
+        constants = (0.0, on_grad, 0.0, 0.0, 0.0, 0.0, step.weight_decay * on_grad, on_buffer)
+        return (None if buffer is None else buffer.contiguous(), None), constants
     if exp_avg is None or exp_avg_sq is None:
         raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
     decay, on_param = (0.0, step.weight_decay) if step.decoupled else (step.weight_decay, 0.0)
-    state = (q.contiguous(), exp_avg.contiguous(), exp_avg_sq.contiguous(), param.contiguous())
-    return _Prepared(state, (*step.folded, step.eps, decay, on_param, 0.0), -step.lr)
+    return (exp_avg.contiguous(), exp_avg_sq.contiguous()), (*step.folded, step.eps, decay, on_param, 0.0)
 
 
 def _sorted_rows(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,3 +223,10 @@ def _fake_dense_scores(
 
 def _fake_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float64)
+
+
+def _fake_step(
+    param: Tensor, source: Tensor, grad: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, lr: float,
+    a1: float, a2: float, s1: float, s2: float, eps: float, decay: float, on_param: float, on_exp_avg: float,
+) -> None:  # fmt: skip
+    return None

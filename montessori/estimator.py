@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from montessori import ops, processes
 from montessori.agreement import Agreement
 from montessori.batching import Example, make_batches
-from montessori.checkpoints import read_state
+from montessori.checkpoints import read_optimizer
 from montessori.coverage import verified_plan
 from montessori.data import load_rows
 from montessori.encoding import Encoded, encode_rows
@@ -26,7 +26,7 @@ from montessori.journal import ScoreJournal
 from montessori.losses import LossFunction, response_loss
 from montessori.models import validate_model
 from montessori.optim_state import AdamWState
-from montessori.options import Options, default_max_length, floating_dtype
+from montessori.options import Options, check_sampling, default_max_length, floating_dtype
 from montessori.referenceset import ReferenceSets
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer
@@ -111,10 +111,10 @@ class InfluenceEstimator:
             sample=sample,
         )
         if sample < 1:
-            ops.check_impl("cpu")
+            check_sampling(model, backend)
         self._tokenizer = tokenizer
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
-        self.state = _read_optimizer(optimizer, model, lr)
+        self.state = read_optimizer(optimizer, model, lr)
         self._named = isinstance(reference, Mapping) and not {"input_ids", "instruction"} & set(reference)
         named = reference if self._named else {"reference": reference}
         self.references = ReferenceSets(
@@ -263,6 +263,8 @@ class InfluenceEstimator:
                 self._reference_loss,
                 self.options.max_grad_norm,
                 loss,
+                # The truth of an audit has the bits of the real optimizer.
+                self.options.backend if self.options.method == "exact" else "reference",
             )
             return _Prepared(scorer, delta, loss, torch.zeros_like(loss))
         plan = self._verified_plan()
@@ -397,20 +399,3 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     ordered = sorted(examples, key=lambda example: (example.digest(), example.index))
     count = min(count, len(ordered))
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
-
-
-def _read_optimizer(
-    optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
-    model: nn.Module,
-    lr: float | None,
-) -> AdamWState:
-    if isinstance(optimizer, str | os.PathLike):
-        state = read_state(optimizer, model)
-    elif isinstance(optimizer, AdamWState):
-        state = optimizer
-    else:
-        state = AdamWState.from_optimizer(model, optimizer)
-    if lr is not None:
-        state = state.with_overrides(lr=lr)
-    state.validate(model)
-    return state.beside(model)

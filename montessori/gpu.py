@@ -178,7 +178,7 @@ def adam_influence(
     return _total(partial, torch.arange(num_examples + 1, device=param.device)).mul_(-step.lr)
 
 
-def step_(
+def adam_step_(
     param: Tensor,
     source: Tensor,
     grad: Tensor,
@@ -186,9 +186,7 @@ def step_(
     exp_avg_sq: Tensor | None,
     step: OptimizerStep,
 ) -> None:
-    """param = source + Δ(grad) in one pass; `param` may be `source`, and must be contiguous.
-
-    The way back from a virtual step is a copy of `source`, or the next candidate's step from the same `source`."""
+    """param = source + Δ(grad) in one pass; see `montessori.ops.adam_step_`."""
     if param.numel() == 0:
         return
     from montessori.kernels.triton.elementwise import adam_step_launch

@@ -10,19 +10,18 @@ Dimensions: B examples, n labelled tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from montessori import ops
 from montessori.batching import IGNORE_INDEX, Batch
 from montessori.errors import ModelError
 from montessori.losses import label_rows, model_inputs
+from montessori.products import forward_replaced, is_plain_linear, product
 from montessori.rules import LINEAR, ModuleRule
 from montessori.uses import LinearUse, TouchedRows
 
@@ -42,7 +41,7 @@ ReceivePart = Callable[[int, LinearUse, slice], None]
 def chunkable_head(model: nn.Module, rules: dict[nn.Module, ModuleRule]) -> nn.Linear | None:
     """The output embedding if it is a plain linear layer that nothing else listens to, else None."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not isinstance(head, nn.Module) or not is_plain_linear(head):
         return None
     listened = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
     rule = rules.get(head)
@@ -59,7 +58,7 @@ def hidden_states(model: nn.Module, head: nn.Linear, batch: Batch) -> Tensor:
         caught.append(hidden.reshape(-1, hidden.shape[-1])[rows])
         return hidden
 
-    with _forward_replaced(head, catch):
+    with forward_replaced(head, catch):
         model(**model_inputs(model, batch))
     if len(caught) != 1:
         raise HeadError(f"the vocabulary head was called {len(caught)} times in one forward pass, expected once")
@@ -71,7 +70,7 @@ class ChunkedHead:
     """Losses of a batch from hidden states; hands the head's gradient on part by part.
 
     `receive` is None where the head's weight has no rule. `touched` are the sorted ids int64 [U_b] per example
-    whose rows the weight's other use, the embedding, also changes; `rows_of_touched` has the head's own gradient
+    whose rows the weight's other use, the embedding, also changes; `touched_rows` has the head's own gradient
     of them afterwards. `bias_grad` [B, V] is there afterwards where `wants_bias`.
     """
 
@@ -111,7 +110,7 @@ class ChunkedHead:
             for rows, losses, dlogits in self._blocks(hidden[span], span, weights[span]):
                 token_losses[span] = losses
                 dlogits = dlogits.to(hidden.dtype)
-                grad[span] += dlogits @ self.head.weight[rows]
+                grad[span] += product(dlogits, self.head.weight[rows].t())
                 self._hand_on(first, last, hidden[span], dlogits, rows)
         example = torch.repeat_interleave(counts)
         sums = torch.zeros(len(counts), dtype=torch.float64, device=hidden.device)
@@ -166,7 +165,7 @@ class ChunkedHead:
 
     def _logits(self, hidden: Tensor, rows: slice) -> Tensor:
         bias = self.head.bias[rows] if self.head.bias is not None else None
-        logits = F.linear(hidden, self.head.weight[rows], bias)
+        logits = product(hidden, self.head.weight[rows], bias)
         return logits.to(_wide(logits.dtype))
 
     def _hand_on(self, first: int, last: int, hidden: Tensor, dlogits: Tensor, rows: slice) -> None:
@@ -194,15 +193,6 @@ class _HeadLosses(torch.autograd.Function):
         if not bool((upstream[0] == 1).all()):
             raise ModelError("the losses of a chunked head were scaled before their backward pass, expected their sum")
         return ctx.saved_tensors[0], None
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def _most_logits(hidden: Tensor) -> int:

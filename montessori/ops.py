@@ -28,6 +28,7 @@ __all__ = [
     "SGDStep",
     "SparseRows",
     "adam_influence",
+    "adam_step_",
     "available_impls",
     "check_impl",
     "choose_impl",
@@ -70,6 +71,11 @@ _DENSE: dict[str, Callable[..., Tensor]] = {
     "triton": gpu.adam_influence,
     "cpu": cpu.adam_influence,
     "reference": blocked.adam_influence,
+}
+_STEP: dict[str, Callable[..., None]] = {
+    "triton": gpu.adam_step_,
+    "cpu": cpu.adam_step_,
+    "reference": blocked.adam_step_,
 }
 
 
@@ -143,11 +149,7 @@ def linear_influence(
     Returns float64 [B, K]. Raises ArgumentError when an argument does not fit.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    check_tensors({"x": x, "dy": dy}, param.device)
-    num_out, num_in = _matrix_shape(param)
-    check_shape("x", x, (None, num_in), "[T, I]")
-    check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
-    bounds = check_offsets(offsets, x.shape[0])
+    bounds = _check_batch(x, dy, offsets, param)
     if rows is not None:
         _check_rows(rows, param, len(bounds))
     extra = rows.grad if rows is not None else None
@@ -177,13 +179,9 @@ def sampled_linear_influence(
     kernels cannot take the arguments.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    check_tensors({"x": x, "dy": dy}, param.device)
-    num_out, num_in = _matrix_shape(param)
-    check_shape("x", x, (None, num_in), "[T, I]")
-    check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
+    bounds = _check_batch(x, dy, offsets, param)
     if not 0 < sample <= 1:
         raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
-    bounds = check_offsets(offsets, x.shape[0])
     choose_impl("cpu", step, x, dy, q, exp_avg, exp_avg_sq, param)
     tiles = cpu.TileSample.draw(q, sample, seed)
     return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
@@ -276,6 +274,36 @@ def adam_influence(
 
 
 @torch.no_grad()
+def adam_step_(
+    param: Tensor,
+    source: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: OptimizerStep,
+    *,
+    impl: str = "auto",
+) -> None:
+    """param = source + Δ(grad) in place (Eq. 1), of one shape; the optimizer's state is not advanced.
+
+    `param` may be `source`; the way back is a copy of it. The kernels go over memory once and round as they do in
+    scores; impl="reference" takes torch's own operations and has the bits of `optimizer.step()`.
+    """
+    check_state(source[None], exp_avg, exp_avg_sq, source, step)
+    check_tensors({"param": param, "grad": grad}, source.device)
+    check_shape("param", param, tuple(source.shape), "source.shape")
+    check_shape("grad", grad, tuple(source.shape), "source.shape")
+    if param.dtype is not source.dtype:
+        raise ArgumentError(f"source: expected {param.dtype}, as param, got {source.dtype}")
+    if not param.is_contiguous():
+        if impl not in ("auto", "reference"):
+            raise ArgumentError(f"param: impl={impl!r} expects a contiguous tensor, got strides {param.stride()}")
+        impl = "reference"
+    chosen = _choose_dense(impl, step, param, grad, exp_avg, exp_avg_sq)
+    _STEP[chosen](param, source, grad, exp_avg, exp_avg_sq, step)
+
+
+@torch.no_grad()
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: str = "auto") -> Tensor:
     """Cross-entropy of the rows of `logits` [n, V], float64 [n]; the logits become weighted gradients.
 
@@ -301,6 +329,15 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: st
 def _choose_dense(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
     """The implementation for ready gradients and rows; beside the CUDA library, which has matrices alone, Triton's."""
     return choose_impl("triton" if impl == "cuda" else impl, step, *tensors)[0]
+
+
+def _check_batch(x: Tensor, dy: Tensor, offsets: Tensor, param: Tensor) -> list[int]:
+    """The offsets as a list, of x [T, I] and dy [T, O] that fit `param` [O, I]."""
+    check_tensors({"x": x, "dy": dy}, param.device)
+    num_out, num_in = _matrix_shape(param)
+    check_shape("x", x, (None, num_in), "[T, I]")
+    check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
+    return check_offsets(offsets, x.shape[0])
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

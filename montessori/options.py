@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from montessori import cpu
 from montessori.encoding import TRUNCATIONS
 from montessori.errors import ArgumentError
 
@@ -41,6 +42,15 @@ class Options:
             raise ArgumentError(f"sample={self.sample}: method='exact' takes real steps, which cannot be sampled")
         if self.truncation not in TRUNCATIONS:
             raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+
+
+def check_sampling(model: nn.Module, backend: str) -> None:
+    """Raise ArgumentError unless the compiled CPU kernels, which alone can sample, take this model's weights."""
+    if backend not in ("auto", "cpu"):
+        raise ArgumentError(f"backend={backend!r} with sample < 1: expected 'auto' or 'cpu', nothing else can sample")
+    reason = cpu.unsupported(*model.parameters())
+    if reason is not None:
+        raise ArgumentError(f"sample < 1 needs the compiled CPU kernels: {reason}; pass sample=1")
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:

@@ -1,7 +1,6 @@
 """The oracle: a real optimizer step on one example, the reference loss after it, and the way back.
 
-Everything happens in memory on the live model. The arithmetic follows torch's own single-tensor
-AdamW, Adam and SGD operation by operation, so a step gives the same bits as `optimizer.step()`.
+Everything happens in memory on the live model.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from montessori import ops
 from montessori import reference as equations
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
-from montessori.errors import StateError
-from montessori.steps import AdamWStep, SGDStep
 
 if TYPE_CHECKING:
     from montessori.losses import LossFunction
-    from montessori.optim_state import AdamWState, ParameterState
+    from montessori.optim_state import AdamWState
 
 Gradients = Mapping[str, Tensor | None]
 
@@ -71,49 +69,18 @@ def apply_step(
     state: AdamWState,
     grads: Gradients,
     max_grad_norm: float | None = None,
+    impl: str = "reference",
 ) -> None:
     """Take the optimizer step in place; the optimizer state is not advanced.
 
-    A parameter without gradient steps with gradient 0, as an accumulated zero gradient would make it.
+    A parameter without gradient steps with gradient 0, as an accumulated zero gradient would make it. `impl` as in
+    `montessori.ops.adam_step_`; "reference" has the bits of `optimizer.step()`.
     """
     grads = clip_gradients(grads, max_grad_norm)
     for name, parameter in parameters.items():
-        grad = grads[name]
-        _step_parameter(parameter, torch.zeros_like(parameter) if grad is None else grad, state[name])
-
-
-def _step_parameter(parameter: nn.Parameter, grad: Tensor, state: ParameterState) -> None:
-    if isinstance(state.step, SGDStep):
-        _sgd_step(parameter, grad, state.exp_avg, state.step)
-    elif state.exp_avg is None or state.exp_avg_sq is None:
-        raise StateError("an AdamW step needs exp_avg and exp_avg_sq, got None: expected an optimizer that has stepped")
-    else:
-        _adamw_step(parameter, grad, state.exp_avg, state.exp_avg_sq, state.step)
-
-
-def _adamw_step(parameter: nn.Parameter, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
-    if step.weight_decay:
-        if step.decoupled:
-            parameter.mul_(1 - step.lr * step.weight_decay)
-        else:
-            grad = grad.add(parameter, alpha=step.weight_decay)
-    exp_avg = exp_avg.to(grad.dtype).lerp(grad, 1 - step.beta1)
-    exp_avg_sq = exp_avg_sq.to(grad.dtype).mul(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
-    step_size = step.lr / (1 - step.beta1**step.step)
-    denominator = (exp_avg_sq.sqrt() / (1 - step.beta2**step.step) ** 0.5).add_(step.eps)
-    parameter.addcdiv_(exp_avg, denominator, value=-step_size)
-
-
-def _sgd_step(parameter: nn.Parameter, grad: Tensor, buffer: Tensor | None, step: SGDStep) -> None:
-    if step.weight_decay:
-        grad = grad.add(parameter, alpha=step.weight_decay)
-    if step.momentum:
-        if buffer is None or step.step == 1:
-            buffer = grad
-        else:
-            buffer = buffer.mul(step.momentum).add_(grad, alpha=1 - step.dampening)
-        grad = grad.add(buffer, alpha=step.momentum) if step.nesterov else buffer
-    parameter.add_(grad, alpha=-step.lr)
+        grad, entry = grads[name], state[name]
+        grad = torch.zeros_like(parameter) if grad is None else grad
+        ops.adam_step_(parameter, parameter, grad, entry.exp_avg, entry.exp_avg_sq, entry.step, impl=impl)
 
 
 def mean_delta(

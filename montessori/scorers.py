@@ -132,6 +132,7 @@ class ExactScorer:
     reference_loss: LossFunction
     max_grad_norm: float | None
     loss_before: Tensor
+    impl: str
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -144,7 +145,7 @@ class ExactScorer:
 
     def _score(self, example: Example) -> Scored:
         grads, loss = example_gradients(self.model, self._parameters, example, self.loss)
-        apply_step(self._parameters, self.state, grads, self.max_grad_norm)
+        apply_step(self._parameters, self.state, grads, self.max_grad_norm, self.impl)
         try:
             after = self.sets.loss(self.model, self.reference_loss, require_finite=False)
         finally:

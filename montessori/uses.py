@@ -44,8 +44,10 @@ class TouchedRows:
 
     def add(self, x: Tensor, dy: Tensor, rows: slice) -> None:
         """Add dYᵀX of x [n, I] and dy [n, O], the gradient of `rows` of the parameter."""
-        low, high = rows.start or 0, rows.stop if rows.stop is not None else int(self.ids[-1:].sum()) + 1
-        here = slice(*torch.searchsorted(self.ids, self.ids.new_tensor([low, high])).tolist())
+        low, here = 0, slice(None)
+        if rows != slice(None):
+            low = rows.start
+            here = slice(*torch.searchsorted(self.ids, self.ids.new_tensor([low, rows.stop])).tolist())
         self.grad[here] += dy[:, self.ids[here] - low].to(self.grad.dtype).T @ x.to(self.grad.dtype)
 
 

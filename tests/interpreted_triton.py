@@ -12,9 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import make_model, make_rows, warm_optimizer
-from test_ops import ADAMW, HOSTILE, STEPS, Case, assert_specified, embedding_case, linear_case, make_state, ready_case
+from test_ops import (
+    ADAMW,
+    HOSTILE,
+    STEPS,
+    Case,
+    assert_specified,
+    assert_step_specified,
+    embedding_case,
+    linear_case,
+    make_state,
+    ready_case,
+)
 
-from montessori import InfluenceEstimator, gpu, ops, reference, tiles
+from montessori import InfluenceEstimator, gpu, ops, tiles
 from montessori.errors import ArgumentError
 
 # Several tiles and steps in every direction, none of them whole.
@@ -102,20 +113,7 @@ def test_without_epsilon_the_edge_of_a_tile_stays_out_of_the_score():
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_the_step_itself_is_as_specified_and_can_be_taken_back(step):
-    case = replace(ready_case((3, 700), size=1), **make_state((3, 700), 1, step)).to(torch.float32)
-    state = (case.exp_avg, case.exp_avg_sq)
-    param, source = case.param.clone(), case.param.clone()
-    gpu.step_(param, source, case.ready[0], *state, step)
-    wide = [None if t is None else t.double() for t in (case.ready[0], *state, case.param)]
-    plain = case.param + reference.delta(case.ready[0], *state, case.param, step)
-    want = wide[3] + reference.delta(*wide, step)
-    # Twice the plain path's error, and a rounding of every part: the weight and the eight of its step.
-    parts = wide[3].abs() + 8 * (want - wide[3]).abs() + 8 * step.lr * wide[0].abs()
-    assert torch.all((param - want).abs() <= 2 * (plain - want).abs() + parts * torch.finfo(torch.float32).eps)
-    assert torch.equal(source, case.param)
-    again = source.clone()
-    gpu.step_(again, again, case.ready[0], *state, step)
-    assert torch.equal(again, param)
+    assert_step_specified((3, 700), step, torch.float32, "triton")
 
 
 def head_case(num_rows=17, width=19, num_words=531):

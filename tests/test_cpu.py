@@ -131,6 +131,7 @@ def test_the_other_operators_pass_opcheck():
     exp_avg_sq = exp_avg.square()
     torch.library.opcheck(library.dense_scores.default, (grad, q, exp_avg, exp_avg_sq, param, *constants))
     torch.library.opcheck(library.dense_scores.default, (None, q, exp_avg, exp_avg_sq, param, *constants))
+    torch.library.opcheck(library.step_.default, (param, param.clone(), grad[0], exp_avg, exp_avg_sq, 0.1, *constants))
     torch.library.opcheck(library.cross_entropy_.default, (torch.randn(3, 5), torch.tensor([0, 4, 2]), torch.rand(3)))
 
 

@@ -28,6 +28,7 @@ STEPS = {
     "sgd_decay": SGDStep(lr=0.1, weight_decay=0.2),
     "sgd_momentum": SGDStep(lr=0.1, momentum=0.9, dampening=0.3, step=5),
     "sgd_first_step": SGDStep(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.2),
+    "sgd_full_dampening": SGDStep(lr=0.1, momentum=0.9, dampening=1.0, step=5),
     "nesterov": SGDStep(lr=0.1, momentum=0.9, weight_decay=0.2, nesterov=True, step=5),
     "nesterov_first_step": SGDStep(lr=0.1, momentum=0.9, nesterov=True),
 }
@@ -202,6 +203,60 @@ HOSTILE = {
     "no_element": ready_case((0,)),
 }
 hostile = pytest.mark.parametrize("case", HOSTILE.values(), ids=HOSTILE)
+
+
+def assert_step_specified(shape: tuple[int, ...], step: OptimizerStep, dtype: torch.dtype, impl: str) -> None:
+    """The step taken in place, on itself and from a source that stays, within rounding of Eq. 1 in float64."""
+    case = replace(ready_case(shape, size=1), **make_state(shape, 1, step)).to(dtype)
+    state = (case.exp_avg, case.exp_avg_sq)
+    param, source = torch.full_like(case.param, torch.nan), case.param.clone()
+    ops.adam_step_(param, source, case.ready[0], *state, step, impl=impl)
+    wide = [None if t is None else t.double() for t in (case.ready[0], *state, case.param)]
+    narrow = [None if t is None else t.float() for t in (case.ready[0], *state, case.param)]
+    plain = narrow[3] + reference.delta(*narrow, step)
+    want = wide[3] + reference.delta(*wide, step)
+    # Twice the plain path's error, and a rounding of every part: the weight and the eight of its step.
+    parts = wide[3].abs() + 8 * (want - wide[3]).abs() + 8 * step.lr * wide[0].abs()
+    allowed = 2 * (plain - want).abs() + parts * torch.finfo(torch.float32).eps
+    if dtype is not torch.float32:
+        allowed += want.abs() * torch.finfo(dtype).eps
+    assert torch.all((param - want).abs() <= allowed)
+    assert torch.equal(source, case.param)
+    again = source.clone()
+    ops.adam_step_(again, again, case.ready[0], *state, step, impl=impl)
+    assert torch.equal(again, param)
+
+
+@every_impl
+@every_step
+@pytest.mark.parametrize("shape", [(3, 1700), (1,), (17,), (4096,), (0,), (2, 3, 5)], ids=str)
+def test_the_step_itself_is_as_specified(shape, step, impl):
+    assert_step_specified(shape, step, torch.float32, impl)
+
+
+@pytest.mark.skipif("cpu" not in ops.available_impls(), reason="the CPU kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_of_narrow_weights_is_rounded_once(dtype):
+    assert_step_specified((3, 1700), ADAMW, dtype, "cpu")
+
+
+def test_a_step_that_does_not_fit_is_refused():
+    case = ready_case((4, 3), size=1)
+    state = (case.exp_avg, case.exp_avg_sq, ADAMW)
+    with pytest.raises(ArgumentError, match=r"grad: expected shape .*\[4, 3\], got \[3, 4\]"):
+        ops.adam_step_(case.param, case.param, case.ready[0].T, *state)
+    with pytest.raises(ArgumentError, match=r"param: expected shape .*\[4, 3\], got \[4\]"):
+        ops.adam_step_(case.param[:, 0], case.param, case.ready[0], *state)
+    with pytest.raises(ArgumentError, match=r"source: expected torch.float64, as param, got torch.float32"):
+        ops.adam_step_(case.param, case.param.float(), case.ready[0], *state)
+
+
+def test_a_strided_weight_steps_in_place():
+    case = ready_case((4, 3), size=1)
+    want, column = case.param.clone(), torch.zeros(3, 4, dtype=case.param.dtype).T
+    ops.adam_step_(want, case.param, case.ready[0], case.exp_avg, case.exp_avg_sq, ADAMW)
+    ops.adam_step_(column, case.param, case.ready[0], case.exp_avg, case.exp_avg_sq, ADAMW)
+    assert torch.equal(column, want)
 
 
 @every_impl

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from montessori import InfluenceEstimator, ops
+from montessori.coverage import verified_plan
 from montessori.data import load_rows
 from montessori.demo import demo_file
 from montessori.encoding import encode_rows
+from montessori.losses import response_loss
 from montessori.models import load_model
 from montessori.warmup import warmup
 
@@ -61,6 +63,12 @@ def test_anchored_scores_match_real_steps(student, checkpoint):
     assert audit.pearson >= 0.999
     assert audit.sign_agreement == 1
     assert audit.median_relative_error <= 0.01
+
+
+def test_the_head_goes_by_chunks(student):
+    model, tokenizer = student
+    examples = encode_rows(rows("reference.jsonl", 2), tokenizer, **SETTINGS).examples
+    assert verified_plan(model, examples, response_loss).head is model.get_output_embeddings()
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs real instruction data (MONTESSORI_TEST_DATA)")

@@ -103,3 +103,15 @@ def test_a_sampled_run_reports_its_error_and_keeps_it_in_the_file(student, tmp_p
 def test_impossible_samples_are_one_line_errors(student, settings, words):
     with pytest.raises(ArgumentError, match=words):
         scored(student, **settings)
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", ["float64", "reference"])
+def test_what_cannot_be_sampled_is_refused_before_anything_is_computed(student, change):
+    model, optimizer = student
+    if change == "float64":
+        model = transformers.AutoModelForCausalLM.from_config(model.config).double()
+        optimizer = warm_optimizer(model)
+    backend = "reference" if change == "reference" else "auto"
+    with pytest.raises(ArgumentError, match="sample < 1"):
+        InfluenceEstimator(model, optimizer, make_rows(4, seed=2), sample=0.5, backend=backend)

@@ -9,7 +9,7 @@ enum class Step { kAdamW, kSgd };
 
 // One weight tile of `rows` × columns (padded), constants of the step folded in by the packing:
 // m = a1·exp_avg and v = s1·exp_avg_sq are [rows, columns], q is [sets, rows, columns]. Padding holds
-// m = q = 0 and v = 1.
+// m = q = 0 and v = 1. SGD has neither m nor v; its update is a2·g.
 struct TileJob {
   const float* m;
   const float* v;
@@ -30,6 +30,10 @@ using ScoreExample = void (*)(const TileJob& job, const void* x, const void* dy,
 // of Kernel::lanes and job.rows is 1.
 using ScoreDense = void (*)(const TileJob& job, const float* grad, int64_t columns, double* scores);
 
+// out = base - lr · update of a ready gradient [1, columns], all padded to a multiple of Kernel::lanes; q is not read.
+using StepRow = void (*)(const TileJob& job, const float* grad, const float* base, float lr, int64_t columns,
+                         float* out);
+
 // Cross-entropy of one row of logits [columns], which it replaces by their gradient times `weight`.
 using CrossEntropy = double (*)(float* logits, int64_t columns, int64_t target, float weight);
 
@@ -40,6 +44,7 @@ struct Kernel {
   ScoreExample adamw, sgd;
   ScoreExample adamw_pairs, sgd_pairs;  // null where the processor has no bfloat16 products
   ScoreDense dense_adamw, dense_sgd;
+  StepRow step_adamw, step_sgd;
   CrossEntropy cross_entropy;
 };
 

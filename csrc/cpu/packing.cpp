@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <type_traits>
 
 namespace montessori {
 namespace {
@@ -150,6 +149,14 @@ void widen_add(const Array& from, int64_t at, int64_t count, float factor, float
   with_type(from.dtype, [&](auto* tag) {
     auto* source = static_cast<decltype(tag)>(from.data) + at;
     for (int64_t i = 0; i < count; ++i) to[i] += static_cast<float>(source[i]) * factor;
+  });
+}
+
+void narrow(const float* from, int64_t count, Dtype dtype, int64_t at, void* to) {
+  with_type(dtype, [&](auto* tag) {
+    using Element = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
+    auto* target = static_cast<Element*>(to) + at;
+    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Element>(from[i]);
   });
 }
 

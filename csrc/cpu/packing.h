@@ -37,6 +37,9 @@ void widen(const Array& from, int64_t at, int64_t count, float factor, float* to
 // to[i] += factor · from[at + i].
 void widen_add(const Array& from, int64_t at, int64_t count, float factor, float* to);
 
+// to[at + i] = from[i], rounded to `dtype`.
+void narrow(const float* from, int64_t count, Dtype dtype, int64_t at, void* to);
+
 // to[r, c] = factor · from[offset + rows[r] · stride + columns[c]], padded to [height, width] with `fill`.
 void pack_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns, int64_t height,
                int64_t width, float factor, float fill, float* to);

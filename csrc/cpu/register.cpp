@@ -146,6 +146,17 @@ Tensor dense_scores(const MaybeTensor& grad, const Tensor& q, const MaybeTensor&
   return scores;
 }
 
+void step_(Tensor param, const Tensor& source, const Tensor& grad, const MaybeTensor& exp_avg,
+           const MaybeTensor& exp_avg_sq, double lr, double a1, double a2, double s1, double s2, double eps,
+           double decay, double on_param, double on_exp_avg) {
+  const Array from = array_of(source, "source");
+  STD_TORCH_CHECK(array_of(param, "param").dtype == from.dtype, "param: expected the dtype of source");
+  const montessori::State state{{}, array_of(exp_avg, "exp_avg"), array_of(exp_avg_sq, "exp_avg_sq"), from, 0};
+  montessori::take_step(
+      param.mutable_data_ptr(), from, array_of(grad, "grad"), state, param.numel(), static_cast<float>(lr),
+      constants_of(exp_avg_sq.has_value(), a1, a2, s1, s2, eps, decay, on_param, on_exp_avg), kernel(), parallel);
+}
+
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const Tensor& weights) {
   STD_TORCH_CHECK(logits.is_cpu() && logits.is_contiguous() && logits.scalar_type() == ScalarType::Float,
                   "logits: expected a contiguous float32 CPU tensor");
@@ -176,6 +187,9 @@ STABLE_TORCH_LIBRARY(montessori, library) {
   library.def(
       "dense_scores(Tensor? grad, Tensor q, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? param, float a1, float a2, "
       "float s1, float s2, float eps, float decay, float on_param, float on_exp_avg) -> Tensor");
+  library.def(
+      "step_(Tensor(a!) param, Tensor source, Tensor grad, Tensor? exp_avg, Tensor? exp_avg_sq, float lr, float a1, "
+      "float a2, float s1, float s2, float eps, float decay, float on_param, float on_exp_avg) -> ()");
   library.def("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights) -> Tensor");
 }
 
@@ -183,5 +197,6 @@ STABLE_TORCH_LIBRARY_IMPL(montessori, CPU, library) {
   library.impl("linear_scores", TORCH_BOX(&linear_scores));
   library.impl("linear_tiles", TORCH_BOX(&linear_tiles));
   library.impl("dense_scores", TORCH_BOX(&dense_scores));
+  library.impl("step_", TORCH_BOX(&step_));
   library.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
 }

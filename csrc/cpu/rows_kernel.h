@@ -23,6 +23,17 @@ void score_dense(const TileJob& job, const float* grad, int64_t columns, double*
   (job.eps >= kSmallestFastEps ? score_row<step, true> : score_row<step, false>)(job, grad, columns, scores);
 }
 
+template <Step step, bool kFast>
+void step_row(const TileJob& job, const float* grad, const float* base, float lr, int64_t columns, float* out) {
+  for (int64_t i = 0; i < columns; i += kLanes)
+    store(out + i, load(base + i) - lr * update<step, kFast>(load(grad + i), job.m + i, job.v + i, job));
+}
+
+template <Step step>
+void take_step(const TileJob& job, const float* grad, const float* base, float lr, int64_t columns, float* out) {
+  (job.eps >= kSmallestFastEps ? step_row<step, true> : step_row<step, false>)(job, grad, base, lr, columns, out);
+}
+
 // exp(x) for x <= 0 to about 1 unit in the last place; below -87 it stays at exp(-87), NaN stays NaN.
 inline Vector exp_nonpositive(Vector x) {
   constexpr float kShift = 12582912.f;  // 1.5 · 2^23: adding it rounds to an integer
@@ -93,6 +104,8 @@ constexpr montessori::Kernel kKernel{kRows,
                                      kSgdPairs,
                                      score_dense<Step::kAdamW>,
                                      score_dense<Step::kSgd>,
+                                     take_step<Step::kAdamW>,
+                                     take_step<Step::kSgd>,
                                      cross_entropy};
 
 }  // namespace

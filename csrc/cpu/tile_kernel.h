@@ -35,9 +35,10 @@ class Sums {
   WideSum* sums_;
 };
 
+// The update of one vector of gradients; the step changes the weight by -lr times it.
 template <Step step, bool kFast>
 inline Vector update(Vector g, const float* m, const float* v, const TileJob& job) {
-  if constexpr (step == Step::kSgd) return g;
+  if constexpr (step == Step::kSgd) return job.a2 * g;
   return quotient<kFast>(load(m) + job.a2 * g, load(v) + job.s2 * (g * g), job.eps);
 }
 

@@ -312,4 +312,28 @@ void score_dense(const Array& grad, int64_t examples, int64_t elements, const St
     for (int64_t i = 0; i < size; ++i) scores[i] += partial[block * size + i];
 }
 
+void take_step(void* param, const Array& source, const Array& grad, const State& state, int64_t elements, float lr,
+               const StepConstants& c, const Kernel& kernel, Parallel parallel) {
+  const bool adamw = c.step == Step::kAdamW;
+  auto run = [&](int64_t begin, int64_t end) {
+    std::vector<float> g(kDenseBlock), base(kDenseBlock), m(kDenseBlock), v(kDenseBlock, 1.f);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t at = block * kDenseBlock, count = std::min(kDenseBlock, elements - at);
+      widen(grad, at, count, 1.f, g.data());
+      if (c.decay != 0.f) widen_add(source, at, count, c.decay, g.data());
+      widen(source, at, count, 1.f - lr * c.on_param, base.data());
+      if (c.on_exp_avg != 0.f) widen_add(state.exp_avg, at, count, -lr * c.on_exp_avg, base.data());
+      if (adamw) {
+        widen(state.exp_avg, at, count, c.a1, m.data());
+        widen(state.exp_avg_sq, at, count, c.s1, v.data());
+      }
+      const TileJob job{m.data(), v.data(), nullptr, 1, 0, c.a2, c.s2, c.eps};
+      (adamw ? kernel.step_adamw : kernel.step_sgd)(job, g.data(), base.data(), lr, round_up(count, kernel.lanes),
+                                                    base.data());
+      narrow(base.data(), count, source.dtype, at, param);
+    }
+  };
+  for_all(parallel, (elements + kDenseBlock - 1) / kDenseBlock, run);
+}
+
 }  // namespace montessori

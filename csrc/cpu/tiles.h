@@ -68,4 +68,8 @@ void score_linear(const LinearProblem& problem, const Selection& selection, cons
 void score_dense(const Array& grad, int64_t examples, int64_t elements, const State& state,
                  const StepConstants& constants, const Kernel& kernel, Parallel parallel, double* scores);
 
+// param = source + the step on grad, all [n]; param may be source. `state` has exp_avg and exp_avg_sq.
+void take_step(void* param, const Array& source, const Array& grad, const State& state, int64_t elements, float lr,
+               const StepConstants& constants, const Kernel& kernel, Parallel parallel);
+
 }  // namespace montessori

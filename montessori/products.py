@@ -1,0 +1,89 @@
+"""Matrix products of plain linear layers through the faster of the two libraries that torch carries.
+
+On a processor torch sends float32 products to MKL, which keeps its best code for one maker's processors. oneDNN,
+in the same build of torch, is as fast or faster (docs/performance.md) at the same precision: float32 products, float32
+sums. Where torch itself has been told to use oneDNN or not to (`torch.set_float32_matmul_precision`,
+`torch.backends.mkldnn`), and for every other dtype and device, its own choice stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b of x [..., I], weight [O, I] and bias [O], as `torch.nn.functional.linear` has it; no autograd."""
+    if not _onednn(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """Inside, plain linear layers whose parameters are frozen call `product`, forward and backward."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if is_plain_linear(module):
+                stack.enter_context(forward_replaced(module, partial(_forward, module)))
+        yield
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling this module is x Wᵀ + b and nothing else, whoever wrapped or derived from it."""
+    return type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, this one module computes `forward`; its hooks still fire."""
+    earlier = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if earlier is not None:
+            module.forward = earlier  # type: ignore[method-assign]
+
+
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or not _onednn(input, weight, bias):
+        return F.linear(input, weight, bias)
+    return _Product.apply(input, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """`product` of a frozen layer: the input alone has a gradient, dX = dY W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product(upstream[0], weight.t()), None, None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, weight, bias) if tensor is not None)
+    return bool(
+        plain
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.get_float32_matmul_precision() == "highest"
+        and not torch.is_autocast_enabled("cpu")
+    )

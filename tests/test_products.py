@@ -1,0 +1,85 @@
+"""The faster library for products of linear layers: same values, same gradients, torch's own choice respected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from montessori.products import fast_products, forward_replaced, product
+
+# Two orders of the same I float32 products and sums: √I · u each of rounding, relative to Σ |x||w|.
+SLACK = 2 * 2.0**-24
+
+
+def agree(got, want, scale, inner):
+    return bool(((got - want).abs() <= SLACK * (inner**0.5 + 2) * scale).all())
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 7), (0, 7), (7,)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_product_is_linear(shape, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(*shape, generator=generator), torch.randn(4, 7, generator=generator)
+    bias = torch.randn(4, generator=generator) if with_bias else None
+    got, want = product(x, weight, bias), F.linear(x, weight, bias)
+    assert got.shape == want.shape
+    scale = F.linear(x.abs(), weight.abs(), bias.abs() if with_bias else None)
+    assert agree(got, want, scale, 7)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_any_strides(layout):
+    generator = torch.Generator().manual_seed(0)
+    x = {
+        "transposed": torch.randn(6, 3, 8, generator=generator).transpose(0, 1),
+        "strided": torch.randn(5, 16, generator=generator)[:, ::2],
+        "expanded": torch.randn(1, 8, generator=generator).expand(4, 8),
+    }[layout]
+    weight = torch.randn(8, 10, generator=generator).t()
+    assert agree(product(x, weight), F.linear(x, weight), F.linear(x.abs(), weight.abs()), 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_outside_default_float32_the_choice_is_torchs_own(dtype):
+    x, weight = torch.randn(5, 7).to(dtype), torch.randn(4, 7).to(dtype)
+    with torch.backends.mkldnn.flags(enabled=dtype != torch.float32):
+        assert torch.equal(product(x, weight), F.linear(x, weight))
+
+
+def test_a_frozen_model_has_the_same_output_and_input_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3, bias=False)).requires_grad_(False)
+    x = torch.randn(4, 5, 6, requires_grad=True)
+    fired = []
+    model[0].register_forward_hook(lambda *_: fired.append("hook"))
+    want = model(x).square().sum()
+    (want_grad,) = torch.autograd.grad(want, x)
+    with fast_products(model):
+        got = model(x).square().sum()
+        (got_grad,) = torch.autograd.grad(got, x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got_grad, want_grad)
+    assert fired == ["hook", "hook"]
+    assert "forward" not in vars(model[0])
+
+
+def test_trained_layers_keep_their_gradients():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    x = torch.randn(4, 6)
+    with fast_products(model):
+        model(x).sum().backward()
+    torch.testing.assert_close(model.weight.grad, x.sum(0).expand(3, 6))
+    torch.testing.assert_close(model.bias.grad, torch.full((3,), 4.0))
+
+
+def test_someone_elses_forward_is_left_alone_and_put_back():
+    module = nn.Linear(2, 2)
+    theirs = module.forward = lambda x: x + 1
+    with fast_products(module):
+        assert torch.equal(module(torch.zeros(2)), torch.ones(2))
+    with forward_replaced(module, lambda x: x + 2):
+        assert torch.equal(module(torch.zeros(2)), torch.full((2,), 2.0))
+    assert module.forward is theirs
