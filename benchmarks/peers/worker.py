@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -21,16 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.common import seconds
 from benchmarks.peers.task import Peer, Task, batch_losses
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def reset_peak() -> None:
@@ -70,23 +64,26 @@ def measure(task: Task, make_peer: Callable[[Task], Peer], repeats: int) -> dict
     if unknown:
         raise ValueError(f"covered: {sorted(unknown)[0]} is no parameter of the model")
 
+    scores: list[float] = []
+
     def plain() -> None:
         plain_pass(plain_model, task, peer.over_references)
+
+    def score() -> None:
+        scores[:] = peer.score().tolist()
 
     reset_peak()
     plain()
     peaks = {"plain": peak_bytes()}
     reset_peak()
-    times: dict[str, Any] = {"prepare": seconds(peer.prepare), "cold": seconds(peer.score)}
+    times: dict[str, Any] = {"prepare": seconds(peer.prepare), "cold": seconds(score)}
     peaks["score"] = peak_bytes()
     times |= {"plain": [], "score": []}
     for _ in range(repeats):
         times["plain"].append(seconds(plain))
-        start = time.perf_counter()
-        scores = peer.score()
-        times["score"].append(time.perf_counter() - start)
+        times["score"].append(seconds(score))
     return {
-        "scores": scores.tolist(),
+        "scores": scores,
         "seconds": times,
         "peak_rss_bytes": peaks,
         "over_references": peer.over_references,
