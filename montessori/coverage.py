@@ -1,4 +1,4 @@
-"""Proof before use: captured gradients against autograd's own, on two real examples of this model.
+"""Proof before use: captured gradients against autograd's own, on windows of two real examples of this model.
 
 A weight that is also used behind its module's back, a module that mixes the examples of a batch or a
 layer whose rows cannot be told apart would score wrong without a word. Such parameters are found here
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from montessori.batching import Example, collate
+from montessori.batching import IGNORE_INDEX, Example, collate
 from montessori.capture import Capture, evaluation_mode
 from montessori.errors import FallbackWarning, ModelError
 from montessori.head import ChunkedHead, HeadError, chunkable_head, hidden_states
@@ -28,6 +28,8 @@ from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 # A gradient that is zero in exact arithmetic is rounding noise; measure it against the global norm.
 NOISE_SHARE = 1e-3
+# Tokens of the first example and of the others: enough to see every kind of mistake, few enough to cost little.
+PROOF_TOKENS = (128, 96)
 # The chunked head rounds less than torch's float32 softmax over a large vocabulary does, whose error reaches 1e-3 of
 # a norm's gradient; the rest of the model is proved without it.
 HEAD_SLACK = 10
@@ -86,14 +88,14 @@ class _CompareSink:
 
 
 def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
-    """A plan whose captured gradients equal autograd's on `examples` (one or two short ones).
+    """A plan whose captured gradients equal autograd's on windows of `examples` (one or two).
 
     Parameters that fail, and those that none of the examples reaches, are moved to the fallback, with one
     FallbackWarning that names them.
     """
     plan = make_plan(model)
     parameters = plan.trainable
-    examples = _of_two_lengths(examples)
+    examples = _of_two_lengths([_window(example, PROOF_TOKENS[i > 0]) for i, example in enumerate(examples)])
     proved: set[str] = set()
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
@@ -135,6 +137,13 @@ def _proved_head(model: nn.Module, plan: Plan, examples: Sequence[Example]) -> n
         got, _ = ChunkedHead.of(head, batch, RowMap.of(batch).label_offsets, "auto").run(hidden)
     allowed = TOLERANCE[hidden.dtype] * want.abs()
     return head if bool(((got - want).abs() <= allowed).all()) else None
+
+
+def _window(example: Example, most: int) -> Example:
+    """At most `most` neighbouring tokens of the example, around the first with a label."""
+    first = int((example.labels[1:] != IGNORE_INDEX).nonzero()[0]) + 1
+    start = max(0, min(first - most // 2, example.num_tokens - most))
+    return Example(example.input_ids[start : start + most], example.labels[start : start + most], example.index)
 
 
 def _of_two_lengths(examples: Sequence[Example]) -> Sequence[Example]:
