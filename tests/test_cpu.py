@@ -135,6 +135,23 @@ def test_the_other_operators_pass_opcheck():
     torch.library.opcheck(library.cross_entropy_.default, (torch.randn(3, 5), torch.tensor([0, 4, 2]), torch.rand(3)))
 
 
+def test_compiled_programs_may_score():
+    (x, dy, offsets, *state), _ = problem(num_out=5, num_in=3, lengths=(2, 1))
+    constants = (0.9, 0.1, 0.9, 0.1, 1e-8, 0.0, 0.0, 0.0)
+
+    def operator(x, dy):
+        scores, _ = torch.ops.montessori.linear_scores(x * 2, dy, offsets, *state, *[None] * 6, *constants)
+        return scores.sum(0)
+
+    def entry(x, dy):
+        return ops.linear_influence(x * 2, dy, offsets, *state, STEP)
+
+    whole = torch.compile(operator, backend="aot_eager", fullgraph=True)
+    in_parts = torch.compile(entry, backend="aot_eager")
+    assert torch.equal(whole(x, dy), operator(x, dy))
+    assert torch.equal(in_parts(x, dy), entry(x, dy))
+
+
 def test_the_package_works_where_the_kernels_are_not_built():
     code = (
         "from montessori import ops\n"
