@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +25,8 @@ from montessori.warmup import warmup
 
 RESULTS = Path(__file__).parent / "results"
 MAX_LENGTH = 1024
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -76,6 +80,17 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def reset_peak() -> None:
+    """Forget the peak resident size so far (Linux: 5 resets VmHWM)."""
+    gc.collect()
+    CLEAR.write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """Peak resident size since `reset_peak`."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))[1]) * 1024
 
 
 def interleaved(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.memory --candidates seed_tasks_175.jsonl --reference reference_256.jsonl
 
-The plain process also holds arrays of the size of m, v and q, which scoring cannot do without.
+The plain process also holds arrays of the size of m, v and q, which scoring cannot do without. Preparation (reference
+gradient and anchor, on batches of reference rows) is read apart from scoring.
 """
 
 from __future__ import annotations
 
-import resource
+import json
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import MAX_LENGTH, load_data, parser, warm_student, write_result
+from benchmarks.common import MAX_LENGTH, load_data, parser, peak_bytes, reset_peak, warm_student, write_result
 from benchmarks.speed import plain_pass
 from montessori import InfluenceEstimator
 from montessori.batching import make_batches
@@ -25,20 +26,25 @@ from montessori.models import load_model
 ARMS = ("plain", "score")
 
 
-def run_arm(arguments, arm: str, batch_tokens: int) -> int:
-    """Do the work of one arm here and return the peak resident size of this process in bytes."""
+def run_arm(arguments, arm: str, batch_tokens: int) -> dict[str, int]:
+    """Do the work of one arm here; peak resident sizes of this process in bytes."""
     everything, candidates, reference = load_data(arguments)
     checkpoint = warm_student(everything, arguments)
     model, tokenizer = load_model(checkpoint)
     settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "right"}
     if arm == "score":
-        InfluenceEstimator(model, checkpoint, reference, **settings).score(candidates, batch_tokens=batch_tokens)
-    else:
-        held = [torch.ones_like(parameter) for parameter in model.parameters() for _ in range(3)]
-        examples = encode_rows(candidates, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
-        plain_pass(model, make_batches(examples, batch_tokens))
-        del held
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        estimator = InfluenceEstimator(model, checkpoint, reference, **settings)
+        estimator.prepare(candidates)
+        peaks = {"prepare": peak_bytes()}
+        reset_peak()
+        estimator.score(candidates, batch_tokens=batch_tokens)
+        return peaks | {"score": peak_bytes()}
+    held = [torch.ones_like(parameter) for parameter in model.parameters() for _ in range(3)]
+    examples = encode_rows(candidates, tokenizer, max_length=MAX_LENGTH, truncation="right").examples
+    reset_peak()
+    plain_pass(model, make_batches(examples, batch_tokens))
+    del held
+    return {"plain": peak_bytes()}
 
 
 def main() -> None:
@@ -48,7 +54,7 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.arm:
-        print(run_arm(arguments, arguments.arm, arguments.batch_tokens[0]))
+        print(json.dumps(run_arm(arguments, arguments.arm, arguments.batch_tokens[0])))
         return
     warm_student(load_data(arguments)[0], arguments)
     peaks = {}
@@ -65,14 +71,17 @@ def main() -> None:
                 str(tokens),
             ]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            peaks[f"{arm}/{tokens}"] = int(done.stdout.split()[-1])
+            for phase, peak in json.loads(done.stdout.splitlines()[-1]).items():
+                peaks[f"{phase}/{tokens}"] = peak
     path = write_result("memory", arguments, {"peak_rss_bytes": peaks})
     table = Table(title="peak resident size, GB")
-    for column in ("padded tokens of a batch", "plain forward + backward, with m, v, q", "score", "score / plain"):
+    columns = ("padded tokens of a batch", "plain, with m, v, q", "score", "score / plain", "preparation")
+    for column in columns:
         table.add_column(column)
     for tokens in arguments.batch_tokens:
-        plain, score = (peaks[f"{arm}/{tokens}"] for arm in ARMS)
-        table.add_row(str(tokens), f"{plain / 1e9:.2f}", f"{score / 1e9:.2f}", f"{score / plain:.2f}")
+        plain, score, prepare = (peaks[f"{phase}/{tokens}"] for phase in ("plain", "score", "prepare"))
+        sizes = [f"{plain / 1e9:.2f}", f"{score / 1e9:.2f}", f"{score / plain:.2f}", f"{prepare / 1e9:.2f}"]
+        table.add_row(str(tokens), *sizes)
     console = Console()
     console.print(table)
     console.print(f"wrote {path}")

@@ -101,10 +101,13 @@ def kernels(records: list[dict[str, Any]]) -> str:
 
 def memory(record: dict[str, Any]) -> str:
     peaks = record["peak_rss_bytes"]
-    lines = ["| padded tokens of a batch | plain, with m, v, q | score | score / plain |", "|---|---|---|---|"]
+    lines = ["| padded tokens of a batch | plain, with m, v, q | score | score / plain | preparation |"]
+    lines.append("|---|---|---|---|---|")
     for tokens in record["settings"]["batch_tokens"]:
-        plain, score = peaks[f"plain/{tokens}"], peaks[f"score/{tokens}"]
-        lines.append(f"| {tokens} | {plain / 1e9:.2f} GB | {score / 1e9:.2f} GB | {score / plain:.2f} |")
+        plain, score, prepare = (peaks[f"{phase}/{tokens}"] for phase in ("plain", "score", "prepare"))
+        lines.append(
+            f"| {tokens} | {plain / 1e9:.2f} GB | {score / 1e9:.2f} GB | {score / plain:.2f} | {prepare / 1e9:.2f} GB |"
+        )
     return "\n".join(lines)
 
 

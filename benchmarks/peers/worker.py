@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import importlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -20,22 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import seconds
+from benchmarks.common import peak_bytes, reset_peak, seconds
 from benchmarks.peers.task import Peer, Task, batch_losses
-
-STATUS = Path("/proc/self/status")
-CLEAR = Path("/proc/self/clear_refs")
-
-
-def reset_peak() -> None:
-    """Forget the peak resident size so far (Linux: 5 resets VmHWM)."""
-    gc.collect()
-    CLEAR.write_text("5", encoding="ascii")
-
-
-def peak_bytes() -> int:
-    """Peak resident size since `reset_peak`."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))[1]) * 1024
 
 
 def plain_pass(model: nn.Module, task: Task, over_references: bool) -> None:
