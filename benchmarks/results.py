@@ -31,7 +31,8 @@ beside the one that the plain passes use. *Time* is that of scoring against plai
 process, pair by pair: over the candidates, and over the references too where a peer passes over both at once (†).
 *Once* is what it does before, the reference gradient first of all. *Memory* is the peak resident size above that of the
 plain pass, preparation included. Agreement is with one real float32 step on each candidate, of all parameters; relative
-errors stand where a score is a change of loss.
+errors stand where a score is a change of loss. Rows may come from runs of different days and states of the code
+(`--only`), and two pairs each are few: a row can move by a fifth from run to run.
 """
 
 NOT_AHEAD = """### Where we are not ahead
@@ -42,8 +43,8 @@ Every figure of the tables above in which a peer does better than `montessori`:
 REASONS = """
 What is done once costs more here than elsewhere: the anchor takes a backward pass for each of its 8 pilots and two
 evaluations of the reference, and the capture is proved against autograd before the first candidate. None of it grows
-with the number of candidates. The first-order rows go without the anchor. It can fall: the proof needs no whole
-examples, and pilot steps could come from the capture in batches.
+with the number of candidates. The first-order rows go without the anchor. It can fall: pilot steps could come from the
+capture in batches.
 """
 
 NAIVE = """## Naive loops
