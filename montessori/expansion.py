@@ -78,24 +78,26 @@ def expand_at_anchor(
     parameters = trainable_parameters(model)
     anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm)
     loss = sets.loss(model, reference_loss)
-    with restored(parameters):
+    with restored(parameters) as theta:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.add_(anchor[name])
+                parameter.add_(anchor.pop(name))
         loss_at_anchor = sets.loss(model, reference_loss)
         q = sets.gradient(model, parameters, reference_loss)
-    q_dot_anchor = _dot(q, anchor)
+        q_dot_anchor = _dot_moved(q, parameters, theta)
     moved = loss_at_anchor - loss
     curvature = ((moved - q_dot_anchor) / moved).abs().nan_to_num(nan=0.0)
     drift = parameter_drift(q, state, parameters)
     return Expansion(q, moved - q_dot_anchor, drift, loss, curvature)
 
 
-def _dot(q: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> Tensor:
-    """⟨q, vector⟩ over all parameters, float64 [K] on the CPU; one row at a time is widened."""
+@torch.no_grad()
+def _dot_moved(q: Mapping[str, Tensor], parameters: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> Tensor:
+    """⟨q, parameters − theta⟩, float64 [K] on the CPU: the way really gone, roundings of the weights included."""
     total = torch.zeros(next(iter(q.values())).shape[0], dtype=torch.float64)
-    for name, value in vector.items():
-        rows = value.reshape(value.shape[0], -1) if value.dim() else value.reshape(1, 1)
+    for name, parameter in parameters.items():
+        moved = parameter - theta[name]
+        rows = moved.reshape(moved.shape[0], -1) if moved.dim() else moved.reshape(1, 1)
         for k, group in enumerate(q[name]):
             products = group.reshape(rows.shape) * rows
             total[k] += products.sum(dim=1).double().sum().cpu()

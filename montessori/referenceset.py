@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from montessori.batching import Batch, Example, collate, make_batches
+from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batches
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
 from montessori.errors import ArgumentError, ModelError
 from montessori.losses import LossFunction
@@ -21,23 +21,17 @@ class ReferenceSets:
     """K sets of reference examples with weights that sum to 1 within each set.
 
     `example_mean`: w_r = 1/R. `token_mean`: w_r in proportion to the labelled tokens. `batch_tokens`
-    bounds the padded tokens of a batch, None stands for one example at a time; the loss is the same.
+    bounds the padded tokens of a batch, None stands for one example at a time; the loss is the same. On a
+    processor the gradient goes by smaller batches, so that it never needs more memory than a training step.
     """
 
     sets: Mapping[str, Sequence[Example]]
     weighting: str
     batch_tokens: int | None
-    _batches: dict[str, list[list[Example]]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise ArgumentError(f"reference_weighting={self.weighting!r}: expected one of {', '.join(WEIGHTINGS)}")
-        for name, examples in self.sets.items():
-            longest = max(example.num_tokens for example in examples)
-            if self.batch_tokens is None:
-                self._batches[name] = [[example] for example in examples]
-            else:
-                self._batches[name] = make_batches(examples, max(self.batch_tokens, longest), name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,7 +54,7 @@ class ReferenceSets:
         totals = torch.zeros(len(self.sets), dtype=torch.float64)
         with evaluation_mode(model):
             for k, name in enumerate(self.sets):
-                for batch, weight in self._weighted_batches(model, name):
+                for batch, weight in self._weighted_batches(model, name, self.batch_tokens):
                     losses = example_losses(model, batch, loss)
                     if require_finite:
                         _check_finite(losses, batch, name)
@@ -75,12 +69,15 @@ class ReferenceSets:
             name: torch.zeros(len(self.sets), *p.shape, dtype=p.dtype, device=p.device)
             for name, p in parameters.items()
         }
+        tokens = self.batch_tokens
+        if tokens is not None and next(model.parameters()).device.type == "cpu":
+            tokens = min(tokens, BUSY_TOKENS)
         for position, set_name in enumerate(self.sets):
             with evaluation_mode(model), gradients_aside(parameters.values()):
                 for name, parameter in parameters.items():
                     # Backward accumulates straight into q: no second copy of the gradient.
                     parameter.grad = q[name][position]
-                for batch, weight in self._weighted_batches(model, set_name):
+                for batch, weight in self._weighted_batches(model, set_name, tokens):
                     losses = example_losses(model, batch, loss)
                     _check_finite(losses, batch, set_name)
                     (losses * weight.to(losses.dtype)).sum().backward()
@@ -89,16 +86,20 @@ class ReferenceSets:
                         q[name][position] = parameter.grad
         return q
 
-    def _weighted_batches(self, model: nn.Module, name: str) -> list[tuple[Batch, Tensor]]:
+    def _weighted_batches(
+        self, model: nn.Module, name: str, batch_tokens: int | None
+    ) -> Iterator[tuple[Batch, Tensor]]:
         device = next(model.parameters()).device
-        weights = self.weights(name)
-        return [
-            (
-                collate(batch).to(device),
-                torch.tensor([weights[example.index] for example in batch], dtype=torch.float64, device=device),
-            )
-            for batch in self._batches[name]
-        ]
+        examples, weights = self.sets[name], self.weights(name)
+        longest = max(example.num_tokens for example in examples)
+        groups = (
+            [[e] for e in examples]
+            if batch_tokens is None
+            else make_batches(examples, max(batch_tokens, longest), name)
+        )
+        for group in groups:
+            weight = [weights[example.index] for example in group]
+            yield collate(group).to(device), torch.tensor(weight, dtype=torch.float64, device=device)
 
 
 def _check_finite(losses: Tensor, batch: Batch, name: str) -> None:
