@@ -48,8 +48,8 @@ PHASES: dict[str, dict[str, Callable[[Size], list[float]]]] = {
         # A step and the way back per candidate; the references before the first and after every one.
         "loop": lambda s: [s.n, (s.n + 1) * s.reference_tokens],
     },
-    # Reading the checkpoint and a step per candidate; its references before and after, padded.
-    "published": {"loop": lambda s: [s.n, s.n * s.r]},
+    # Reading the checkpoint and a step per candidate; the padded references before the first and after every one.
+    "published": {"loop": lambda s: [s.n, (s.n + 1) * s.r]},
     "montessori": {
         # The proof and 8 pilot steps; the reference's losses and gradient.
         "prepare": lambda s: [1, s.reference_tokens, 0],

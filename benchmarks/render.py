@@ -101,13 +101,12 @@ def kernels(records: list[dict[str, Any]]) -> str:
 
 def memory(record: dict[str, Any]) -> str:
     peaks = record["peak_rss_bytes"]
-    lines = ["| padded tokens of a batch | plain, with m, v, q | score | score / plain | preparation |"]
+    lines = ["| padded tokens of a batch | plain, with m, v, q | preparation | score | whole / plain |"]
     lines.append("|---|---|---|---|---|")
     for tokens in record["settings"]["batch_tokens"]:
-        plain, score, prepare = (peaks[f"{phase}/{tokens}"] for phase in ("plain", "score", "prepare"))
-        lines.append(
-            f"| {tokens} | {plain / 1e9:.2f} GB | {score / 1e9:.2f} GB | {score / plain:.2f} | {prepare / 1e9:.2f} GB |"
-        )
+        plain, prepare, score = (peaks[f"{phase}/{tokens}"] for phase in ("plain", "prepare", "score"))
+        sizes = " | ".join(f"{size / 1e9:.2f} GB" for size in (plain, prepare, score))
+        lines.append(f"| {tokens} | {sizes} | {max(prepare, score) / plain:.2f} |")
     return "\n".join(lines)
 
 

@@ -51,7 +51,7 @@ NAIVE = """## Naive loops
 
 One real step per candidate and the whole reference after it. *Optimised*: weights and optimizer state restored from
 memory, references unpadded and in batches. *Published style*: the checkpoint read again for every candidate, every
-sequence padded to 1,024 tokens, the reference evaluated before and after. `montessori` with all that it does once.
+sequence padded to 1,024 tokens. `montessori` with all that it does once.
 """
 
 TRUTH = """## Agreement with real steps
@@ -219,9 +219,9 @@ def truth_sweeps(record: dict[str, Any]) -> str:
         parts.append(table([f"`{name}`", "curvature", *methods], cells))
     return (
         "Sweeps on the small model, one setting at a time (lr 5e-6, 12 warm-up steps, β2 0.999, 128 tokens otherwise). "
-        "Cells: Pearson · sign agreement · median relative error. *Curvature* is the share of the anchor's own loss "
-        "change that its linear prediction misses, which the estimator reports without a real step.\n\n"
-        + "\n".join(parts)
+        "Cells: Pearson · sign agreement · median relative error. *Curvature* is how far the anchor's own loss change "
+        "and its linear prediction lie apart, over the sum of their sizes; the estimator reports it without a step on "
+        "any candidate, and warns above 0.1.\n\n" + "\n".join(parts)
     )
 
 

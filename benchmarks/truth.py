@@ -47,7 +47,7 @@ class Setting:
 
 
 SWEEPS: dict[str, tuple[float, ...]] = {
-    "lr": (5e-7, 5e-6, 5e-5, 5e-4),
+    "lr": (5e-7, 5e-6, 5e-5, 5e-4, 2e-3, 5e-3),
     "warmup_steps": (1, 4, 12, 50, 300),
     "beta2": (0.9, 0.95, 0.99, 0.999),
     "candidate_tokens": (16, 32, 64, 128),

@@ -7,6 +7,10 @@ class FallbackWarning(UserWarning):
     """Something is scored by a slower way that is exact: one example at a time."""
 
 
+class CurvatureWarning(UserWarning):
+    """The reference loss bends so much over one step that linear predictions of it may be rough."""
+
+
 class MontessoriError(ValueError):
     """Base of every error this package raises on purpose. `str(error)` is one line."""
 

@@ -110,11 +110,11 @@ def published_naive_loop(
     The checkpoint's weights and optimizer state are read from disk for every candidate, every sequence is
     padded to `max_length`, and the reference runs in batches of `reference_batch_size`.
     """
+    before = _padded_loss(load_model(checkpoint)[0], references, max_length, reference_batch_size)
     influence = []
     for example in candidates:
         model, _ = load_model(checkpoint)
         optimizer = make_adamw(model, read_state(checkpoint, model))
-        before = _padded_loss(model, references, max_length, reference_batch_size)
         _train_step(model, optimizer, _padded(example, max_length), response_loss, max_grad_norm)
         influence.append(before - _padded_loss(model, references, max_length, reference_batch_size))
     return np.array(influence)

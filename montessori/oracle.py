@@ -112,6 +112,8 @@ def _add_delta(
     total: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], state: AdamWState, grads: Gradients
 ) -> None:
     for name, parameter in parameters.items():
-        entry, grad = state[name], grads[name]
+        entry, grad, stepped = state[name], grads[name], torch.empty_like(parameter)
         grad = torch.zeros_like(parameter) if grad is None else grad
-        total[name].add_(equations.delta(grad, entry.exp_avg, entry.exp_avg_sq, parameter, entry.step))
+        ops.adam_step_(stepped, parameter, grad, entry.exp_avg, entry.exp_avg_sq, entry.step)
+        # The roundings of θ + Δ do not matter here: the reference is expanded around where the mean really leads.
+        total[name].add_(stepped.sub_(parameter))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from support import CONFIGS, make_model, make_rows, slow_influence, warm_optimizer
 
 from montessori import InfluenceEstimator
+from montessori.errors import CurvatureWarning
 
 MODELS = [*CONFIGS, "llama_lora"]
 # Two orders of summation in float64 over some 10^4 terms; 1e-9 leaves room for cancellation.
@@ -56,3 +59,16 @@ def pad(row, length, left):
     filled = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     row = {**row, "attention_mask": [1] * len(row["input_ids"])}
     return {key: [fill] * missing + row[key] if left else row[key] + [fill] * missing for key, fill in filled.items()}
+
+
+def test_a_step_too_large_for_a_linear_prediction_is_named():
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    candidates, references = make_rows(4, seed=1), make_rows(2, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CurvatureWarning)
+        small = estimate(model, optimizer, candidates, references, lr=1e-6)
+    assert 0 < small.info["curvature"][0] < 0.01
+    with pytest.warns(CurvatureWarning, match="reference: .* apart, expected less than 10%"):
+        large = estimate(model, optimizer, candidates, references, lr=1.0)
+    assert 0.1 < large.info["curvature"][0] <= 1
