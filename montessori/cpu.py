@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Tiles of a stratum of which two are drawn at least, so that the variance within it can be seen.
+# Tiles drawn of a stratum: two, so that the variance within it can be seen.
 DRAWN_PER_STRATUM = 2
 
 
@@ -68,25 +68,41 @@ class TileSample:
     bounds: Tensor
     population: Tensor
 
-    @staticmethod
-    def draw(q: Tensor, sample: float, seed: int) -> TileSample:
-        """A share of about `sample` of the tiles of the weight that q [K, O, I] belongs to."""
-        return _draw(int(torch.ops.montessori.linear_tiles(q)), sample, seed)
+    @classmethod
+    def draw(cls, q: Tensor, sample: float, seed: int) -> TileSample:
+        """A share of about `sample` of the tiles of the weight that q [K, O, I] belongs to.
+
+        An update is bounded, so a tile can matter as much as its part of q is large. Strata of tiles of
+        similar norm have equal sums of norms: what is large is always there, the small stand for each other.
+        """
+        norms = torch.ops.montessori.tile_norms(q.contiguous())
+        share = (norms / norms.sum(1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)).sum(0)
+        order = share.argsort(descending=True, stable=True)
+        drawn = min(len(order), max(DRAWN_PER_STRATUM, round(len(order) * sample)))
+        sizes = [DRAWN_PER_STRATUM] * (drawn // DRAWN_PER_STRATUM) or [0]
+        sizes[-1] += drawn - sum(sizes)
+        edges = _edges(share[order].tolist(), sizes)
+        generator = torch.Generator().manual_seed(seed)
+        tiles = []
+        for (low, high), size in zip(pairwise(edges), sizes, strict=True):
+            chosen = torch.randperm(high - low, generator=generator)[:size]
+            tiles.append(order[low:high][chosen].sort().values)
+        population = torch.tensor(edges).diff()
+        return cls(torch.cat(tiles), torch.tensor([0, *accumulate(sizes)]), population)
 
 
-@lru_cache(maxsize=4096)
-def _draw(count: int, sample: float, seed: int) -> TileSample:
-    """Of `count` tiles; kept, because every batch asks for the same draws."""
-    strata = max(1, int(count * sample / DRAWN_PER_STRATUM))
-    edges = [count * h // strata for h in range(strata + 1)]
-    generator = torch.Generator().manual_seed(seed)
-    drawn, bounds, population = [], [0], []
-    for low, high in pairwise(edges):
-        size = min(high - low, max(DRAWN_PER_STRATUM, round((high - low) * sample)))
-        drawn.append(low + torch.randperm(high - low, generator=generator)[:size].sort().values)
-        bounds.append(bounds[-1] + size)
-        population.append(high - low)
-    return TileSample(torch.cat(drawn), torch.tensor(bounds), torch.tensor(population))
+def _edges(shares: list[float], sizes: list[int]) -> list[int]:
+    """Bounds of strata with nearly equal sums of `shares`, largest first, each with its size of tiles at least."""
+    edges, left, needed = [0], sum(shares), sum(sizes)
+    for h, size in enumerate(sizes[:-1]):
+        needed -= size
+        target, part, high = left / (len(sizes) - h), 0.0, edges[-1]
+        while high < len(shares) - needed and (high < edges[-1] + size or part + shares[high] / 2 < target):
+            part += shares[high]
+            high += 1
+        left -= part
+        edges.append(high)
+    return [*edges, len(shares)]
 
 
 def linear_influence(

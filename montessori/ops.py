@@ -33,6 +33,7 @@ __all__ = [
     "check_impl",
     "choose_impl",
     "cross_entropy_",
+    "draw_tiles",
     "embedding_influence",
     "linear_influence",
     "row_changes",
@@ -158,6 +159,20 @@ def linear_influence(
 
 
 @torch.no_grad()
+def draw_tiles(q: Tensor, sample: float, seed: int) -> cpu.TileSample:
+    """A share `sample` of the tiles of a weight, drawn for its reference gradients q [K, O, I]: strata of tiles with
+    similar ‖q‖, two drawn of each. Raises ArgumentError where the compiled kernels are missing."""
+    if not 0 < sample <= 1:
+        raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
+    if q.dim() != 3:
+        raise ArgumentError(f"q: expected [K, O, I], got {list(q.shape)}")
+    reason = cpu.unsupported(q)
+    if reason is not None:
+        raise ArgumentError(f"tiles are those of impl='cpu': {reason}")
+    return cpu.TileSample.draw(q, sample, seed)
+
+
+@torch.no_grad()
 def sampled_linear_influence(
     x: Tensor,
     dy: Tensor,
@@ -168,22 +183,17 @@ def sampled_linear_influence(
     param: Tensor,
     step: OptimizerStep,
     *,
-    sample: float,
-    seed: int,
+    tiles: cpu.TileSample,
 ) -> tuple[Tensor, Tensor]:
     """Σ q · (Δ(dYᵀX) − Δ(0)) estimated from a share of the weight's tiles, and the variances of the estimates.
 
-    The score at gradient 0, which all examples share, is left out: it can be known exactly. The tiles are drawn
-    by strata of neighbours, the same ones for every example of every call with one `seed`; the estimate is
-    unbiased over seeds. Two results, float64 [B, K]. Raises ArgumentError when the compiled
-    kernels cannot take the arguments.
+    The score at gradient 0, which all examples share, is left out: it can be known exactly. `tiles` are those that
+    `draw_tiles` drew for this q; the estimate is unbiased over its seeds. Two results, float64 [B, K]. Raises
+    ArgumentError when the compiled kernels cannot take the arguments.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
     bounds = _check_batch(x, dy, offsets, param)
-    if not 0 < sample <= 1:
-        raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
     choose_impl("cpu", step, x, dy, q, exp_avg, exp_avg_sq, param)
-    tiles = cpu.TileSample.draw(q, sample, seed)
     return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from montessori.batching import Example, collate
 from montessori.capture import Capture
+from montessori.cpu import TileSample
 from montessori.errors import FallbackWarning, ResourceError
 from montessori.expansion import Expansion, trainable_parameters
 from montessori.losses import LossFunction
@@ -68,6 +69,7 @@ class LinearScorer:
         # Clipping needs every gradient whole before the first score.
         plan = self.plan if self.max_grad_norm is None else replace(self.plan, head=None)
         self._capture = Capture(self.model, plan, self.impl)
+        self._draws: dict[str, TileSample] = {}
         self._device = next(iter(self.plan.trainable.values())).device
         with self._capture.installed():
             yield
@@ -89,7 +91,9 @@ class LinearScorer:
 
     def _score(self, group: Sequence[Example]) -> Scored:
         expansion = self.expansion
-        sink = InfluenceSink(expansion.q, self.state, self.plan.trainable, expansion.drift, self.impl, self.sample)
+        sink = InfluenceSink(
+            expansion.q, self.state, self.plan.trainable, expansion.drift, self.impl, self.sample, self._draws
+        )
         sink.start(len(group))
         batch = collate(group).to(self._device)
         if self.max_grad_norm is None:

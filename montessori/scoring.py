@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from montessori import ops
+from montessori import cpu, ops
 from montessori import reference as equations
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
@@ -21,7 +21,8 @@ class InfluenceSink:
     """Adds up ⟨q, Δ(g_i)⟩ over all parameters (Eq. 3); `scores` is float64 [B, K].
 
     `drift` is ⟨q, Δ(0)⟩ per parameter, [K]: the score where an example has no gradient. With `sample` below 1,
-    matrices are scored on that share of their tiles, and `variance` [B, K] is that of the sum.
+    matrices are scored on that share of their tiles, and `variance` [B, K] is that of the sum; `draws` keeps the
+    tiles, the same for every batch.
     """
 
     q: Mapping[str, Tensor]
@@ -30,6 +31,7 @@ class InfluenceSink:
     drift: Mapping[str, Tensor]
     impl: str
     sample: float = 1.0
+    draws: dict[str, cpu.TileSample] = field(default_factory=dict)
     scores: Tensor = field(init=False)
     variance: Tensor = field(init=False)
 
@@ -65,11 +67,10 @@ class InfluenceSink:
         if self.sample == 1:
             self.scores[examples] += ops.linear_influence(use.x, use.dy, use.offsets, *rest, impl=self.impl)
             return
-        # One draw per parameter and block of it, the same in every batch.
-        seed = zlib.crc32(f"{name}:{rows.start}:{rows.stop}".encode())
-        scores, variance = ops.sampled_linear_influence(
-            use.x, use.dy, use.offsets, *rest, sample=self.sample, seed=seed
-        )
+        block = f"{name}:{rows.start}:{rows.stop}"
+        if block not in self.draws:
+            self.draws[block] = ops.draw_tiles(rest[0], self.sample, seed=zlib.crc32(block.encode()))
+        scores, variance = ops.sampled_linear_influence(use.x, use.dy, use.offsets, *rest, tiles=self.draws[block])
         self.scores[examples] += scores
         self.variance[examples] += variance
 

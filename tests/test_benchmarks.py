@@ -173,3 +173,14 @@ def test_reference_gradient_is_that_of_the_mean_of_means():
 def test_default_and_first_order_cover_all_parameters():
     task = make_task()
     assert Montessori(task).covered == set(task.trainable)
+
+
+def test_stages_of_a_round_have_their_share_of_the_whole():
+    stages = [
+        {"stage": "generate", "seconds": 30.0, "tokens": 1000},
+        {"stage": "score", "seconds": 10.0, "tokens": 500},
+    ]
+    text = results.loop({"stages": stages})
+    assert "| generate | 30 s | 75% | 1,000 |" in text
+    assert "| score | 10 s | 25% | 500 |" in text
+    assert "| all | 40 s | 100% |  |" in text

@@ -38,7 +38,7 @@ def score_at_zero(state, step):
 @pytest.mark.parametrize("step", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_all_tiles_give_the_exact_score_without_error(layer, step):
     batch, state = layer
-    scores, variance = ops.sampled_linear_influence(*batch, *state, step, sample=1.0, seed=0)
+    scores, variance = ops.sampled_linear_influence(*batch, *state, step, tiles=ops.draw_tiles(state[0], 1.0, seed=0))
     exact = ops.linear_influence(*batch, *state, step) - score_at_zero(state, step)
     torch.testing.assert_close(scores, exact, rtol=1e-6, atol=float(exact.abs().max()) * 1e-6)
     assert not variance.any()
@@ -48,7 +48,8 @@ def test_all_tiles_give_the_exact_score_without_error(layer, step):
 def test_estimates_are_unbiased_and_their_variance_is_what_they_show(layer):
     batch, state = layer
     exact = ops.linear_influence(*batch, *state, ADAMW) - score_at_zero(state, ADAMW)
-    draws = [ops.sampled_linear_influence(*batch, *state, ADAMW, sample=0.25, seed=seed) for seed in range(400)]
+    drawn = [ops.draw_tiles(state[0], 0.25, seed) for seed in range(400)]
+    draws = [ops.sampled_linear_influence(*batch, *state, ADAMW, tiles=tiles) for tiles in drawn]
     scores, variances = (torch.stack(values) for values in zip(*draws, strict=True))
     seen = scores.var(0)
     # Example 1 is empty: nothing is sampled there. Five standard errors of a mean of 400 draws.
@@ -59,10 +60,30 @@ def test_estimates_are_unbiased_and_their_variance_is_what_they_show(layer):
 
 
 @needs_kernels
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (700, 600), (1500, 7)])
+@pytest.mark.parametrize("sample", [0.01, 0.25, 0.6, 1.0])
+def test_strata_cover_every_tile_once_and_what_dominates_is_always_drawn(shape, sample):
+    q = torch.full((2, *shape), 1e-3)
+    q[:, 0, 0] = 1e3
+    tiles = ops.draw_tiles(q, sample, seed=1)
+    count = ops.draw_tiles(q, 1.0, seed=1).tiles.numel()
+    drawn = tiles.bounds.diff()
+    assert int(tiles.population.sum()) == count
+    assert tiles.tiles.unique().numel() == tiles.tiles.numel() == min(count, max(2, round(sample * count)))
+    assert torch.all(drawn <= tiles.population)
+    assert torch.all(drawn >= torch.clamp(tiles.population, max=2))
+    if sample == 1.0:
+        assert torch.equal(drawn, tiles.population)
+    if drawn.numel() > 1:
+        assert 0 in tiles.tiles.tolist()
+
+
+@needs_kernels
 def test_an_example_has_the_same_estimate_in_any_company(layer):
     (x, dy, _), state = layer
-    together, _ = ops.sampled_linear_influence(x, dy, torch.tensor([0, 4, 9]), *state, ADAMW, sample=0.3, seed=7)
-    alone, _ = ops.sampled_linear_influence(x[4:], dy[4:], torch.tensor([0, 5]), *state, ADAMW, sample=0.3, seed=7)
+    tiles = ops.draw_tiles(state[0], 0.3, seed=7)
+    together, _ = ops.sampled_linear_influence(x, dy, torch.tensor([0, 4, 9]), *state, ADAMW, tiles=tiles)
+    alone, _ = ops.sampled_linear_influence(x[4:], dy[4:], torch.tensor([0, 5]), *state, ADAMW, tiles=tiles)
     assert torch.equal(together[1], alone[0])
 
 

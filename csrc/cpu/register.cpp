@@ -131,8 +131,13 @@ std::tuple<Tensor, Tensor> linear_scores(const Tensor& x, const Tensor& dy, cons
   return {scores, variance};
 }
 
-int64_t linear_tiles(const Tensor& q) {
-  return montessori::tiling_of(kernel(), q.size(1), q.size(2), q.size(0)).count();
+Tensor tile_norms(const Tensor& q) {
+  const int64_t sets = q.size(0), out = q.size(1), in = q.size(2);
+  const int64_t tiles = montessori::tiling_of(kernel(), out, in, sets).count();
+  Tensor norms = torch::stable::new_zeros(q, {sets, tiles}, ScalarType::Double);
+  montessori::tile_norms(array_of(q, "q"), sets, out, in, kernel(), parallel,
+                         static_cast<double*>(norms.mutable_data_ptr()));
+  return norms;
 }
 
 Tensor dense_scores(const MaybeTensor& grad, const Tensor& q, const MaybeTensor& exp_avg, const MaybeTensor& exp_avg_sq,
@@ -183,7 +188,7 @@ STABLE_TORCH_LIBRARY(montessori, library) {
       "Tensor? param, Tensor? row_ids, Tensor? row_grad, Tensor? row_offsets, Tensor? tiles, Tensor? bounds, "
       "Tensor? population, float a1, float a2, float s1, float s2, float eps, float decay, float on_param, float "
       "on_exp_avg) -> (Tensor, Tensor)");
-  library.def("linear_tiles(Tensor q) -> int");
+  library.def("tile_norms(Tensor q) -> Tensor");
   library.def(
       "dense_scores(Tensor? grad, Tensor q, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? param, float a1, float a2, "
       "float s1, float s2, float eps, float decay, float on_param, float on_exp_avg) -> Tensor");
@@ -195,7 +200,7 @@ STABLE_TORCH_LIBRARY(montessori, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(montessori, CPU, library) {
   library.impl("linear_scores", TORCH_BOX(&linear_scores));
-  library.impl("linear_tiles", TORCH_BOX(&linear_tiles));
+  library.impl("tile_norms", TORCH_BOX(&tile_norms));
   library.impl("dense_scores", TORCH_BOX(&dense_scores));
   library.impl("step_", TORCH_BOX(&step_));
   library.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));

@@ -43,14 +43,11 @@ template <bool kFast>
 inline Vector quotient(Vector numerator, Vector w, float eps) {
 #if MONTESSORI_SIMD_BITS == 512
   if constexpr (kFast) {
-    const __m512 x = (__m512)w;
-    const Vector seed = (Vector)_mm512_rsqrt14_ps(x);
-    const Vector inverse_root = seed * (1.5f - (0.5f * w * seed) * seed);
-    // The compare is true for NaN, which must come through.
-    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(1.17549435e-38f), _CMP_NLT_UQ);
-    const Vector divisor = (Vector)_mm512_maskz_mul_ps(normal, x, (__m512)inverse_root) + eps;
-    const Vector reciprocal = (Vector)_mm512_rcp14_ps((__m512)divisor);
-    return numerator * (reciprocal * (2.f - divisor * reciprocal));
+    // max returns its second operand where that is NaN, which must come through.
+    const Vector x = (Vector)_mm512_max_ps(_mm512_set1_ps(1.17549435e-38f), (__m512)w);
+    const Vector seed = (Vector)_mm512_rsqrt14_ps((__m512)x);
+    const Vector near = x * seed;
+    return numerator / (near + (x - near * near) * (0.5f * seed) + eps);
   }
 #endif
   return numerator / (root(w) + eps);

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace montessori {
@@ -250,6 +251,24 @@ Tiling tiling_of(const Kernel& kernel, int64_t out, int64_t in, int64_t sets) {
   const int64_t per_row = (2 + sets) * kernel.columns * static_cast<int64_t>(sizeof(float));
   const int64_t rows = std::clamp(round_up(l2_bytes() / 8 / per_row, kernel.rows), 2 * kernel.rows, 16 * kernel.rows);
   return {rows, kernel.columns, (out + rows - 1) / rows, (in + kernel.columns - 1) / kernel.columns};
+}
+
+void tile_norms(const Array& q, int64_t sets, int64_t out, int64_t in, const Kernel& kernel, Parallel parallel,
+                double* norms) {
+  const Tiling tiling = tiling_of(kernel, out, in, sets);
+  auto run = [&](int64_t begin, int64_t end) {
+    std::vector<float> row(in);
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t set = job / tiling.row_tiles, first = job % tiling.row_tiles * tiling.rows;
+      double* to = norms + job * tiling.column_tiles;
+      for (int64_t r = first; r < std::min(out, first + tiling.rows); ++r) {
+        widen(q, (set * out + r) * in, in, 1.f, row.data());
+        for (int64_t i = 0; i < in; ++i) to[i / tiling.columns] += static_cast<double>(row[i]) * row[i];
+      }
+      for (int64_t c = 0; c < tiling.column_tiles; ++c) to[c] = std::sqrt(to[c]);
+    }
+  };
+  for_all(parallel, sets * tiling.row_tiles, run);
 }
 
 void score_linear(const LinearProblem& problem, const Selection& selection, const Kernel& kernel, Parallel parallel,

@@ -58,6 +58,10 @@ const Kernel* choose_kernel(const std::string& name);
 
 Tiling tiling_of(const Kernel& kernel, int64_t out, int64_t in, int64_t sets);
 
+// Root of the sum of squares of q [sets, out, in] over each tile, to norms [sets, tiles].
+void tile_norms(const Array& q, int64_t sets, int64_t out, int64_t in, const Kernel& kernel, Parallel parallel,
+                double* norms);
+
 // Adds Σ q·u of every example, as estimated from the selection, to scores [B, K], and the variance of the
 // estimate to variance [B, K]. The order of additions depends on the shape of the weight, the kernel and the
 // selection alone.
