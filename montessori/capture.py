@@ -188,6 +188,13 @@ class Capture:
     def _linear_gradient(self, rule: ModuleRule, x: Tensor, version: int, dy: Tensor) -> None:
         if x._version != version:
             raise ModelError(f"{rule.module_name}: its input was changed in place after use, cannot be captured")
+        padded = self._active_rows.padded(x, dy) if set(rule.parameters) == {"weight"} else None
+        if padded is not None:
+            self._active_rows.check_padding(dy, rule.module_name)
+            factors, offsets, positions = padded, self._active_rows.offsets, self._active_rows.kept
+            factors = factors[::-1] if rule.kind == CONV1D else factors
+            self._deliver(rule.parameters["weight"], LinearUse(*factors, offsets, positions=positions))
+            return
         packed_dy, offsets = self._pack_gradient(dy, rule)
         if "weight" in rule.parameters:
             packed_x, _ = self._pack(x, rule)

@@ -115,11 +115,12 @@ def linear_influence(
     param: Tensor,
     step: OptimizerStep,
     rows: SparseRows | None,
+    positions: Tensor | None,
 ) -> Tensor:
     """Eq. 5 tile by tile; see `montessori.ops.linear_influence`."""
     table = _sorted_rows(rows) if rows is not None else (None, None, None)
     call = _prepared(q, exp_avg, exp_avg_sq, param, step)
-    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds))
+    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds), positions)
     scores, _ = torch.ops.montessori.linear_scores(*batch, *call.state, *table, None, None, None, *call.constants)
     return scores * call.scale
 
@@ -134,10 +135,11 @@ def sampled_linear_influence(
     param: Tensor,
     step: OptimizerStep,
     sample: TileSample,
+    positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Estimates of Σ q·(Δ(g) − Δ(0)) from the tiles of `sample`, and their variances."""
     call = _prepared(q, exp_avg, exp_avg_sq, param, step)
-    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds))
+    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds), positions)
     chosen = (sample.tiles, sample.bounds, sample.population)
     scores, variance = torch.ops.montessori.linear_scores(
         *batch, *call.state, None, None, None, *chosen, *call.constants
@@ -221,10 +223,10 @@ def _sorted_rows(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_linear_scores(
-    x: Tensor, dy: Tensor, offsets: Tensor, q: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None,
-    param: Tensor | None, row_ids: Tensor | None, row_grad: Tensor | None, row_offsets: Tensor | None,
-    tiles: Tensor | None, bounds: Tensor | None, population: Tensor | None, a1: float, a2: float, s1: float,
-    s2: float, eps: float, decay: float, on_param: float, on_exp_avg: float,
+    x: Tensor, dy: Tensor, offsets: Tensor, positions: Tensor | None, q: Tensor, exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None, param: Tensor | None, row_ids: Tensor | None, row_grad: Tensor | None,
+    row_offsets: Tensor | None, tiles: Tensor | None, bounds: Tensor | None, population: Tensor | None, a1: float,
+    a2: float, s1: float, s2: float, eps: float, decay: float, on_param: float, on_exp_avg: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (offsets.shape[0] - 1, q.shape[0])
     return q.new_empty(shape, dtype=torch.float64), q.new_empty(shape, dtype=torch.float64)

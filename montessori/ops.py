@@ -139,23 +139,30 @@ def linear_influence(
     step: OptimizerStep,
     *,
     rows: SparseRows | None = None,
+    positions: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Scores of a linear layer's weight (Eq. 5): Σ q · Δ(dYᵀX) per example and reference set.
 
     x [T, I] are the layer's inputs and dy [T, O] the gradients of its outputs, packed without padding;
     example b owns rows offsets[b]..offsets[b+1]-1 (offsets int64 [B+1]; an example may be empty, its
-    gradient is then 0). q [K, O, I]; exp_avg, exp_avg_sq and param [O, I]. `rows` adds the embedding's
-    gradient where the weight is tied to it. Arithmetic is float64 when any input is, else float32.
+    gradient is then 0). With `positions`, int64 [T], x and dy have further rows, such as padding, and row t
+    of the batch is their row positions[t]. q [K, O, I]; exp_avg, exp_avg_sq and param [O, I]. `rows` adds the
+    embedding's gradient where the weight is tied to it. Arithmetic is float64 when any input is, else float32.
     Returns float64 [B, K]. Raises ArgumentError when an argument does not fit.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    bounds = _check_batch(x, dy, offsets, param)
+    bounds = _check_batch(x, dy, offsets, param, positions)
     if rows is not None:
         _check_rows(rows, param, len(bounds))
     extra = rows.grad if rows is not None else None
     chosen, _ = choose_impl(impl, step, x, dy, q, exp_avg, exp_avg_sq, param, extra)
-    return _LINEAR[chosen](x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, rows)
+    rest = (bounds, q, exp_avg, exp_avg_sq, param, step, rows)
+    if chosen == "cpu":
+        return cpu.linear_influence(x, dy, *rest, positions)
+    if positions is not None:
+        x, dy = x.index_select(0, positions), dy.index_select(0, positions)
+    return _LINEAR[chosen](x, dy, *rest)
 
 
 @torch.no_grad()
@@ -184,6 +191,7 @@ def sampled_linear_influence(
     step: OptimizerStep,
     *,
     tiles: cpu.TileSample,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ q · (Δ(dYᵀX) − Δ(0)) estimated from a share of the weight's tiles, and the variances of the estimates.
 
@@ -192,9 +200,9 @@ def sampled_linear_influence(
     ArgumentError when the compiled kernels cannot take the arguments.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    bounds = _check_batch(x, dy, offsets, param)
+    bounds = _check_batch(x, dy, offsets, param, positions)
     choose_impl("cpu", step, x, dy, q, exp_avg, exp_avg_sq, param)
-    return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles)
+    return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles, positions)
 
 
 @torch.no_grad()
@@ -341,13 +349,16 @@ def _choose_dense(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> st
     return choose_impl("triton" if impl == "cuda" else impl, step, *tensors)[0]
 
 
-def _check_batch(x: Tensor, dy: Tensor, offsets: Tensor, param: Tensor) -> list[int]:
-    """The offsets as a list, of x [T, I] and dy [T, O] that fit `param` [O, I]."""
+def _check_batch(x: Tensor, dy: Tensor, offsets: Tensor, param: Tensor, positions: Tensor | None = None) -> list[int]:
+    """The offsets as a list, of x [T, I] and dy [T, O] that fit `param` [O, I], or of T `positions` in them."""
     check_tensors({"x": x, "dy": dy}, param.device)
     num_out, num_in = _matrix_shape(param)
     check_shape("x", x, (None, num_in), "[T, I]")
     check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
-    return check_offsets(offsets, x.shape[0])
+    if positions is None:
+        return check_offsets(offsets, x.shape[0])
+    check_ids(positions, x.shape[0], param.device, "positions")
+    return check_offsets(offsets, positions.numel())
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

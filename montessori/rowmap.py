@@ -55,6 +55,15 @@ class RowMap:
             _offsets(labelled),
         )
 
+    def padded(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x [N, I] and dy [N, O], of which the rows `kept` are the batch; None where that is not so, or without
+        padding."""
+        tokens = self.size * self.length
+        same = x.shape[:-1] == dy.shape[:-1] and x.shape[:-1] in {(self.size, self.length), (tokens,)}
+        if not same or not self.dropped.numel():
+            return None
+        return x.reshape(tokens, -1), dy.reshape(tokens, -1)
+
     def pack_gradient(self, dy: Tensor, module: str) -> tuple[Tensor, Tensor]:
         """`pack` for the gradient of an activation, which must be 0 wherever padding is dropped.
 
@@ -63,10 +72,14 @@ class RowMap:
         """
         packed, offsets = self.pack(dy, module)
         if self.dropped.numel() and int(offsets[-1]) < dy[..., 0].numel():
-            lost = dy.reshape(self.size * self.length, -1).index_select(0, self.dropped)
-            if bool((lost.abs() > 0).any()):
-                raise UnmappableRowsError(module, tuple(dy.shape), self.size)
+            self.check_padding(dy, module)
         return packed, offsets
+
+    def check_padding(self, dy: Tensor, module: str) -> None:
+        """Raise UnmappableRowsError where padding has a gradient."""
+        lost = dy.reshape(self.size * self.length, -1).index_select(0, self.dropped)
+        if bool((lost.abs() > 0).any()):
+            raise UnmappableRowsError(module, tuple(dy.shape), self.size)
 
     def pack(self, activation: Tensor, module: str) -> tuple[Tensor, Tensor]:
         """Rows [n, F] of an activation [..., F] without padding, and their offsets int64 [B+1].

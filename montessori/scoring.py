@@ -47,7 +47,9 @@ class InfluenceSink:
             if self.sample < 1:
                 self.scores += self.drift[name]
         elif isinstance(use, LinearUse):
-            self.scores += ops.linear_influence(use.x, use.dy, use.offsets, *rest, rows=use.rows, impl=self.impl)
+            self.scores += ops.linear_influence(
+                use.x, use.dy, use.offsets, *rest, rows=use.rows, positions=use.positions, impl=self.impl
+            )
         elif isinstance(use, DenseUse):
             self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
         elif isinstance(use, RowsUse):
@@ -65,12 +67,16 @@ class InfluenceSink:
         rest = (self.q[name][:, rows], exp_avg, exp_avg_sq, self.parameters[name].detach()[rows], entry.step)
         examples = slice(first, first + use.offsets.numel() - 1)
         if self.sample == 1:
-            self.scores[examples] += ops.linear_influence(use.x, use.dy, use.offsets, *rest, impl=self.impl)
+            self.scores[examples] += ops.linear_influence(
+                use.x, use.dy, use.offsets, *rest, positions=use.positions, impl=self.impl
+            )
             return
         block = f"{name}:{rows.start}:{rows.stop}"
         if block not in self.draws:
             self.draws[block] = ops.draw_tiles(rest[0], self.sample, seed=zlib.crc32(block.encode()))
-        scores, variance = ops.sampled_linear_influence(use.x, use.dy, use.offsets, *rest, tiles=self.draws[block])
+        scores, variance = ops.sampled_linear_influence(
+            use.x, use.dy, use.offsets, *rest, tiles=self.draws[block], positions=use.positions
+        )
         self.scores[examples] += scores
         self.variance[examples] += variance
 

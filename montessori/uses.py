@@ -13,12 +13,23 @@ from montessori.ops import SparseRows
 
 @dataclass(frozen=True)
 class LinearUse:
-    """Gradient dYᵀX of a matrix [O, I]: x [n, I], dy [n, O], offsets int64 [B+1], and tied rows."""
+    """Gradient dYᵀX of a matrix [O, I]: x [n, I], dy [n, O], offsets int64 [B+1], and tied rows.
+
+    With `positions`, int64 [n], x and dy still have padding between those of their rows that count.
+    """
 
     x: Tensor
     dy: Tensor
     offsets: Tensor
     rows: SparseRows | None = None
+    positions: Tensor | None = None
+
+    def packed(self) -> LinearUse:
+        """The same without padding in x and dy."""
+        if self.positions is None:
+            return self
+        x, dy = (factor.index_select(0, self.positions) for factor in (self.x, self.dy))
+        return LinearUse(x, dy, self.offsets, self.rows)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def merge(uses: Sequence[Use]) -> Use | None:
     dense = [use.grad for use in uses if isinstance(use, DenseUse)]
     if dense:
         return DenseUse(torch.stack(dense).sum(0)) if len(dense) == len(uses) else None
-    linear = [use for use in uses if isinstance(use, LinearUse)]
+    linear = [use.packed() for use in uses if isinstance(use, LinearUse)]
     tables = [use.rows for use in uses if isinstance(use, RowsUse)]
     rows = _merge_rows(tables) if tables else None
     if not linear:
@@ -112,6 +123,7 @@ def scale(use: Use, factors: Tensor) -> Use:
         return DenseUse(use.grad * factors.to(use.grad.dtype).view(-1, *[1] * (use.grad.dim() - 1)))
     if isinstance(use, RowsUse):
         return RowsUse(_scale_rows(use.rows, factors))
+    use = use.packed()
     per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device))
     rows = _scale_rows(use.rows, factors) if use.rows is not None else None
     return LinearUse(use.x, _wide(use.dy) * per_row.to(_wide(use.dy).dtype)[:, None], use.offsets, rows)
@@ -133,6 +145,7 @@ def example_gradient(use: Use, example: int, shape: torch.Size) -> Tensor:
     rows = use.rows
     dtype = torch.promote_types((use.x if isinstance(use, LinearUse) else use.rows.grad).dtype, torch.float32)
     if isinstance(use, LinearUse):
+        use = use.packed()
         span = slice(*use.offsets[example : example + 2].tolist())
         grad = use.dy[span].to(dtype).T @ use.x[span].to(dtype)
     else:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from montessori import AdamWStep, SGDStep, cpu, ops
+from montessori.errors import ArgumentError
 from montessori.ops import SparseRows
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{cpu.unavailable()}")
@@ -121,7 +122,7 @@ def test_the_operator_passes_opcheck():
     operator = torch.ops.montessori.linear_scores.default
     constants = (0.9, 0.1, 0.9, 0.1, 1e-8, 0.0, 0.0, 0.0)
     torch.library.opcheck(
-        operator, (x, dy, offsets, q, exp_avg, exp_avg_sq, param, *table, None, None, None, *constants)
+        operator, (x, dy, offsets, None, q, exp_avg, exp_avg_sq, param, *table, None, None, None, *constants)
     )
 
 
@@ -140,7 +141,7 @@ def test_compiled_programs_may_score():
     constants = (0.9, 0.1, 0.9, 0.1, 1e-8, 0.0, 0.0, 0.0)
 
     def operator(x, dy):
-        scores, _ = torch.ops.montessori.linear_scores(x * 2, dy, offsets, *state, *[None] * 6, *constants)
+        scores, _ = torch.ops.montessori.linear_scores(x * 2, dy, offsets, None, *state, *[None] * 6, *constants)
         return scores.sum(0)
 
     def entry(x, dy):
@@ -163,3 +164,30 @@ def test_the_package_works_where_the_kernels_are_not_built():
     environment = {"MONTESSORI_NO_KERNELS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert "MONTESSORI_NO_KERNELS is set" in done.stdout
+
+
+@pytest.mark.parametrize("simd", simd_levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_padding_between_the_rows_changes_no_bit(monkeypatch, simd, dtype, impl):
+    monkeypatch.setenv("MONTESSORI_SIMD", simd)
+    (x, dy, offsets, *state), rows = problem()
+    x, dy = x.to(dtype), dy.to(dtype)
+    # Three rows of padding before every tenth, with values that would show.
+    positions = torch.arange(len(x)) + 3 * (torch.arange(len(x)) // 10)
+    padded_x, padded_dy = (t.new_full((int(positions[-1]) + 5, t.shape[1]), torch.nan) for t in (x, dy))
+    padded_x[positions], padded_dy[positions] = x, dy
+    want = scores((x, dy, offsets, *state), rows, impl=impl)
+    arguments = (padded_x, padded_dy, offsets, *state, STEP)
+    assert torch.equal(ops.linear_influence(*arguments, rows=rows, positions=positions, impl=impl), want)
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [(torch.tensor([0, 1, 3]), "0..2, got 0..3"), (torch.tensor([0, 1]), "0 to 2 .* got 0 to 3"),
+     (torch.tensor([0.0, 1, 2]), "int64"), (torch.tensor([-1, 1, 2]), "0..2, got -1..2")],
+)  # fmt: skip
+def test_positions_that_do_not_fit_are_one_line_errors(positions, words):
+    (x, dy, offsets, *state), _ = problem(num_out=5, num_in=3, lengths=(2, 1))
+    with pytest.raises(ArgumentError, match=words):
+        ops.linear_influence(x, dy, offsets, *state, STEP, positions=positions)

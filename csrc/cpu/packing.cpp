@@ -90,45 +90,47 @@ std::vector<Chunk> chunks_of(const int64_t* offsets, const std::vector<int64_t>&
 
 // One panel of one chunk; `live` columns of it exist. A fixed kColumns turns the copies into a few moves.
 template <int64_t kColumns>
-void copy_floats(const float* from, int64_t width, const Chunk& chunk, int64_t live, float* to) {
-  for (int64_t s = 0; s < chunk.steps; ++s, from += width, to += kColumns) {
+void copy_floats(const Rows& rows, int64_t width, const Chunk& chunk, int64_t column, int64_t live, float* to) {
+  const float* from = static_cast<const float*>(rows.from.data) + column;
+  for (int64_t s = 0; s < chunk.steps; ++s, to += kColumns) {
+    const float* row = from + rows.at(chunk.tokens.begin + s) * width;
     if (live == kColumns) {
-      std::memcpy(to, from, kColumns * sizeof(float));
+      std::memcpy(to, row, kColumns * sizeof(float));
     } else {
-      std::memcpy(to, from, live * sizeof(float));
+      std::memcpy(to, row, live * sizeof(float));
       std::fill(to + live, to + kColumns, 0.f);
     }
   }
 }
 
-void widen_panel(const Array& from, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
+void widen_panel(const Rows& rows, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
                  float* to) {
-  if (from.dtype == Dtype::kFloat32) {
-    const float* source = static_cast<const float*>(from.data) + chunk.tokens.begin * width + column;
+  if (rows.from.dtype == Dtype::kFloat32) {
     switch (columns) {
       case 4:
-        return copy_floats<4>(source, width, chunk, live, to);
+        return copy_floats<4>(rows, width, chunk, column, live, to);
       case 8:
-        return copy_floats<8>(source, width, chunk, live, to);
+        return copy_floats<8>(rows, width, chunk, column, live, to);
       case 24:
-        return copy_floats<24>(source, width, chunk, live, to);
+        return copy_floats<24>(rows, width, chunk, column, live, to);
       case 48:
-        return copy_floats<48>(source, width, chunk, live, to);
+        return copy_floats<48>(rows, width, chunk, column, live, to);
     }
   }
   for (int64_t s = 0; s < chunk.steps; ++s, to += columns) {
-    widen(from, (chunk.tokens.begin + s) * width + column, live, 1.f, to);
+    widen(rows.from, rows.at(chunk.tokens.begin + s) * width + column, live, 1.f, to);
     std::fill(to + live, to + columns, 0.f);
   }
 }
 
-void pair_panel(const uint16_t* from, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
+void pair_panel(const Rows& rows, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
                 uint32_t* to) {
+  const uint16_t* from = static_cast<const uint16_t*>(rows.from.data) + column;
   for (int64_t s = 0; s < chunk.steps; ++s, to += columns) {
     const int64_t token = chunk.tokens.begin + 2 * s;
-    const uint16_t* first = from + token * width + column;
+    const uint16_t* first = from + rows.at(token) * width;
     if (token + 1 < chunk.tokens.end) {
-      const uint16_t* second = first + width;
+      const uint16_t* second = from + rows.at(token + 1) * width;
       for (int64_t c = 0; c < live; ++c) to[c] = first[c] | static_cast<uint32_t>(second[c]) << 16;
     } else {
       for (int64_t c = 0; c < live; ++c) to[c] = first[c];
@@ -188,7 +190,7 @@ std::vector<int64_t> step_bounds(const int64_t* offsets, int64_t examples, bool 
 
 Panels::~Panels() { spare.give(cells_, bytes_); }
 
-Panels::Panels(const Array& from, int64_t width, int64_t columns, const int64_t* offsets,
+Panels::Panels(const Rows& from, int64_t width, int64_t columns, const int64_t* offsets,
                const std::vector<int64_t>& steps, bool pairs, Parallel parallel)
     : columns_(columns) {
   // An odd number of cache lines apart, so that the panels do not fall on the same sets of the cache.
@@ -208,7 +210,7 @@ Panels::Panels(const Array& from, int64_t width, int64_t columns, const int64_t*
         const int64_t column = panel * columns, live = std::min(columns, width - column);
         uint32_t* to = cells_ + panel * stride_ + chunk.step * columns;
         if (pairs)
-          pair_panel(static_cast<const uint16_t*>(from.data), width, chunk, column, live, columns, to);
+          pair_panel(from, width, chunk, column, live, columns, to);
         else
           widen_panel(from, width, chunk, column, live, columns, reinterpret_cast<float*>(to));
       }

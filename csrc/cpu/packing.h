@@ -50,11 +50,18 @@ void prefetch_tile(const Array& from, int64_t offset, int64_t stride, Span rows,
 // First step of every example [B+1]: a step is one token, or two of the same example when `pairs`.
 std::vector<int64_t> step_bounds(const int64_t* offsets, int64_t examples, bool pairs);
 
+// Rows of a matrix in memory [N, width] that stand for the T tokens of a batch: all in order, or those named.
+struct Rows {
+  Array from;
+  const int64_t* positions = nullptr;
+  int64_t at(int64_t token) const { return positions ? positions[token] : token; }
+};
+
 // A matrix [T, width] cut into panels of `columns` columns: panel p is [steps, columns] cells at p · stride,
 // so that a kernel reads one example's part of a panel front to back. Columns beyond the last are zero.
 class Panels {
  public:
-  Panels(const Array& from, int64_t width, int64_t columns, const int64_t* offsets, const std::vector<int64_t>& steps,
+  Panels(const Rows& from, int64_t width, int64_t columns, const int64_t* offsets, const std::vector<int64_t>& steps,
          bool pairs, Parallel parallel);
   Panels(const Panels&) = delete;
   ~Panels();

@@ -98,17 +98,19 @@ struct AllTiles {
   }
 };
 
-std::tuple<Tensor, Tensor> linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets, const Tensor& q,
-                                         const MaybeTensor& exp_avg, const MaybeTensor& exp_avg_sq,
-                                         const MaybeTensor& param, const MaybeTensor& row_ids,
-                                         const MaybeTensor& row_grad, const MaybeTensor& row_offsets,
-                                         const MaybeTensor& tiles, const MaybeTensor& bounds,
-                                         const MaybeTensor& population, double a1, double a2, double s1, double s2,
-                                         double eps, double decay, double on_param, double on_exp_avg) {
+std::tuple<Tensor, Tensor> linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets,
+                                         const MaybeTensor& positions, const Tensor& q, const MaybeTensor& exp_avg,
+                                         const MaybeTensor& exp_avg_sq, const MaybeTensor& param,
+                                         const MaybeTensor& row_ids, const MaybeTensor& row_grad,
+                                         const MaybeTensor& row_offsets, const MaybeTensor& tiles,
+                                         const MaybeTensor& bounds, const MaybeTensor& population, double a1, double a2,
+                                         double s1, double s2, double eps, double decay, double on_param,
+                                         double on_exp_avg) {
   montessori::LinearProblem p{};
   p.x = array_of(x, "x");
   p.dy = array_of(dy, "dy");
   p.offsets = indices_of(offsets, "offsets");
+  if (positions.has_value()) p.positions = indices_of(*positions, "positions");
   p.state = state_of(q, exp_avg, exp_avg_sq, param);
   p.constants = constants_of(exp_avg_sq.has_value(), a1, a2, s1, s2, eps, decay, on_param, on_exp_avg);
   if (row_ids.has_value() && row_grad.has_value() && row_offsets.has_value()) {
@@ -184,7 +186,8 @@ Tensor cross_entropy_(Tensor logits, const Tensor& targets, const Tensor& weight
 
 STABLE_TORCH_LIBRARY(montessori, library) {
   library.def(
-      "linear_scores(Tensor x, Tensor dy, Tensor offsets, Tensor q, Tensor? exp_avg, Tensor? exp_avg_sq, "
+      "linear_scores(Tensor x, Tensor dy, Tensor offsets, Tensor? positions, Tensor q, Tensor? exp_avg, Tensor? "
+      "exp_avg_sq, "
       "Tensor? param, Tensor? row_ids, Tensor? row_grad, Tensor? row_offsets, Tensor? tiles, Tensor? bounds, "
       "Tensor? population, float a1, float a2, float s1, float s2, float eps, float decay, float on_param, float "
       "on_exp_avg) -> (Tensor, Tensor)");

@@ -91,8 +91,8 @@ struct PackedBatch {
   PackedBatch(const LinearProblem& p, const Kernel& kernel, Parallel parallel)
       : pairs(use_pairs(p, kernel)),
         steps(step_bounds(p.offsets, p.examples, pairs)),
-        x(p.x, p.in, kernel.columns, p.offsets, steps, pairs, parallel),
-        dy(p.dy, p.out, kernel.rows, p.offsets, steps, pairs, parallel) {}
+        x({p.x, p.positions}, p.in, kernel.columns, p.offsets, steps, pairs, parallel),
+        dy({p.dy, p.positions}, p.out, kernel.rows, p.offsets, steps, pairs, parallel) {}
 };
 
 // Everything one thread needs for its tiles, allocated once.

@@ -23,7 +23,8 @@ struct State {
   int64_t sets;
 };
 
-// A linear layer's packed batch, all contiguous: x [T, I], dy [T, O], offsets [B+1], state of [O, I]. Sparse
+// A linear layer's batch, all contiguous: x [T, I], dy [T, O], offsets [B+1], state of [O, I]; with positions [T],
+// x and dy have more rows, of which these are the batch. Sparse
 // rows that are added to the gradient: per example sorted row_ids [R] with row_grad [R, I] and row_offsets
 // [B+1], or null.
 struct LinearProblem {
@@ -31,6 +32,7 @@ struct LinearProblem {
   State state;
   StepConstants constants;
   const int64_t* offsets;
+  const int64_t* positions = nullptr;
   const int64_t* row_ids = nullptr;
   const int64_t* row_offsets = nullptr;
   int64_t examples, out, in;
