@@ -9,7 +9,7 @@ TRITON ?= triton==3.7.1
 BENCH := .venv-bench/bin
 BENCH_DATA ?=
 
-.PHONY: demo test test-real bench lint format clean
+.PHONY: demo test test-real bench regress lint format clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -47,6 +47,10 @@ bench: .venv-bench/installed .venv/installed
 	$(BENCH)/python -m benchmarks.truth --model tiny $(BENCH_DATA)
 	$(BIN)/python -m benchmarks.loop
 	$(BENCH)/python -m benchmarks.results
+
+# Prints ratios beside the committed ones; a machine's mood must not fail anything.
+regress: .venv/installed
+	-$(BIN)/python -m benchmarks.regress --threads 1
 
 lint: .venv/installed
 	$(BIN)/ruff check .
