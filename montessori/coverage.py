@@ -81,10 +81,14 @@ class _CompareSink:
             return
         want = torch.zeros_like(some) if want is None else want
         got = torch.zeros_like(some) if got is None else got
-        error = float((got.double() - want.double()).norm())
-        allowed = self.slack * TOLERANCE[want.dtype] * (float(want.double().norm()) + NOISE_SHARE * self.scale)
+        error = _norm(got - want)
+        allowed = self.slack * TOLERANCE[want.dtype] * (_norm(want) + NOISE_SHARE * self.scale)
         if not error <= allowed:
             self.wrong.add(name)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
@@ -99,8 +103,7 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     proved: set[str] = set()
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
-        norms = [float(grad.double().norm()) for grad in expected.values() if grad is not None]
-        scale = sum(norm**2 for norm in norms) ** 0.5
+        scale = sum(_norm(grad) ** 2 for grad in expected.values() if grad is not None) ** 0.5
         while True:
             sink = _CompareSink(expected, position, scale, parameters)
             group = examples

@@ -58,7 +58,8 @@ def clip_gradients(grads: Gradients, max_grad_norm: float | None) -> Gradients:
     """Gradients times c of Eq. 1; unchanged when clipping is off."""
     if max_grad_norm is None:
         return grads
-    norm = torch.stack([grad.double().norm() for grad in grads.values() if grad is not None]).norm()
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads.values() if grad is not None]
+    norm = torch.stack(norms).norm()
     factor = equations.clip_factor(norm, max_grad_norm)
     return {name: None if grad is None else grad * factor.to(grad.dtype) for name, grad in grads.items()}
 
