@@ -93,7 +93,7 @@ def frozen_v(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor, s
 def geometries(problem: Problem) -> dict[str, np.ndarray]:
     """First-order scores [N] with v frozen, and plain gradient dot products, from whole gradients one by one."""
     parameters = problem.parameters
-    q = problem.reference_sets.gradient(problem.model, parameters, response_loss)
+    q, _ = problem.reference_sets.gradient(problem.model, parameters, response_loss)
     scores: dict[str, list[float]] = {"v frozen": [], "gradient dot product": []}
     for example in problem.candidates:
         grads, _ = example_gradients(problem.model, parameters, example, response_loss)

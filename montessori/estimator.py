@@ -70,7 +70,7 @@ class InfluenceEstimator:
             with `Scores.standard_error`; the tiles are the same for all candidates. Needs the compiled kernels.
         max_grad_norm: clipping by global norm as the training run would apply it, None for none.
         reference_weighting: "example_mean" (w_r = 1/R) or "token_mean".
-        reference_batch_tokens: padded tokens per batch of the reference; does not change the loss.
+        reference_batch_tokens: padded tokens per batch of the reference, at most 1,024 on a processor; same loss.
         loss_fn, reference_loss_fn: (model, Batch) -> [B] mean token losses; see `montessori.losses`.
 
     Raises ModelError, StateError, DataError or ArgumentError, each one line that says what to do.

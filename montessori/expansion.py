@@ -65,8 +65,7 @@ def expand_at_theta(
 ) -> Expansion:
     """Eq. 3: the reference gradient at θ."""
     parameters = trainable_parameters(model)
-    loss = sets.loss(model, reference_loss)
-    q = sets.gradient(model, parameters, reference_loss)
+    q, loss = sets.gradient(model, parameters, reference_loss)
     zero = torch.zeros_like(loss)
     return Expansion(q, zero, parameter_drift(q, state, parameters), loss, zero)
 
@@ -88,8 +87,7 @@ def expand_at_anchor(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.add_(anchor.pop(name))
-        loss_at_anchor = sets.loss(model, reference_loss)
-        q = sets.gradient(model, parameters, reference_loss)
+        q, loss_at_anchor = sets.gradient(model, parameters, reference_loss)
         q_dot_anchor = _dot_moved(q, parameters, theta)
     moved = loss_at_anchor - loss
     curvature = ((moved - q_dot_anchor).abs() / (moved.abs() + q_dot_anchor.abs())).nan_to_num(nan=0.0)

@@ -22,7 +22,7 @@ class ReferenceSets:
 
     `example_mean`: w_r = 1/R. `token_mean`: w_r in proportion to the labelled tokens. `batch_tokens`
     bounds the padded tokens of a batch, None stands for one example at a time; the loss is the same. On a
-    processor the gradient goes by smaller batches, so that it never needs more memory than a training step.
+    processor no batch has more tokens than keep it busy: the gradient needs no more memory than a training step.
     """
 
     sets: Mapping[str, Sequence[Example]]
@@ -54,7 +54,7 @@ class ReferenceSets:
         totals = torch.zeros(len(self.sets), dtype=torch.float64)
         with evaluation_mode(model):
             for k, name in enumerate(self.sets):
-                for batch, weight in self._weighted_batches(model, name, self.batch_tokens):
+                for batch, weight in self._weighted_batches(model, name):
                     losses = example_losses(model, batch, loss)
                     if require_finite:
                         _check_finite(losses, batch, name)
@@ -63,40 +63,37 @@ class ReferenceSets:
 
     def gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: LossFunction
-    ) -> dict[str, Tensor]:
-        """q [K, *shape] per parameter in the parameter's dtype; zeros where a set does not reach it."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """q [K, *shape] per parameter in the parameter's dtype, zeros where a set does not reach it; and L(θ) as
+        `loss` gives it."""
         q = {
             name: torch.zeros(len(self.sets), *p.shape, dtype=p.dtype, device=p.device)
             for name, p in parameters.items()
         }
-        tokens = self.batch_tokens
-        if tokens is not None and next(model.parameters()).device.type == "cpu":
-            tokens = min(tokens, BUSY_TOKENS)
+        totals = torch.zeros(len(self.sets), dtype=torch.float64)
         for position, set_name in enumerate(self.sets):
             with evaluation_mode(model), gradients_aside(parameters.values()):
                 for name, parameter in parameters.items():
                     # Backward accumulates straight into q: no second copy of the gradient.
                     parameter.grad = q[name][position]
-                for batch, weight in self._weighted_batches(model, set_name, tokens):
+                for batch, weight in self._weighted_batches(model, set_name):
                     losses = example_losses(model, batch, loss)
                     _check_finite(losses, batch, set_name)
+                    totals[position] += (losses.detach().double() * weight).sum().cpu()
                     (losses * weight.to(losses.dtype)).sum().backward()
                 for name, parameter in parameters.items():
                     if parameter.grad is not None and parameter.grad.data_ptr() != q[name][position].data_ptr():
                         q[name][position] = parameter.grad
-        return q
+        return q, totals
 
-    def _weighted_batches(
-        self, model: nn.Module, name: str, batch_tokens: int | None
-    ) -> Iterator[tuple[Batch, Tensor]]:
+    def _weighted_batches(self, model: nn.Module, name: str) -> Iterator[tuple[Batch, Tensor]]:
         device = next(model.parameters()).device
         examples, weights = self.sets[name], self.weights(name)
-        longest = max(example.num_tokens for example in examples)
-        groups = (
-            [[e] for e in examples]
-            if batch_tokens is None
-            else make_batches(examples, max(batch_tokens, longest), name)
-        )
+        if self.batch_tokens is None:
+            groups = [[example] for example in examples]
+        else:
+            most = min(self.batch_tokens, BUSY_TOKENS) if device.type == "cpu" else self.batch_tokens
+            groups = make_batches(examples, max(most, *(example.num_tokens for example in examples)), name)
         for group in groups:
             weight = [weights[example.index] for example in group]
             yield collate(group).to(device), torch.tensor(weight, dtype=torch.float64, device=device)

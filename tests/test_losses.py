@@ -142,7 +142,8 @@ def test_reference_loss_and_gradient_are_the_weighted_mean_whatever_the_batches(
         assert sum(weights) == pytest.approx(1, rel=1e-15)
         weighted.append(sum(w * plain_loss(model, row) for w, row in zip(weights, rows, strict=True)))
     torch.testing.assert_close(sets.loss(model, response_loss), torch.stack(weighted).detach(), **CLOSE)
-    q = sets.gradient(model, trainable_parameters(model), response_loss)
+    q, loss = sets.gradient(model, trainable_parameters(model), response_loss)
+    assert torch.equal(loss, sets.loss(model, response_loss))
     for k, loss in enumerate(weighted):
         for name, grad in gradients(model, loss).items():
             torch.testing.assert_close(q[name][k], grad, rtol=1e-10, atol=1e-14)
