@@ -41,10 +41,10 @@ Every figure of the tables above in which a peer does better than `montessori`:
 """
 
 REASONS = """
-What is done once costs more here than elsewhere: the anchor takes a backward pass for each of its 8 pilots and two
-evaluations of the reference, and the capture is proved against autograd before the first candidate. None of it grows
-with the number of candidates. The first-order rows go without the anchor. It can fall: pilot steps could come from the
-capture in batches.
+What is done once costs more here than elsewhere: the anchor takes a backward pass for each of its 8 pilots and one
+more evaluation of the reference, and the capture is proved against autograd before the first candidate. None of it
+grows with the number of candidates. The first-order rows go without the anchor. It can fall: pilot steps could come
+from the capture in batches.
 """
 
 NAIVE = """## Naive loops

@@ -61,9 +61,10 @@ def unsupported(*tensors: Tensor | None) -> str | None:
 
 @dataclass(frozen=True)
 class TileSample:
-    """Tiles of a weight drawn by strata: `tiles` int64 [n], of which bounds[h]..bounds[h+1]-1 stand for
-    the population[h] tiles of stratum h."""
+    """Tiles of a weight with q of `shape` [K, O, I], drawn by strata: `tiles` int64 [n], of which
+    bounds[h]..bounds[h+1]-1 stand for the population[h] tiles of stratum h."""
 
+    shape: tuple[int, ...]
     tiles: Tensor
     bounds: Tensor
     population: Tensor
@@ -88,7 +89,7 @@ class TileSample:
             chosen = torch.randperm(high - low, generator=generator)[:size]
             tiles.append(order[low:high][chosen].sort().values)
         population = torch.tensor(edges).diff()
-        return cls(torch.cat(tiles), torch.tensor([0, *accumulate(sizes)]), population)
+        return cls(tuple(q.shape), torch.cat(tiles), torch.tensor([0, *accumulate(sizes)]), population)
 
 
 def _edges(shares: list[float], sizes: list[int]) -> list[int]:

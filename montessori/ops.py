@@ -201,6 +201,8 @@ def sampled_linear_influence(
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
     bounds = _check_batch(x, dy, offsets, param, positions)
+    if tuple(q.shape) != tiles.shape:
+        raise ArgumentError(f"tiles: expected those drawn for q {list(q.shape)}, got those of {list(tiles.shape)}")
     choose_impl("cpu", step, x, dy, q, exp_avg, exp_avg_sq, param)
     return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles, positions)
 

@@ -79,6 +79,14 @@ def test_strata_cover_every_tile_once_and_what_dominates_is_always_drawn(shape, 
 
 
 @needs_kernels
+def test_tiles_of_another_weight_are_refused(layer):
+    batch, state = layer
+    tiles = ops.draw_tiles(torch.ones(1, 2000, 600), 0.5, seed=0)
+    with pytest.raises(ArgumentError, match=r"drawn for q \[2, 700, 600\], got those of \[1, 2000, 600\]"):
+        ops.sampled_linear_influence(*batch, *state, ADAMW, tiles=tiles)
+
+
+@needs_kernels
 def test_an_example_has_the_same_estimate_in_any_company(layer):
     (x, dy, _), state = layer
     tiles = ops.draw_tiles(state[0], 0.3, seed=7)

@@ -125,9 +125,14 @@ std::tuple<Tensor, Tensor> linear_scores(const Tensor& x, const Tensor& dy, cons
   Tensor variance = torch::stable::new_zeros(q, {p.examples, p.state.sets}, ScalarType::Double);
   const AllTiles all(montessori::tiling_of(kernel(), p.out, p.in, p.state.sets).count());
   Selection selection = all.selection();
-  if (tiles.has_value() && bounds.has_value() && population.has_value())
+  if (tiles.has_value() && bounds.has_value() && population.has_value()) {
     selection = {indices_of(*tiles, "tiles"), indices_of(*bounds, "bounds"), indices_of(*population, "population"),
                  population->numel(), true};
+    const int64_t count = static_cast<int64_t>(all.tiles.size());
+    for (int64_t i = 0; i < tiles->numel(); ++i)
+      STD_TORCH_CHECK(selection.tiles[i] >= 0 && selection.tiles[i] < count, "tiles: expected 0 to ", count - 1,
+                      ", the tiles of this weight, got ", selection.tiles[i], "; draw them for this q");
+  }
   montessori::score_linear(p, selection, kernel(), parallel, static_cast<double*>(scores.mutable_data_ptr()),
                            static_cast<double*>(variance.mutable_data_ptr()));
   return {scores, variance};
