@@ -45,7 +45,7 @@ def run(path: Path) -> dict[str, float]:
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     add_model_options(options, scored=16, references=8)
-    options.set_defaults(model="tiny")
+    options.set_defaults(model="tiny", work=Path("out/regress"))
     options.add_argument("--write", action="store_true", help="make this run the one to compare with")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
