@@ -23,10 +23,9 @@ struct State {
   int64_t sets;
 };
 
-// A linear layer's batch, all contiguous: x [T, I], dy [T, O], offsets [B+1], state of [O, I]; with positions [T],
-// x and dy have more rows, of which these are the batch. Sparse
-// rows that are added to the gradient: per example sorted row_ids [R] with row_grad [R, I] and row_offsets
-// [B+1], or null.
+// A linear layer's batch, all contiguous: x [T, I], dy [T, O], offsets [B+1], state of [O, I]; with positions [T], x
+// and dy have more rows, of which these are the batch. Sparse rows that are added to the gradient: per example sorted
+// row_ids [R] with row_grad [R, I] and row_offsets [B+1], or null.
 struct LinearProblem {
   Array x, dy, row_grad;
   State state;
