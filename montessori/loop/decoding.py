@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from montessori.loop.cache import read_prompts
 from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, prompt_ids
 from montessori.models import load_model
 
@@ -99,22 +100,7 @@ class _Decoder:
     def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
         self.model, self.device = model, model.device
         unique = list(dict.fromkeys(map(tuple, ids)))
-        longest = max(map(len, unique))
-        tokens = torch.zeros(len(unique), longest, dtype=torch.int64)
-        mask = torch.zeros(len(unique), longest, dtype=torch.int64)
-        for row, prompt in enumerate(unique):
-            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        self.mask = mask.to(self.device)
-        output = model(
-            input_ids=tokens.to(self.device),
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache = output.past_key_values
-        self.logits = output.logits[:, -1].float()
+        self.cache, self.mask, self.logits = read_prompts(model, unique)
         self.keep(torch.tensor([unique.index(tuple(prompt)) for prompt in ids]))
 
     def keep(self, rows: Tensor) -> None:

@@ -116,6 +116,8 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 enable_sleep_mode=on_gpu,
                 enforce_eager=not on_gpu,
+                # A prompt read in parts takes back a draw, which vLLM's generators cannot do on a CPU.
+                enable_chunked_prefill=on_gpu,
             )
         # vLLM raises what its workers raise, of any class.
         except Exception as error:

@@ -1,0 +1,102 @@
+"""Keys and values of a batch of sequences: prompts are read with little padding, tokens added without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+# Prompts are read together while the longest is at most so many times the shortest.
+_STRETCH = 1.25
+# Tokens that fit behind the keys and values before these have to be copied again.
+_ROOM = 128
+
+
+def read_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Tensor]:
+    """The cache of distinct `prompts`, its mask int64 [B, L] and the logits of the next token, float32 [B, V].
+
+    Prompts stand at the right end of the cache, whatever is before them is masked.
+    """
+    groups = _like_lengths(prompts)
+    read = [_read(model, [prompts[row] for row in groups[0]])]
+    if not all(type(layer) is DynamicLayer for layer in getattr(read[0][0], "layers", [None])):
+        # Windows and states are not the prompt's keys alone, so there is nothing to put side by side.
+        return read[0] if len(groups) == 1 else _read(model, prompts)
+    read += [_read(model, [prompts[row] for row in group]) for group in groups[1:]]
+    caches, masks, logits = zip(*read, strict=True)
+    length = max(mask.shape[1] for mask in masks)
+    back = torch.tensor([row for group in groups for row in group], device=model.device).argsort()
+    cache = caches[0]
+    cache.layers[:] = [
+        _GrowingLayer(
+            *(_stack([getattr(layer, name) for layer in layers], length, back) for name in ("keys", "values"))
+        )
+        for layers in zip(*(cache.layers for cache in caches), strict=True)
+    ]
+    mask = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+    return cache, mask[back], torch.cat(logits)[back]
+
+
+def _like_lengths(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of `prompts`, shortest first, in groups of like length."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+        if groups and len(prompts[row]) <= _STRETCH * len(prompts[groups[-1][0]]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _read(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Tensor]:
+    longest = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    mask = mask.to(model.device)
+    output = model(
+        input_ids=tokens.to(model.device),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.past_key_values, mask, output.logits[:, -1].float()
+
+
+def _stack(parts: Sequence[Tensor], length: int, back: Tensor) -> Tensor:
+    """Keys or values [B, H, L, D] of all groups, in the order of the prompts."""
+    padded = [F.pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts]
+    return torch.cat(padded)[back]
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values with room behind them; without it all of them are copied for every token."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._buffers = (keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self._buffers[0].shape[-2]:
+            room = (0, 0, 0, end - start + _ROOM)
+            self._buffers = (F.pad(self.keys, room), F.pad(self.values, room))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.get_seq_length()
+        self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
