@@ -31,12 +31,9 @@ def read_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Ten
     length = max(mask.shape[1] for mask in masks)
     back = torch.tensor([row for group in groups for row in group], device=model.device).argsort()
     cache = caches[0]
-    cache.layers[:] = [
-        _GrowingLayer(
-            *(_stack([getattr(layer, name) for layer in layers], length, back) for name in ("keys", "values"))
-        )
-        for layers in zip(*(cache.layers for cache in caches), strict=True)
-    ]
+    for place, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+        cache.layers[place] = _GrowingLayer(_stack(keys, length, back), _stack(values, length, back))
     mask = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
     return cache, mask[back], torch.cat(logits)[back]
 
@@ -82,21 +79,24 @@ class _GrowingLayer(DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self._buffers = (keys, values)
+        self._set(keys, values, keys.shape[-2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
+        start = self._length
         end = start + key_states.shape[-2]
-        if end > self._buffers[0].shape[-2]:
-            room = (0, 0, 0, end - start + _ROOM)
-            self._buffers = (F.pad(self.keys, room), F.pad(self.values, room))
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., start:end, :] = states
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
-        return self.keys, self.values
+        keys, values = self._buffers
+        if end > keys.shape[-2]:
+            room = (0, 0, 0, end - keys.shape[-2] + _ROOM)
+            keys, values = F.pad(keys, room), F.pad(values, room)
+        keys[..., start:end, :] = key_states
+        values[..., start:end, :] = value_states
+        return self._set(keys, values, end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
-        self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+        keys, values = self._buffers
+        self._set(keys[indices], values[indices], self._length)
+
+    def _set(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        self._buffers, self._length = (keys, values), length
+        self.keys, self.values = keys[..., :length, :], values[..., :length, :]
+        return self.keys, self.values
