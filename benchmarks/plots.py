@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
+from benchmarks.truth import REAL, REAL_ROUNDED
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -80,11 +81,12 @@ def scatter(record: dict[str, Any] | None) -> Path | None:
         return None
     figure, axes = _figure()
     influence = record["influence"]
-    real = np.array(influence["real step, float32"])
+    real = {name: np.array(influence[name]) for name in (REAL, REAL_ROUNDED)}
     markers = {"anchored": "o", "first order": "x", "v frozen": "^", "real step on bfloat16 parameters": "s"}
     for name, marker in markers.items():
-        axes.scatter(real, influence[name], marker=marker, s=18, alpha=0.8, label=name)
-    ends = np.array([real.min(), real.max()])
+        truth = real[REAL_ROUNDED if "bfloat16" in name else REAL]
+        axes.scatter(truth, influence[name], marker=marker, s=18, alpha=0.8, label=name)
+    ends = np.array([min(map(np.min, real.values())), max(map(np.max, real.values()))])
     axes.plot(ends, ends, color="black", linewidth=0.7)
     axes.set_xlabel("real float32 step: reference loss before − after")
     axes.set_ylabel("predicted, or measured in bfloat16")

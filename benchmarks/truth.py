@@ -34,6 +34,7 @@ from montessori.referenceset import ReferenceSets
 from montessori.steps import AdamWStep
 
 REAL = "real step, float32"
+REAL_ROUNDED = "real step, float32, from bfloat16 weights"
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ class Problem:
         return ReferenceSets({"reference": self.references}, "example_mean", 4096)
 
 
-def estimated(problem: Problem, method: str, model: nn.Module | None = None) -> tuple[np.ndarray, list[float]]:
-    """Influence [N] by the estimator on `model` (default the problem's), and the curvature that it saw."""
+def estimated(problem: Problem, method: str) -> tuple[np.ndarray, list[float]]:
+    """Influence [N] by the estimator, and the curvature that it saw."""
     references, candidates = ([_row(e) for e in part] for part in (problem.references, problem.candidates))
-    scores = InfluenceEstimator(model or problem.model, problem.state, references, method).score(candidates)
+    scores = InfluenceEstimator(problem.model, problem.state, references, method).score(candidates)
     return scores.influence, scores.info["curvature"]
 
 
@@ -110,9 +111,8 @@ def geometries(problem: Problem) -> dict[str, np.ndarray]:
 
 
 def bfloat16_steps(problem: Problem) -> np.ndarray:
-    """Influence [N] as a script measures it that steps and evaluates a model with bfloat16 parameters."""
-    model = copy.deepcopy(problem.model).bfloat16()
-    parameters, sets = dict(model.named_parameters()), problem.reference_sets
+    """Influence [N] as a script measures it that steps and evaluates the problem's bfloat16 parameters."""
+    model, parameters, sets = problem.model, problem.parameters, problem.reference_sets
     influence = []
     with restored(parameters) as saved:
         before = float(sets.loss(model, response_loss)[0])
@@ -129,13 +129,16 @@ def compare(problem: Problem) -> dict[str, Any]:
     influence: dict[str, np.ndarray] = {REAL: estimated(problem, "exact")[0]}
     influence["anchored"], curvature = estimated(problem, "anchored")
     influence["first order"], _ = estimated(problem, "first_order")
-    influence["anchored, bfloat16 model"], _ = estimated(problem, "anchored", copy.deepcopy(problem.model).bfloat16())
     influence |= geometries(problem)
-    influence["real step on bfloat16 parameters"] = bfloat16_steps(problem)
+    # Rounding the weights moves every influence, so these have a truth of their own.
+    rounded = replace(problem, model=copy.deepcopy(problem.model).bfloat16())
+    influence[REAL_ROUNDED] = estimated(rounded, "exact")[0]
+    influence["anchored, bfloat16 model"], _ = estimated(rounded, "anchored")
+    influence["real step on bfloat16 parameters"] = bfloat16_steps(rounded)
     agreement = {}
     for name, values in influence.items():
-        if name != REAL:
-            agreement[name] = Agreement.of(values, influence[REAL]).to_dict()
+        if name not in (REAL, REAL_ROUNDED):
+            agreement[name] = Agreement.of(values, influence[REAL_ROUNDED if "bfloat16" in name else REAL]).to_dict()
     for key in ("median_relative_error", "max_relative_error"):
         # A dot product of gradients is no change of the loss.
         del agreement["gradient dot product"][key]

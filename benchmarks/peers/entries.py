@@ -13,23 +13,27 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """A peer: module and class under `benchmarks.peers`, its distribution, and what its scores are."""
+    """A peer: module and class under `benchmarks.peers`, its distribution, and what its scores are.
+
+    `variant`: another way to use the library of an entry before it.
+    """
 
     peer: str
     package: str | None
     score: str
+    variant: bool = False
 
 
 REAL = "real step"
 ENTRIES = {
     REAL: Entry("montessori_peer:RealStep", None, "loss before − after one real step"),
     "montessori": Entry("montessori_peer:Montessori", "montessori", "exact Adam, anchored"),
-    "montessori, first order": Entry("montessori_peer:FirstOrder", "montessori", "exact Adam"),
-    "montessori, block linears": Entry("montessori_peer:BlockLinears", "montessori", "exact Adam"),
+    "montessori, first order": Entry("montessori_peer:FirstOrder", "montessori", "exact Adam", variant=True),
+    "montessori, block linears": Entry("montessori_peer:BlockLinears", "montessori", "exact Adam", variant=True),
     "dattri-llm, Adam": Entry("dattri:ExactAdam", "dattri-llm", "exact Adam"),
-    "dattri-llm, raw": Entry("dattri:RawDot", "dattri-llm", "gradient dot product"),
+    "dattri-llm, raw": Entry("dattri:RawDot", "dattri-llm", "gradient dot product", variant=True),
     "bergson, Adam": Entry("bergson_peer:FrozenAdam", "bergson", "gradient / frozen √v, dot product"),
-    "bergson, raw": Entry("bergson_peer:RawDot", "bergson", "gradient dot product"),
+    "bergson, raw": Entry("bergson_peer:RawDot", "bergson", "gradient dot product", variant=True),
     "kronfluence, identity": Entry("kronfluence_peer:RawDot", "kronfluence", "gradient dot product"),
     "Opacus + Adam in torch": Entry("opacus_peer:ExactAdam", "opacus", "exact Adam"),
     "torch.func.vmap + Adam": Entry("vmap:ExactAdam", "torch", "exact Adam"),
