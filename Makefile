@@ -9,7 +9,7 @@ TRITON ?= triton==3.7.1
 BENCH := .venv-bench/bin
 BENCH_DATA ?=
 
-.PHONY: demo test test-real bench regress lint format clean
+.PHONY: demo test test-real test-quantised bench regress lint format clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +28,11 @@ test: .venv/installed
 
 test-real: .venv/installed
 	$(BIN)/python -m pytest -q -m "real or slow"
+
+# Last of all tests: with these libraries present, others import them too.
+test-quantised: .venv/installed
+	$(BIN)/python -m pip install -q --no-deps bitsandbytes torchao
+	$(BIN)/python -m pytest -q -m quantised tests/test_quantised.py
 
 .venv-bench/installed: pyproject.toml setup.py benchmarks/peers/requirements.txt $(wildcard csrc/*/*)
 	test -x $(BENCH)/python || $(PYTHON) -m venv .venv-bench

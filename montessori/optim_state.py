@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from montessori import quantised
 from montessori.errors import ArgumentError, StateError
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 
@@ -82,24 +83,29 @@ class AdamWState(Mapping[str, ParameterState]):
 
     @classmethod
     def from_optimizer(cls, model: nn.Module, optimizer: object) -> AdamWState:
-        """State of a live `torch.optim.AdamW`, `Adam` or `SGD`, or accelerate's wrapper around one.
+        """State of a live `torch.optim.AdamW`, `Adam` or `SGD`, of an Adam or AdamW of bitsandbytes or torchao, or of
+        accelerate's wrapper around one.
 
         Every trainable parameter of `model` gets the hyperparameters of its own param group;
-        tensors are detached references. A parameter that has not been stepped yet is taken in
-        without tensors: `validate` names it.
+        tensors are detached references, 8-bit moments float32 copies. A parameter that has not been
+        stepped yet is taken in without tensors: `validate` names it.
 
         Raises StateError for another optimizer, for amsgrad, maximize or differentiable, and when
         the optimizer does not hold exactly the parameters of `model`.
         """
         inner = _unwrap(optimizer)
-        groups = {id(parameter): group for group in inner.param_groups for parameter in group["params"]}
+        try:
+            groups = quantised.groups_by_parameter(inner)
+        except ArgumentError as error:
+            raise StateError(f"optimizer: {error}") from error
         foreign = len(groups.keys() - {id(parameter) for parameter in model.parameters()})
         if foreign:
             raise StateError(
                 f"optimizer: {foreign} of its {len(groups)} parameters are not in the model: "
                 "pass the optimizer that was built for this model"
             )
-        decoupled = isinstance(inner, torch.optim.AdamW)
+        known = quantised.package_of(inner) is not None
+        decoupled = quantised.is_decoupled(inner) if known else isinstance(inner, torch.optim.AdamW)
         states = {
             name: parameter_state(groups[id(parameter)], inner.state.get(parameter, {}), name, decoupled)
             for name, parameter in _trainable(model).items()
@@ -257,6 +263,10 @@ def parameter_state(
     `decoupled` says AdamW (True) or Adam (False) for a group without `decoupled_weight_decay`.
     Raises StateError, naming the parameter, for options or state that no supported optimizer has.
     """
+    try:
+        group, entry = quantised.in_torch_layout(group, entry)
+    except ArgumentError as error:
+        raise StateError(f"optimizer state of {name}: {error}") from error
     is_adam, is_sgd = group.keys() >= _ADAM_OPTIONS, group.keys() >= _SGD_OPTIONS
     foreign = sorted(str(key) for key in entry.keys() - (_SGD_STATE if is_sgd else _ADAM_STATE))
     if foreign and not group.get("amsgrad"):
@@ -314,11 +324,12 @@ def _unwrap(optimizer: object) -> torch.optim.Optimizer:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     # A subclass may step differently, so only the classes themselves are known.
-    if type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+    known = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+    if known or quantised.package_of(optimizer) is not None:
         return optimizer  # type: ignore[return-value]
     raise StateError(
-        f"unknown optimizer {type(optimizer).__name__}: supported are torch.optim.AdamW, Adam and SGD; "
-        "or build AdamWState yourself"
+        f"unknown optimizer {type(optimizer).__name__}: supported are torch.optim.AdamW, Adam and SGD, and "
+        "Adam and AdamW of bitsandbytes and torchao; or build AdamWState yourself"
     )
 
 
