@@ -275,7 +275,7 @@ def test_state_of_another_model_names_the_parameter_and_both_shapes(tmp_path):
 @pytest.mark.parametrize(
     ("foreign", "named"),
     [
-        ({"state1": torch.zeros(1), "qmap1": torch.zeros(256)}, "qmap1, state1"),
+        ({"prev": torch.zeros(1), "max_step": 3}, "max_step, prev"),
         ({"exp_avg_sq_row": torch.zeros(1)}, "exp_avg_sq_row"),
     ],
 )
