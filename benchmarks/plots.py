@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
-from benchmarks.truth import REAL, REAL_ROUNDED
+from benchmarks.truth import REAL, REAL_ROUNDED, truth_of
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -84,8 +84,7 @@ def scatter(record: dict[str, Any] | None) -> Path | None:
     real = {name: np.array(influence[name]) for name in (REAL, REAL_ROUNDED)}
     markers = {"anchored": "o", "first order": "x", "v frozen": "^", "real step on bfloat16 parameters": "s"}
     for name, marker in markers.items():
-        truth = real[REAL_ROUNDED if "bfloat16" in name else REAL]
-        axes.scatter(truth, influence[name], marker=marker, s=18, alpha=0.8, label=name)
+        axes.scatter(real[truth_of(name)], influence[name], marker=marker, s=18, alpha=0.8, label=name)
     ends = np.array([min(map(np.min, real.values())), max(map(np.max, real.values()))])
     axes.plot(ends, ends, color="black", linewidth=0.7)
     axes.set_xlabel("real float32 step: reference loss before − after")

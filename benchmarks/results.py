@@ -58,8 +58,8 @@ TRUTH = """## Agreement with real steps
 
 Truth is one real AdamW step on each candidate in float32, reference loss before and after. *v frozen* leaves the
 candidate's own gradient out of the second moment; *real step on bfloat16 parameters* is what a script measures that
-steps and evaluates a bfloat16 model. Rounding the weights to bfloat16 moves every influence, so the truth of the two
-bfloat16 rows is a float32 step from the rounded weights.
+steps and evaluates a bfloat16 model. Rounding the weights to bfloat16 moves every influence, so the truth of the rows
+of a bfloat16 model is a float32 step from the rounded weights, with float32 m and v.
 """
 
 

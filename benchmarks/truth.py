@@ -11,7 +11,7 @@ point of four sweeps: learning rate, length of the warm-up, beta2 and length of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,8 +124,44 @@ def bfloat16_steps(problem: Problem) -> np.ndarray:
     return np.array(influence)
 
 
-def compare(problem: Problem) -> dict[str, Any]:
-    """Agreement with the real steps per method, the influences themselves, and the anchor's curvature."""
+def in_bfloat16(moment: Tensor) -> Tensor:
+    return moment.bfloat16()
+
+
+def in_8_bits(moment: Tensor) -> Tensor:
+    """What an 8-bit optimizer of bitsandbytes would have kept of it."""
+    from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
+
+    table = create_dynamic_map(signed=bool((moment < 0).any()))
+    return dequantize_blockwise(*quantize_blockwise(moment, code=table, blocksize=256))
+
+
+def stored(state: AdamWState, store: Callable[[Tensor], Tensor]) -> AdamWState:
+    """The state with its moments as `store` keeps them."""
+    return AdamWState(
+        {
+            name: replace(entry, **{label: store(tensor) for label, tensor in entry.tensors()})
+            for name, entry in state.items()
+        }
+    )
+
+
+def by_precision(problem: Problem) -> dict[str, np.ndarray]:
+    """Anchored influence [N] per precision of m and v, and of the model."""
+    rounded = replace(problem, model=copy.deepcopy(problem.model).bfloat16())
+    scores = {}
+    for name, store in (("bfloat16", in_bfloat16), ("8-bit", in_8_bits)):
+        state = stored(problem.state, store)
+        scores[f"anchored, {name} m and v"], _ = estimated(replace(problem, state=state), "anchored")
+        scores[f"anchored, bfloat16 model, {name} m and v"], _ = estimated(replace(rounded, state=state), "anchored")
+    return scores
+
+
+def compare(problem: Problem, precisions: bool = False) -> dict[str, Any]:
+    """Agreement with the real steps per method, the influences themselves, and the anchor's curvature.
+
+    `precisions`: with every way to store m and v as well.
+    """
     influence: dict[str, np.ndarray] = {REAL: estimated(problem, "exact")[0]}
     influence["anchored"], curvature = estimated(problem, "anchored")
     influence["first order"], _ = estimated(problem, "first_order")
@@ -135,15 +171,21 @@ def compare(problem: Problem) -> dict[str, Any]:
     influence[REAL_ROUNDED] = estimated(rounded, "exact")[0]
     influence["anchored, bfloat16 model"], _ = estimated(rounded, "anchored")
     influence["real step on bfloat16 parameters"] = bfloat16_steps(rounded)
+    influence |= by_precision(problem) if precisions else {}
     agreement = {}
     for name, values in influence.items():
         if name not in (REAL, REAL_ROUNDED):
-            agreement[name] = Agreement.of(values, influence[REAL_ROUNDED if "bfloat16" in name else REAL]).to_dict()
+            agreement[name] = Agreement.of(values, influence[truth_of(name)]).to_dict()
     for key in ("median_relative_error", "max_relative_error"):
         # A dot product of gradients is no change of the loss.
         del agreement["gradient dot product"][key]
     listed = {name: values.tolist() for name, values in influence.items()}
     return {"agreement": agreement, "influence": listed, "curvature": curvature}
+
+
+def truth_of(name: str) -> str:
+    """Name of the real steps that scores of this name should be."""
+    return REAL_ROUNDED if "bfloat16 model" in name or "bfloat16 parameters" in name else REAL
 
 
 def warmed(tiny: nn.Module, setting: Setting, examples: Sequence[Example]) -> tuple[nn.Module, AdamWState]:
@@ -197,7 +239,7 @@ def main() -> None:
     else:
         checkpoint = student_checkpoint(arguments, rest)
         model = load_student(checkpoint)
-        compared = compare(Problem(model, read_state(checkpoint, model), candidates, references))
+        compared = compare(Problem(model, read_state(checkpoint, model), candidates, references), precisions=True)
         path = write_result("truth_smollm2", arguments, compared)
         rows = {arguments.model: compared}
     show(rows)
