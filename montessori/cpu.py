@@ -122,7 +122,9 @@ def linear_influence(
     table = _sorted_rows(rows) if rows is not None else (None, None, None)
     call = _prepared(q, exp_avg, exp_avg_sq, param, step)
     batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds), positions)
-    scores, _ = torch.ops.montessori.linear_scores(*batch, *call.state, *table, None, None, None, *call.constants)
+    scores, _ = torch.ops.montessori.linear_scores(
+        *batch, *call.state, *table, None, None, None, *call.constants, _round_products()
+    )
     return scores * call.scale
 
 
@@ -143,7 +145,7 @@ def sampled_linear_influence(
     batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds), positions)
     chosen = (sample.tiles, sample.bounds, sample.population)
     scores, variance = torch.ops.montessori.linear_scores(
-        *batch, *call.state, None, None, None, *chosen, *call.constants
+        *batch, *call.state, None, None, None, *chosen, *call.constants, _round_products()
     )
     return scores * call.scale, variance * call.scale**2
 
@@ -181,6 +183,11 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     targets int64 [n], weights float32 [n]: row i becomes weights[i] · (softmax − one-hot).
     """
     return torch.ops.montessori.cross_entropy_(logits, targets, weights)
+
+
+def _round_products() -> bool:
+    """Whether float32 products may be those of bfloat16, which is what torch's own switch says."""
+    return torch.get_float32_matmul_precision() == "medium"
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,7 @@ def _fake_linear_scores(
     exp_avg_sq: Tensor | None, param: Tensor | None, row_ids: Tensor | None, row_grad: Tensor | None,
     row_offsets: Tensor | None, tiles: Tensor | None, bounds: Tensor | None, population: Tensor | None, a1: float,
     a2: float, s1: float, s2: float, eps: float, decay: float, on_param: float, on_exp_avg: float,
+    round_products: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (offsets.shape[0] - 1, q.shape[0])
     return q.new_empty(shape, dtype=torch.float64), q.new_empty(shape, dtype=torch.float64)

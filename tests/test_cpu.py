@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +85,16 @@ def test_an_example_has_the_same_bits_alone_and_in_a_batch():
         assert torch.equal(alone[0], together[b])
 
 
-def test_nan_in_one_example_stays_there():
+@pytest.fixture
+def matmul_precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("matmul_precision", ["highest", "medium"], indirect=True)
+def test_nan_in_one_example_stays_there(matmul_precision):
     (x, *rest), rows = problem()
     clean = scores((x, *rest), rows)
     x = x.clone()
@@ -106,6 +116,19 @@ def test_narrow_inputs_are_computed_in_float32(dtype):
     assert torch.all((got - want).abs() <= 2 * (plain - want).abs() + largest)
 
 
+@pytest.mark.parametrize("simd", ["", *simd_levels()])
+def test_medium_precision_rounds_products_where_the_processor_is_faster_for_it(monkeypatch, simd):
+    monkeypatch.setenv("MONTESSORI_SIMD", simd)
+    (x, dy, offsets, *state), rows = problem()
+    rounded = scores((x.bfloat16(), dy.bfloat16(), offsets, *state), rows)
+    plain = scores((x, dy, offsets, *state), rows)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    medium = scores((x, dy, offsets, *state), rows)
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    assert torch.equal(medium, rounded if not simd and "avx512_bf16" in flags else plain)
+    assert not torch.equal(plain, rounded)
+
+
 def test_auto_says_what_it_chose_and_why():
     arguments, _ = problem(tied=False)
     tensors = (arguments[0], arguments[1], *arguments[3:])
@@ -122,7 +145,7 @@ def test_the_operator_passes_opcheck():
     operator = torch.ops.montessori.linear_scores.default
     constants = (0.9, 0.1, 0.9, 0.1, 1e-8, 0.0, 0.0, 0.0)
     torch.library.opcheck(
-        operator, (x, dy, offsets, None, q, exp_avg, exp_avg_sq, param, *table, None, None, None, *constants)
+        operator, (x, dy, offsets, None, q, exp_avg, exp_avg_sq, param, *table, None, None, None, *constants, True)
     )
 
 
@@ -141,7 +164,7 @@ def test_compiled_programs_may_score():
     constants = (0.9, 0.1, 0.9, 0.1, 1e-8, 0.0, 0.0, 0.0)
 
     def operator(x, dy):
-        scores, _ = torch.ops.montessori.linear_scores(x * 2, dy, offsets, None, *state, *[None] * 6, *constants)
+        scores, _ = torch.ops.montessori.linear_scores(x * 2, dy, offsets, None, *state, *[None] * 6, *constants, False)
         return scores.sum(0)
 
     def entry(x, dy):

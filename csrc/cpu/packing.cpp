@@ -123,20 +123,39 @@ void widen_panel(const Rows& rows, int64_t width, const Chunk& chunk, int64_t co
   }
 }
 
-void pair_panel(const Rows& rows, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
-                uint32_t* to) {
-  const uint16_t* from = static_cast<const uint16_t*>(rows.from.data) + column;
+uint32_t bfloat16_bits(uint16_t value) { return value; }
+
+// Rounded to the nearest, ties to even; NaN stays NaN.
+uint32_t bfloat16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
+}
+
+template <typename Element>
+void pair_elements(const Rows& rows, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
+                   uint32_t* to) {
+  const Element* from = static_cast<const Element*>(rows.from.data) + column;
   for (int64_t s = 0; s < chunk.steps; ++s, to += columns) {
     const int64_t token = chunk.tokens.begin + 2 * s;
-    const uint16_t* first = from + rows.at(token) * width;
+    const Element* first = from + rows.at(token) * width;
     if (token + 1 < chunk.tokens.end) {
-      const uint16_t* second = from + rows.at(token + 1) * width;
-      for (int64_t c = 0; c < live; ++c) to[c] = first[c] | static_cast<uint32_t>(second[c]) << 16;
+      const Element* second = from + rows.at(token + 1) * width;
+      for (int64_t c = 0; c < live; ++c) to[c] = bfloat16_bits(first[c]) | bfloat16_bits(second[c]) << 16;
     } else {
-      for (int64_t c = 0; c < live; ++c) to[c] = first[c];
+      for (int64_t c = 0; c < live; ++c) to[c] = bfloat16_bits(first[c]);
     }
     std::fill(to + live, to + columns, 0u);
   }
+}
+
+void pair_panel(const Rows& rows, int64_t width, const Chunk& chunk, int64_t column, int64_t live, int64_t columns,
+                uint32_t* to) {
+  if (rows.from.dtype == Dtype::kFloat32)
+    pair_elements<float>(rows, width, chunk, column, live, columns, to);
+  else
+    pair_elements<uint16_t>(rows, width, chunk, column, live, columns, to);
 }
 
 }  // namespace

@@ -58,7 +58,8 @@ struct Rows {
 };
 
 // A matrix [T, width] cut into panels of `columns` columns: panel p is [steps, columns] cells at p · stride,
-// so that a kernel reads one example's part of a panel front to back. Columns beyond the last are zero.
+// so that a kernel reads one example's part of a panel front to back. Columns beyond the last are zero. Pairs are
+// bfloat16, float32 rounded to it.
 class Panels {
  public:
   Panels(const Rows& from, int64_t width, int64_t columns, const int64_t* offsets, const std::vector<int64_t>& steps,

@@ -105,8 +105,9 @@ std::tuple<Tensor, Tensor> linear_scores(const Tensor& x, const Tensor& dy, cons
                                          const MaybeTensor& row_offsets, const MaybeTensor& tiles,
                                          const MaybeTensor& bounds, const MaybeTensor& population, double a1, double a2,
                                          double s1, double s2, double eps, double decay, double on_param,
-                                         double on_exp_avg) {
+                                         double on_exp_avg, bool round_products) {
   montessori::LinearProblem p{};
+  p.round_products = round_products;
   p.x = array_of(x, "x");
   p.dy = array_of(dy, "dy");
   p.offsets = indices_of(offsets, "offsets");
@@ -195,7 +196,7 @@ STABLE_TORCH_LIBRARY(montessori, library) {
       "exp_avg_sq, "
       "Tensor? param, Tensor? row_ids, Tensor? row_grad, Tensor? row_offsets, Tensor? tiles, Tensor? bounds, "
       "Tensor? population, float a1, float a2, float s1, float s2, float eps, float decay, float on_param, float "
-      "on_exp_avg) -> (Tensor, Tensor)");
+      "on_exp_avg, bool round_products) -> (Tensor, Tensor)");
   library.def("tile_norms(Tensor q) -> Tensor");
   library.def(
       "dense_scores(Tensor? grad, Tensor q, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? param, float a1, float a2, "

@@ -85,7 +85,10 @@ struct PackedBatch {
   Panels x, dy;
 
   static bool use_pairs(const LinearProblem& p, const Kernel& kernel) {
-    return kernel.adamw_pairs && p.x.dtype == Dtype::kBFloat16 && p.dy.dtype == Dtype::kBFloat16;
+    const auto fits = [&](const Array& array) {
+      return array.dtype == Dtype::kBFloat16 || (p.round_products && array.dtype == Dtype::kFloat32);
+    };
+    return kernel.adamw_pairs && fits(p.x) && fits(p.dy);
   }
 
   PackedBatch(const LinearProblem& p, const Kernel& kernel, Parallel parallel)

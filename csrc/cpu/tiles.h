@@ -25,7 +25,8 @@ struct State {
 
 // A linear layer's batch, all contiguous: x [T, I], dy [T, O], offsets [B+1], state of [O, I]; with positions [T], x
 // and dy have more rows, of which these are the batch. Sparse rows that are added to the gradient: per example sorted
-// row_ids [R] with row_grad [R, I] and row_offsets [B+1], or null.
+// row_ids [R] with row_grad [R, I] and row_offsets [B+1], or null. `round_products`: float32 x and dy may be rounded to
+// bfloat16 where the processor multiplies that faster.
 struct LinearProblem {
   Array x, dy, row_grad;
   State state;
@@ -35,6 +36,7 @@ struct LinearProblem {
   const int64_t* row_ids = nullptr;
   const int64_t* row_offsets = nullptr;
   int64_t examples, out, in;
+  bool round_products = false;
 };
 
 // Tiles to score: stratum h has tiles[bounds[h]..bounds[h+1]-1], drawn from population[h] of them. Where
