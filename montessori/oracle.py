@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from montessori import ops
 from montessori import reference as equations
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.steps import AdamWStep
 
 if TYPE_CHECKING:
     from montessori.losses import LossFunction
@@ -100,7 +102,7 @@ def mean_delta(
     taken = 0
     for example in examples:
         grads, _ = example_gradients(model, parameters, example, loss)
-        if all(grad is None or bool(grad.isfinite().all()) for grad in grads.values()):
+        if all(grad is None or _is_finite(grad) for grad in grads.values()):
             _add_delta(total, parameters, state, clip_gradients(grads, max_grad_norm))
             taken += 1
     if not taken:
@@ -113,8 +115,18 @@ def _add_delta(
     total: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], state: AdamWState, grads: Gradients
 ) -> None:
     for name, parameter in parameters.items():
-        entry, grad, stepped = state[name], grads[name], torch.empty_like(parameter)
+        entry, grad, summed = state[name], grads[name], total[name]
         grad = torch.zeros_like(parameter) if grad is None else grad
-        ops.adam_step_(stepped, parameter, grad, entry.exp_avg, entry.exp_avg_sq, entry.step)
-        # The roundings of θ + Δ do not matter here: the reference is expanded around where the mean really leads.
-        total[name].add_(stepped.sub_(parameter))
+        step, decay = entry.step, entry.step.weight_decay
+        # The step starts from the sum, whose values are not the weights that decay.
+        if decay and isinstance(step, AdamWStep) and step.decoupled:
+            summed.add_(parameter, alpha=-step.lr * decay)
+        elif decay:
+            grad = grad.add(parameter, alpha=decay)
+        step = replace(step, weight_decay=0.0)
+        ops.adam_step_(summed, summed, grad, entry.exp_avg, entry.exp_avg_sq, step)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are, by one pass without a copy: NaN and infinity reach the largest magnitude."""
+    return tensor.numel() == 0 or bool(torch.linalg.vector_norm(tensor, ord=float("inf")).isfinite())

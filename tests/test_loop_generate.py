@@ -17,6 +17,7 @@ from montessori.loop.generate import (
     SplitSettings,
     check_leakage,
     divide,
+    whole_sentences,
     write_final,
     write_sets,
 )
@@ -138,11 +139,13 @@ def test_rejections_are_counted_and_shown(tmp_path):
     assert all(sum(row["reason"] == reason for row in rejected) <= 5 for reason in counts)
 
 
-def test_responses_that_reach_the_limit_are_kept_or_dropped(tmp_path):
+def test_responses_that_reach_the_limit_are_kept_or_dropped_or_end_with_a_sentence(tmp_path):
+    text = "cut"
+
     class Cut(Speller):
         def sample(self, request, stop):
             sample = super().sample(request, stop)
-            return sample if stop or request.seed % 2 else replace(sample, text="cut", finish="length")
+            return sample if stop or request.seed % 2 else replace(sample, text=text, finish="length")
 
     kept = write_final(recipe(), 16, Cut(), tmp_path / "keep", progress=False)
     assert kept.counts["cut_responses_kept"] == sum(row["response"] == "cut" for row in kept.rows) > 0
@@ -150,6 +153,31 @@ def test_responses_that_reach_the_limit_are_kept_or_dropped(tmp_path):
     dropped = write_final(dropping, 16, Cut(), tmp_path / "drop", progress=False)
     assert dropped.counts["cut_response"] > 0 and all(row["response"] != "cut" for row in dropped.rows)
     assert len(dropped.rows) >= 16
+    trimming = replace(recipe(), responses=ResponseSettings(cut="trim"))
+    assert write_final(trimming, 16, Cut(), tmp_path / "none", progress=False).rows == dropped.rows
+    text = "A whole one. And a"
+    trimmed = write_final(trimming, 16, Cut(), tmp_path / "trim", progress=False)
+    ended = sum(row["response"] == "A whole one." for row in trimmed.rows)
+    assert trimmed.counts["cut_responses_trimmed"] == ended > 0
+    assert trimmed.counts["cut_response"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("One. Two. Thr", "One. Two."),
+        ('He said "Go." Then', 'He said "Go."'),
+        ("It costs 3.5 euros and", None),
+        ("1. Apples\n2. Pe", None),
+        ("Good morning!\n\n1. Wake up\n2. Ea", "Good morning!"),
+        ("The first part\n\nThe second", "The first part"),
+        ("Ingredients:\n\nflour", None),
+        ("你好。再", "你好。"),
+        ("", None),
+    ],
+)
+def test_a_cut_text_ends_with_its_last_whole_sentence(text, whole):
+    assert whole_sentences(text) == whole
 
 
 def test_a_teacher_without_marks_is_stopped_early_with_samples(tmp_path):

@@ -18,7 +18,7 @@ from montessori.batching import examples_from_tokens
 from montessori.errors import ArgumentError
 from montessori.expansion import trainable_parameters
 from montessori.losses import response_loss
-from montessori.oracle import apply_step, clip_gradients, example_gradients, restore, restored
+from montessori.oracle import apply_step, clip_gradients, example_gradients, mean_delta, restore, restored
 from montessori.referenceset import ReferenceSets
 
 METHODS = ["first_order", "anchored", "exact"]
@@ -96,6 +96,35 @@ def from_copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> AdamWState:
             for name, entry in AdamWState.from_optimizer(model, optimizer).items()
         }
     )
+
+
+@pytest.mark.parametrize(("kind", "options", "warm"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("count", [0, 3])
+def test_the_mean_step_is_the_mean_of_single_steps(kind, options, warm, count):
+    model = make_model("llama_tied")
+    optimizer = kind(two_groups(model, *options))
+    for seed in range(warm):
+        set_gradients(model, seed)
+        optimizer.step()
+    state, parameters = AdamWState.from_optimizer(model, optimizer), trainable_parameters(model)
+    pilots = examples(make_rows(count))
+    mean = mean_delta(model, parameters, state, pilots, response_loss, None)
+    steps = []
+    with restored(parameters) as theta:
+        for pilot in pilots or [None]:
+            zero = dict.fromkeys(parameters)
+            grads = example_gradients(model, parameters, pilot, response_loss)[0] if pilot else zero
+            apply_step(parameters, state, grads)
+            steps.append({name: parameter.detach() - theta[name] for name, parameter in parameters.items()})
+            restore(parameters, theta)
+    largest = 0.0
+    for name, value in mean.items():
+        want = torch.stack([step[name] for step in steps]).mean(0)
+        # The subtraction rounds like the weights, which are below 2; the steps are below 1.
+        assert (value - want).abs().max() <= 4 * torch.finfo(torch.float64).eps
+        largest = max(largest, float(want.abs().max()))
+    # SGD without momentum yet has no step without a gradient but decay.
+    assert largest > 1e-4
 
 
 def test_a_parameter_without_gradient_steps_as_with_gradient_zero():

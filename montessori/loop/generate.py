@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ SAMPLES_FILE = "samples.jsonl"
 COUNTS_FILE = "counts.json"
 REJECTED_FILE = "rejected.jsonl"
 _REJECTED_SHOWN = 5
+# A mark that ends a sentence, with what closes behind it; or a paragraph that does not lead on. The dot after a number
+# may be that of a list, so it ends none.
+_SENTENCE_END = re.compile(r"""(?<!\d)[.!?]["'”’)\]]*(?=\s|$)|[。！？][”’」』）]*|[^\s:,;](?=\s*\n\s*\n)""")
 
 
 class GenerateSettings(Section):
@@ -54,13 +58,13 @@ class GenerateSettings(Section):
 class ResponseSettings(Section):
     """How an instruction is answered; several `samples` per instruction are siblings for a preference.
 
-    `cut`: whether answers that reach `max_new_tokens` are kept. A student trained on them learns to stop in
-    the middle of a sentence.
+    `cut`: what happens to answers that reach `max_new_tokens`. A student trained on them learns to stop in the middle
+    of a sentence ("keep"); "trim" ends them after their last whole sentence and drops those without one.
     """
 
     chat_template: str | None = None
     samples: int = Field(default=1, ge=1)
-    cut: Literal["keep", "drop"] = "keep"
+    cut: Literal["keep", "trim", "drop"] = "keep"
     sampling: Sampling = Sampling(temperature=0.6)
 
 
@@ -276,17 +280,26 @@ class _Writer:
             if not answer.text.strip():
                 self._reject("empty_response", instruction)
                 continue
-            if answer.finish == "length":
-                if settings.cut == "drop":
-                    self._reject("cut_response", answer.text)
-                    continue
-                self.made.counts["cut_responses_kept"] += 1
+            response = self._uncut(answer)
+            if response is None:
+                self._reject("cut_response", answer.text)
+                continue
             if self.recipe.optimise == "response":
-                row = _row(asked, answer.text, asked.id, instruction, answer.text, answer.finish == "stop")
+                row = _row(asked, response, asked.id, instruction, response, answer.finish == "stop")
             else:
                 # It ends with the closing mark, which stands in the text.
-                row = _row(request, sample.text, request.id, instruction, answer.text, False)
+                row = _row(request, sample.text, request.id, instruction, response, False)
             self.made.rows.append(row)
+
+    def _uncut(self, answer: Sample) -> str | None:
+        """The answer as the settings want it where the limit cut it, None to drop it."""
+        cut = self.recipe.responses.cut
+        if answer.finish != "length":
+            return answer.text
+        response = {"keep": answer.text, "trim": whole_sentences(answer.text), "drop": None}[cut]
+        if response is not None:
+            self.made.counts["cut_responses_kept" if cut == "keep" else "cut_responses_trimmed"] += 1
+        return response
 
     def _request(self, name: str, prompt: str, part: str) -> Request:
         return Request(name, prompt, derive_seed(self.recipe.seed, name, part))
@@ -313,6 +326,12 @@ class _Writer:
 
     def _reasons(self) -> str:
         return ", ".join(f"{name} {count}" for name, count in sorted(self.made.counts.items()))
+
+
+def whole_sentences(text: str) -> str | None:
+    """`text` up to the end of its last whole sentence or paragraph, None where there is none."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]].rstrip() if ends else None
 
 
 def _row(request: Request, completion: str, name: str, instruction: str, response: str, ends: bool) -> dict[str, Any]:
