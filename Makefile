@@ -44,13 +44,13 @@ test-quantised: .venv/installed
 	touch $@
 
 bench: .venv-bench/installed .venv/installed
-	$(BENCH)/python -m benchmarks.peers --no-variants $(BENCH_DATA)
-	$(BENCH)/python -m benchmarks.peers --model tiny --scored 16 --num-references 8 $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.peers --core $(BENCH_DATA)
+	$(BENCH)/python -m benchmarks.peers --core --model tiny --scored 16 --num-references 8 $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.peers.memory $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.naive $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.truth $(BENCH_DATA)
 	$(BENCH)/python -m benchmarks.truth --model tiny $(BENCH_DATA)
-	$(BIN)/python -m benchmarks.loop --run out/demo
+	$(BIN)/python -m benchmarks.loop --run out/demo --existing
 	$(BENCH)/python -m benchmarks.results
 
 # Prints ratios beside the committed ones; a machine's mood must not fail anything.

@@ -194,10 +194,14 @@ def naive(record: dict[str, Any]) -> str:
     )
 
 
-def truth_row(record: dict[str, Any]) -> str:
+def precisions(record: dict[str, Any]) -> str:
     rows = [[name, str(a["num_examples"]), *agreement_cells(a), _largest(a)] for name, a in record["agreement"].items()]
     columns = ["", "candidates", "Pearson", "Spearman", "sign", "median relative error", "largest"]
-    return table(columns, rows) + f"\nCurvature seen by the anchor: {record['curvature'][0]:.1e}.\n"
+    return table(columns, rows)
+
+
+def truth_row(record: dict[str, Any]) -> str:
+    return precisions(record) + f"\nCurvature seen by the anchor: {record['curvature'][0]:.1e}.\n"
 
 
 def _largest(agreement: dict[str, float]) -> str:
@@ -273,6 +277,8 @@ def main() -> None:
     parts += image(plots.speed(load("naive_smollm2")), "seconds against the number of candidates")
     parts += [TRUTH, *section("truth_smollm2", TITLES["smollm2"], "truth", truth_row)]
     parts += image(plots.scatter(load("truth_smollm2")), "predicted against real influence")
+    title = "By precision of weights, m and v, SmolLM2-135M"
+    parts += section("truth_precisions", title, "truth --precisions", precisions)
     parts += section("truth_tiny", "A small model, by setting", "truth", truth_sweeps)
     parts += ["## The loop\n", *section("loop_demo", "One round of the preset `demo`", "loop --preset demo", loop)]
     PAGE.write_text("\n".join(parts), encoding="utf-8")

@@ -3,7 +3,8 @@
     python -m benchmarks.truth --candidates seed_tasks_175.jsonl --reference reference_256.jsonl
     ... --model tiny
 
-`smollm2` gives one row per method at the settings of the other benchmarks. `tiny` warms a small model up anew for each
+`smollm2` gives one row per method at the settings of the other benchmarks, with `--precisions` one per way to store
+weights, m and v. `tiny` warms a small model up anew for each
 point of four sweeps: learning rate, length of the warm-up, beta2 and length of the candidates; the others stay at lr
 5e-6, 12 steps, 0.999 and 128 tokens.
 """
@@ -147,9 +148,14 @@ def stored(state: AdamWState, store: Callable[[Tensor], Tensor]) -> AdamWState:
 
 
 def by_precision(problem: Problem) -> dict[str, np.ndarray]:
-    """Anchored influence [N] per precision of m and v, and of the model."""
+    """Anchored influence [N] per precision of products, of m and v, and of the model, and the real steps."""
     rounded = replace(problem, model=copy.deepcopy(problem.model).bfloat16())
-    scores = {}
+    scores = {REAL: estimated(problem, "exact")[0], REAL_ROUNDED: estimated(rounded, "exact")[0]}
+    scores["anchored, float32"], _ = estimated(problem, "anchored")
+    scores["anchored, bfloat16 model"], _ = estimated(rounded, "anchored")
+    torch.set_float32_matmul_precision("medium")
+    scores["anchored, float32 products at 'medium'"], _ = estimated(problem, "anchored")
+    torch.set_float32_matmul_precision("highest")
     for name, store in (("bfloat16", in_bfloat16), ("8-bit", in_8_bits)):
         state = stored(problem.state, store)
         scores[f"anchored, {name} m and v"], _ = estimated(replace(problem, state=state), "anchored")
@@ -157,11 +163,8 @@ def by_precision(problem: Problem) -> dict[str, np.ndarray]:
     return scores
 
 
-def compare(problem: Problem, precisions: bool = False) -> dict[str, Any]:
-    """Agreement with the real steps per method, the influences themselves, and the anchor's curvature.
-
-    `precisions`: with every way to store m and v as well.
-    """
+def compare(problem: Problem) -> dict[str, Any]:
+    """Agreement with the real steps per method, the influences themselves, and the anchor's curvature."""
     influence: dict[str, np.ndarray] = {REAL: estimated(problem, "exact")[0]}
     influence["anchored"], curvature = estimated(problem, "anchored")
     influence["first order"], _ = estimated(problem, "first_order")
@@ -171,16 +174,19 @@ def compare(problem: Problem, precisions: bool = False) -> dict[str, Any]:
     influence[REAL_ROUNDED] = estimated(rounded, "exact")[0]
     influence["anchored, bfloat16 model"], _ = estimated(rounded, "anchored")
     influence["real step on bfloat16 parameters"] = bfloat16_steps(rounded)
-    influence |= by_precision(problem) if precisions else {}
+    return {**compared(influence), "curvature": curvature}
+
+
+def compared(influence: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Agreement of each score with its real steps, and the influences themselves, for JSON."""
     agreement = {}
     for name, values in influence.items():
         if name not in (REAL, REAL_ROUNDED):
             agreement[name] = Agreement.of(values, influence[truth_of(name)]).to_dict()
+    # A dot product of gradients is no change of the loss.
     for key in ("median_relative_error", "max_relative_error"):
-        # A dot product of gradients is no change of the loss.
-        del agreement["gradient dot product"][key]
-    listed = {name: values.tolist() for name, values in influence.items()}
-    return {"agreement": agreement, "influence": listed, "curvature": curvature}
+        agreement.get("gradient dot product", {}).pop(key, None)
+    return {"agreement": agreement, "influence": {name: values.tolist() for name, values in influence.items()}}
 
 
 def truth_of(name: str) -> str:
@@ -229,6 +235,9 @@ def sweep_all(
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     add_model_options(options, scored=12, references=4)
+    options.add_argument(
+        "--precisions", action="store_true", help="of smollm2: every way to store m and v, and weights"
+    )
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     candidates, references, rest = examples_of(arguments)
@@ -239,9 +248,10 @@ def main() -> None:
     else:
         checkpoint = student_checkpoint(arguments, rest)
         model = load_student(checkpoint)
-        compared = compare(Problem(model, read_state(checkpoint, model), candidates, references), precisions=True)
-        path = write_result("truth_smollm2", arguments, compared)
-        rows = {arguments.model: compared}
+        problem = Problem(model, read_state(checkpoint, model), candidates, references)
+        result = compared(by_precision(problem)) if arguments.precisions else compare(problem)
+        path = write_result("truth_precisions" if arguments.precisions else "truth_smollm2", arguments, result)
+        rows = {arguments.model: result}
     show(rows)
     print(f"wrote {path}")
 

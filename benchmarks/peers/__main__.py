@@ -55,7 +55,7 @@ def main() -> None:
     options.add_argument(
         "--only", nargs="+", choices=list(ENTRIES), help="run these, keep the other rows of the last run"
     )
-    options.add_argument("--no-variants", action="store_true", help="leave out variants, keep their last rows")
+    options.add_argument("--core", action="store_true", help="run one entry of each kind, keep the rows of the others")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     candidates, references, rest = examples_of(arguments)
@@ -63,15 +63,15 @@ def main() -> None:
     save(task, student_checkpoint(arguments, rest), candidates, references, arguments.batch_size)
     extra = ["--repeats", str(arguments.repeats)]
     wanted = {name: ENTRIES[name] for name in arguments.only or ENTRIES}
-    if arguments.no_variants:
-        wanted = {name: entry for name, entry in wanted.items() if not entry.variant}
+    if arguments.core:
+        wanted = {name: entry for name, entry in wanted.items() if entry.core}
     results = last_results(arguments) if len(wanted) < len(ENTRIES) else {}
     for name, entry in wanted.items():
         results[name] = {"score": entry.score, **run_peer(entry, task, arguments.threads, arguments.limit, extra)}
         print(f"{name}: {results[name].get('error', 'ok')}", flush=True)
     results = {name: results[name] for name in ENTRIES if name in results}
     add_agreement(results)
-    del arguments.only, arguments.no_variants
+    del arguments.only, arguments.core
     path = write_result(
         f"peers_{arguments.model}", arguments, {"peers": [{"name": name, **result} for name, result in results.items()]}
     )

@@ -15,29 +15,29 @@ from typing import Any
 class Entry:
     """A peer: module and class under `benchmarks.peers`, its distribution, and what its scores are.
 
-    `variant`: another way to use the library of an entry before it.
+    `core`: it stands for the others of its kind where time is short.
     """
 
     peer: str
     package: str | None
     score: str
-    variant: bool = False
+    core: bool = False
 
 
 REAL = "real step"
 ENTRIES = {
-    REAL: Entry("montessori_peer:RealStep", None, "loss before − after one real step"),
-    "montessori": Entry("montessori_peer:Montessori", "montessori", "exact Adam, anchored"),
-    "montessori, first order": Entry("montessori_peer:FirstOrder", "montessori", "exact Adam", variant=True),
-    "montessori, block linears": Entry("montessori_peer:BlockLinears", "montessori", "exact Adam", variant=True),
-    "dattri-llm, Adam": Entry("dattri:ExactAdam", "dattri-llm", "exact Adam"),
-    "dattri-llm, raw": Entry("dattri:RawDot", "dattri-llm", "gradient dot product", variant=True),
-    "bergson, Adam": Entry("bergson_peer:FrozenAdam", "bergson", "gradient / frozen √v, dot product"),
-    "bergson, raw": Entry("bergson_peer:RawDot", "bergson", "gradient dot product", variant=True),
+    REAL: Entry("montessori_peer:RealStep", None, "loss before − after one real step", core=True),
+    "montessori": Entry("montessori_peer:Montessori", "montessori", "exact Adam, anchored", core=True),
+    "montessori, first order": Entry("montessori_peer:FirstOrder", "montessori", "exact Adam"),
+    "montessori, block linears": Entry("montessori_peer:BlockLinears", "montessori", "exact Adam"),
+    "dattri-llm, Adam": Entry("dattri:ExactAdam", "dattri-llm", "exact Adam", core=True),
+    "dattri-llm, raw": Entry("dattri:RawDot", "dattri-llm", "gradient dot product"),
+    "bergson, Adam": Entry("bergson_peer:FrozenAdam", "bergson", "gradient / frozen √v, dot product", core=True),
+    "bergson, raw": Entry("bergson_peer:RawDot", "bergson", "gradient dot product"),
     "kronfluence, identity": Entry("kronfluence_peer:RawDot", "kronfluence", "gradient dot product"),
-    "Opacus + Adam in torch": Entry("opacus_peer:ExactAdam", "opacus", "exact Adam"),
+    "Opacus + Adam in torch": Entry("opacus_peer:ExactAdam", "opacus", "exact Adam", core=True),
     "torch.func.vmap + Adam": Entry("vmap:ExactAdam", "torch", "exact Adam"),
-    "LESS-style, one by one": Entry("less:AdamDot", "torch", "Adam without bias correction"),
+    "LESS-style, one by one": Entry("less:AdamDot", "torch", "Adam without bias correction", core=True),
 }
 
 
