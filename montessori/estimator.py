@@ -342,6 +342,7 @@ class InfluenceEstimator:
             "candidates": examples_digest(encoded.examples),
             "batches": [[example.index for example in batch] for batch in batches],
             "torch": torch.__version__,
+            "float32 products": torch.get_float32_matmul_precision(),
         }
 
     def _verified_plan(self) -> Plan:

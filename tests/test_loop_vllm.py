@@ -53,6 +53,14 @@ def test_texts_follow_their_seeds(engine):
     assert all(0 < sample.num_tokens <= 16 for sample in first)
 
 
+def test_prompts_that_do_not_fit_into_one_step_are_read_whole(engine):
+    # Together some 6,000 tokens: a step takes in 2,048 and would read the prompt at its edge in two parts.
+    long = [Request(f"{n}", f"{n} " + PROMPTS[1] * 50, derive_seed(0, n)) for n in range(16)]
+    samples = engine.generate(long, Sampling(max_new_tokens=4))
+    assert samples == engine.generate(long, Sampling(max_new_tokens=4))
+    assert all(0 < sample.num_tokens <= 4 for sample in samples)
+
+
 def test_greedy_text_is_that_of_the_default_engine(engine, checkpoints):
     sampling = Sampling(temperature=0, presence_penalty=0, max_new_tokens=12)
     plain = open_engine(EngineSettings())
