@@ -39,15 +39,15 @@ def fidelity(records: list[dict[str, Any]]) -> str:
 
 def speed(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| threads | products | plain | trimmed | score | score / plain | score / trimmed | quarter / plain "
+        "| threads | products | tokens | plain | trimmed | score | score / plain | score / trimmed | quarter / plain "
         "| quarter's Spearman |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         ratios = record["speed"]
         rates = [record["tokens"] / statistics.median(record["seconds"][arm]) for arm in ("plain", "trimmed", "score")]
         lines.append(
-            f"| {record['machine']['threads']} | {_products(record)} | "
+            f"| {record['machine']['threads']} | {_products(record)} | {record['tokens']:,} | "
             + " | ".join(f"{rate:.0f} tokens/s" for rate in rates)
             + f" | {_ratio(ratios['score/plain'])} | {_ratio(ratios['score/trimmed'])} "
             f"| {_ratio(ratios['sampled/plain'])} | {record['sampled_spearman']:.3f} |"

@@ -41,6 +41,8 @@ from montessori.models import load_model
 from montessori.runs import DTYPES
 
 SAMPLE = 0.25
+# As `score` has it; larger batches have a result file of their own.
+BATCH_TOKENS = 4096
 
 
 def plain_pass(model: nn.Module, batches: Sequence[Sequence[Example]]) -> None:
@@ -60,7 +62,7 @@ def trimmed_pass(model: nn.Module, batches: Sequence[Sequence[Example]]) -> None
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--batches", type=int, default=1, help="how many batches are scored, spread over the lengths")
-    options.add_argument("--batch-tokens", type=int, default=4096)
+    options.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--backend", default="auto", help="implementation of montessori.ops")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -104,6 +106,7 @@ def main() -> None:
     if "sampled" in results:
         result["sampled_spearman"] = float(spearmanr(results["score"], results["sampled"]).statistic)
     kind = "" if arguments.precision == "highest" else f"_{arguments.precision}"
+    kind += "" if arguments.batch_tokens <= BATCH_TOKENS else f"_{arguments.batch_tokens}"
     path = write_result(f"speed_{arguments.backend}_{arguments.dtype}{kind}_{arguments.threads}t", arguments, result)
     show(result, path)
 
