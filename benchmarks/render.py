@@ -56,9 +56,10 @@ def speed(records: list[dict[str, Any]]) -> str:
 
 
 def once(records: list[dict[str, Any]]) -> str:
-    lines = ["| threads | products | q, anchor and proof |", "|---|---|---|"]
+    lines = ["| threads | products | tokens | q, anchor and proof |", "|---|---|---|---|"]
     for record in records:
-        lines.append(f"| {record['machine']['threads']} | {_products(record)} | {record['seconds']['once']:.0f} s |")
+        start = f"| {record['machine']['threads']} | {_products(record)} | {record['tokens']:,} "
+        lines.append(f"{start}| {record['seconds']['once']:.0f} s |")
     return "\n".join(lines)
 
 
