@@ -20,8 +20,9 @@ TITLES = {"smollm2": "SmolLM2-135M", "tiny": "four layers, random weights"}
 HEAD = """# Results against peers, naive loops and real steps
 
 Written by `python -m benchmarks.results` from the JSON files beside it; nothing here is typed by hand. `make bench`
-runs everything. Times are ratios within one process on a shared machine: read the ratios. What the estimator costs
-alone, by kernel, memory and precision, is in [docs/performance.md](../docs/performance.md).
+runs one peer of each kind and reads the demo's run; the command below a table runs all of it. Times are ratios within
+one process on a shared machine: read the ratios. What the estimator costs alone, by kernel, memory and precision, is in
+[docs/performance.md](../docs/performance.md).
 """
 
 PEERS = """## Peers
@@ -32,7 +33,7 @@ process, pair by pair: over the candidates, and over the references too where a 
 *Once* is what it does before, the reference gradient first of all. *Memory* is the peak resident size above that of the
 plain pass, preparation included. Agreement is with one real float32 step on each candidate, of all parameters; relative
 errors stand where a score is a change of loss. Rows may come from runs of different days and states of the code
-(`--only`), and two pairs each are few: a row can move by a fifth from run to run.
+(`--core`, `--only`), and two pairs each are few: a row can move by a third from run to run.
 """
 
 NOT_AHEAD = """### Where we are not ahead
