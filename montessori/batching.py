@@ -157,3 +157,10 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
         if kept.numel() != span.stop - span.start:
             raise DataError(f"{where}: attention_mask has a hole; expected padding at the ends only")
         yield Example(input_ids[span].to(torch.int64).cpu(), labels[span].to(torch.int64).cpu(), index)
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` examples spread evenly over all of them in order of their content's hash."""
+    ordered = sorted(examples, key=lambda example: (example.digest(), example.index))
+    count = min(count, len(ordered))
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from montessori import ops, processes
 from montessori.agreement import Agreement
-from montessori.batching import Example, make_batches
+from montessori.batching import Example, make_batches, spread
 from montessori.checkpoints import read_optimizer
 from montessori.coverage import verified_plan
 from montessori.data import load_rows
@@ -137,7 +137,7 @@ class InfluenceEstimator:
 
         `score` does it on its own; the result is kept as long as the pilot examples stay the same.
         """
-        pilot = _spread(self._encode(candidates, "candidates").examples, self.options.pilot)
+        pilot = spread(self._encode(candidates, "candidates").examples, self.options.pilot)
         self._prepare(self.options.method, pilot)
 
     def score(
@@ -171,12 +171,12 @@ class InfluenceEstimator:
         The sample is spread evenly over the candidates in an order given by their content.
         """
         encoded = self._encode(candidates, "candidates")
-        sample = _spread(encoded.examples, k)
+        sample = spread(encoded.examples, k)
         if len(sample) < 2:
             raise ArgumentError(f"audit: expected at least 2 candidates that can be scored, got {len(sample)}")
         part = Encoded(sample, {}, [], encoded.num_rows)
         singles = [[example] for example in sample]
-        pilot = _spread(encoded.examples, self.options.pilot)
+        pilot = spread(encoded.examples, self.options.pilot)
         predicted = self._score(part, singles, self.options.method, progress, None, pilot)
         real = self._score(part, singles, "exact", progress, None)
         rows = np.array(sorted(example.index for example in sample))
@@ -202,7 +202,7 @@ class InfluenceEstimator:
         distributed: bool = False,
     ) -> Scores:
         if pilot is None:
-            pilot = _spread(encoded.examples, self.options.pilot)
+            pilot = spread(encoded.examples, self.options.pilot)
         if distributed:
             # The longest stand first, so that every process gets long and short ones.
             batches = batches[processes.rank() :: processes.world_size()]
@@ -393,10 +393,3 @@ def _summary(prepared: _Prepared) -> dict[str, Any]:
         "reference_loss": prepared.reference_loss.tolist(),
         "curvature": prepared.curvature.tolist(),
     }
-
-
-def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """`count` examples spread evenly over all of them in order of their content's hash."""
-    ordered = sorted(examples, key=lambda example: (example.digest(), example.index))
-    count = min(count, len(ordered))
-    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]

@@ -20,7 +20,7 @@ _NAME = re.compile(r"(Paged)?AdamW?(4bit|8bit|32bit|Fp8)?")
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _MOMENTS = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "qmap2", "absmax2")}
 _KNOWN = {"step"} | {key for keys in _MOMENTS.values() for key in keys}
-# Values per scale, of bitsandbytes now and before 0.45.
+# Values per scale, of bitsandbytes now and in earlier versions.
 _BLOCK_SIZES = (256, 2048)
 # Settings of a live bitsandbytes optimizer that change its step, with the value that does not.
 _PLAIN = {"skip_zeros": False, "max_unorm": 0.0, "percentile_clipping": 100}
