@@ -239,6 +239,8 @@ def main() -> None:
         "--precisions", action="store_true", help="of smollm2: every way to store m and v, and weights"
     )
     arguments = options.parse_args()
+    if arguments.precisions and arguments.model != "smollm2":
+        options.error(f"--precisions: expected --model smollm2, got {arguments.model}")
     torch.set_num_threads(arguments.threads)
     candidates, references, rest = examples_of(arguments)
     if arguments.model == "tiny":

@@ -78,7 +78,7 @@ def test_a_third_beta_is_that_of_ademamix():
 
 OPTIMIZERS = {
     "bitsandbytes": ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "AdamW"),
-    "torchao": ("AdamW8bit", "Adam8bit", "AdamW4bit"),
+    "torchao": ("AdamW8bit", "Adam8bit", "AdamW4bit", "AdamWFp8"),
 }
 
 

@@ -52,19 +52,17 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--repeats", type=int, default=2)
     options.add_argument("--limit", type=int, default=600, help="seconds that one peer may take")
-    options.add_argument(
-        "--only", nargs="+", choices=list(ENTRIES), help="run these, keep the other rows of the last run"
-    )
-    options.add_argument("--core", action="store_true", help="run one entry of each kind, keep the rows of the others")
+    some = options.add_mutually_exclusive_group()
+    some.add_argument("--only", nargs="+", choices=list(ENTRIES), help="run these, keep the other rows of the last run")
+    some.add_argument("--core", action="store_true", help="run one entry of each kind, keep the rows of the others")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     candidates, references, rest = examples_of(arguments)
     task = arguments.work / f"peers_{arguments.model}" / "task.json"
     save(task, student_checkpoint(arguments, rest), candidates, references, arguments.batch_size)
     extra = ["--repeats", str(arguments.repeats)]
-    wanted = {name: ENTRIES[name] for name in arguments.only or ENTRIES}
-    if arguments.core:
-        wanted = {name: entry for name, entry in wanted.items() if entry.core}
+    core = [name for name, entry in ENTRIES.items() if entry.core]
+    wanted = {name: ENTRIES[name] for name in arguments.only or (core if arguments.core else ENTRIES)}
     results = last_results(arguments) if len(wanted) < len(ENTRIES) else {}
     for name, entry in wanted.items():
         results[name] = {"score": entry.score, **run_peer(entry, task, arguments.threads, arguments.limit, extra)}
