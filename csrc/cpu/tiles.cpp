@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 namespace montessori {
@@ -121,8 +122,8 @@ class Worker {
     columns_ = columns_of(tile);
     height_ = round_up(rows_.size(), kernel_.rows);
     state_.load(p_.out, p_.in, rows_, columns_, height_, tiling_.columns);
-    if (next >= 0) state_.prefetch(p_.out, p_.in, rows_of(next), columns_of(next));
     for (int64_t b = 0; b < p_.examples; ++b) {
+      if (next >= 0) prefetch(next, b);
       find_starts(b);
       score(batch_.steps[b], batch_.steps[b + 1] - batch_.steps[b], scores + b * p_.state.sets);
       for (int64_t k = 0; k < p_.state.sets; ++k) scores[b * p_.state.sets + k] += state_.constant()[k];
@@ -142,6 +143,13 @@ class Worker {
   Span columns_of(int64_t tile) const {
     const int64_t column = tile % tiling_.column_tiles * tiling_.columns;
     return {column, std::min(p_.in, column + tiling_.columns)};
+  }
+
+  // The share of example b of the state of tile `next`: all of it at once is more than the processor keeps track of.
+  void prefetch(int64_t next, int64_t b) const {
+    const Span rows = rows_of(next);
+    const Span share{rows.begin + rows.size() * b / p_.examples, rows.begin + rows.size() * (b + 1) / p_.examples};
+    state_.prefetch(p_.out, p_.in, share, columns_of(next));
   }
 
   void score(int64_t step, int64_t steps, double* scores) const {
@@ -229,6 +237,20 @@ class Stratum {
   std::vector<double> one_, sum_, squares_;
 };
 
+// Rows of a tile, a multiple of `unit` between half of `most` and `most`: those that leave the last tile fullest,
+// since threads share tiles by their number.
+int64_t even_rows(int64_t out, int64_t unit, int64_t most) {
+  int64_t best = most, least = std::numeric_limits<int64_t>::max();
+  for (int64_t rows = most; rows >= std::max(unit, most / 2); rows -= unit) {
+    const int64_t padded = round_up(out, rows);
+    if (padded < least) {
+      least = padded;
+      best = rows;
+    }
+  }
+  return best;
+}
+
 // Elements of a ready gradient that one job covers.
 constexpr int64_t kDenseBlock = 4096;
 
@@ -252,7 +274,8 @@ Tiling tiling_of(const Kernel& kernel, int64_t out, int64_t in, int64_t sets) {
   // m, v and q of a tile fill about an eighth of the second-level cache; the operands that stream through and
   // the neighbouring tile's, which they share, have the rest.
   const int64_t per_row = (2 + sets) * kernel.columns * static_cast<int64_t>(sizeof(float));
-  const int64_t rows = std::clamp(round_up(l2_bytes() / 8 / per_row, kernel.rows), 2 * kernel.rows, 16 * kernel.rows);
+  const int64_t most = std::clamp(round_up(l2_bytes() / 8 / per_row, kernel.rows), 2 * kernel.rows, 16 * kernel.rows);
+  const int64_t rows = even_rows(out, kernel.rows, most);
   return {rows, kernel.columns, (out + rows - 1) / rows, (in + kernel.columns - 1) / kernel.columns};
 }
 
