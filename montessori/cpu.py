@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from montessori.products import torch_rounds_products
 from montessori.steps import OptimizerStep, SGDStep
 
 if TYPE_CHECKING:
@@ -188,12 +189,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 def _round_products() -> bool:
     """Whether float32 products may be those of bfloat16: only where torch's switch allows it and torch's own are."""
     return torch.get_float32_matmul_precision() == "medium" and torch_rounds_products()
-
-
-def torch_rounds_products() -> bool:
-    """Whether torch multiplies float32 matrices in bfloat16 on this processor, with its switch as it is."""
-    above_one = torch.full((64, 64), 1 + 2.0**-10)  # bfloat16 has no number between 1 and 1 + 2^-7
-    return bool((above_one @ above_one)[0, 0] == 64)
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,8 @@ def linear_influence(
     gradient is then 0). With `positions`, int64 [T], x and dy have further rows, such as padding, and row t
     of the batch is their row positions[t]. q [K, O, I]; exp_avg, exp_avg_sq and param [O, I]. `rows` adds the
     embedding's gradient where the weight is tied to it. Arithmetic is float64 when any input is, else float32;
-    with `torch.set_float32_matmul_precision("medium")` impl="cpu" rounds x and dy to bfloat16 on processors that
-    multiply it faster.
+    impl="cpu" rounds float32 x and dy to bfloat16 where torch does so in its own products, that is with
+    `torch.set_float32_matmul_precision("medium")` on processors with bfloat16 matrix units.
     Returns float64 [B, K]. Raises ArgumentError when an argument does not fit.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)

@@ -2,8 +2,10 @@
 
 On a processor torch sends float32 products to MKL, which keeps its best code for one maker's processors. oneDNN,
 in the same build of torch, is as fast or faster (docs/performance.md) at the same precision: float32 products, float32
-sums. Where torch itself has been told to use oneDNN or not to (`torch.set_float32_matmul_precision`,
-`torch.backends.mkldnn`), and for every other dtype and device, its own choice stands.
+sums. For attention's many small products MKL is the faster one. A lower `torch.set_float32_matmul_precision` sends all
+of them to oneDNN, which on most processors multiplies in float32 all the same; candidates are then scored as at
+"highest". Where it does round, where `torch.backends.mkldnn` is off, and for every other dtype and device, torch's own
+choice stands.
 """
 
 from __future__ import annotations
@@ -25,10 +27,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def torch_rounds_products() -> bool:
+    """Whether torch's float32 products on this processor are of rounded factors, with its switch as it is."""
+    above_one = torch.full((64, 64), 1 + 2.0**-12)  # bfloat16 and tf32 have no number between 1 and 1 + 2^-10
+    return bool((above_one @ above_one)[0, 0] == 64)
+
+
 @contextmanager
 def fast_products(model: nn.Module) -> Iterator[None]:
-    """Inside, plain linear layers whose parameters are frozen call `product`, forward and backward."""
+    """Inside, plain linear layers whose parameters are frozen call `product`, forward and backward, and torch's switch
+    stands at "highest" where a lower one changes the library but not the precision."""
     with ExitStack() as stack:
+        precision = torch.get_float32_matmul_precision()
+        on_processor = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        if precision != "highest" and on_processor and not torch_rounds_products():
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
         for module in model.modules():
             if is_plain_linear(module):
                 stack.enter_context(forward_replaced(module, partial(_forward, module)))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from montessori.products import fast_products, forward_replaced, product
+from montessori import products
+from montessori.products import fast_products, forward_replaced, product, torch_rounds_products
 
 # Two orders of the same I float32 products and sums: √I · u each of rounding, relative to Σ |x||w|.
 SLACK = 2 * 2.0**-24
@@ -63,6 +64,33 @@ def test_a_frozen_model_has_the_same_output_and_input_gradient():
     torch.testing.assert_close(got_grad, want_grad)
     assert fired == ["hook", "hook"]
     assert "forward" not in vars(model[0])
+
+
+@pytest.fixture(params=["high", "medium"])
+def lower_precision(request):
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_rounding_is_seen_in_torchs_own_products(lower_precision):
+    torch.manual_seed(0)
+    x, y = torch.randn(128, 96), torch.randn(96, 64)
+    exact = x.double() @ y.double()
+    error = float((x @ y - exact).norm() / exact.norm())
+    # Half a unit in the last place of tf32 at most, against float32's 2^-24 per product.
+    assert torch_rounds_products() == (error > 2.0**-14)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_lower_precision_stays_where_it_means_something(monkeypatch, lower_precision, rounds, device):
+    monkeypatch.setattr(products, "torch_rounds_products", lambda: rounds)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device=device))
+    with fast_products(model):
+        seen = torch.get_float32_matmul_precision()
+    assert seen == (lower_precision if rounds or device != "cpu" else "highest")
+    assert torch.get_float32_matmul_precision() == lower_precision
 
 
 def test_trained_layers_keep_their_gradients():
