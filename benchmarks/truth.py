@@ -148,14 +148,11 @@ def stored(state: AdamWState, store: Callable[[Tensor], Tensor]) -> AdamWState:
 
 
 def by_precision(problem: Problem) -> dict[str, np.ndarray]:
-    """Anchored influence [N] per precision of products, of m and v, and of the model, and the real steps."""
+    """Anchored influence [N] per precision of m and v and of the model, and the real steps."""
     rounded = replace(problem, model=copy.deepcopy(problem.model).bfloat16())
     scores = {REAL: estimated(problem, "exact")[0], REAL_ROUNDED: estimated(rounded, "exact")[0]}
     scores["anchored, float32"], _ = estimated(problem, "anchored")
     scores["anchored, bfloat16 model"], _ = estimated(rounded, "anchored")
-    torch.set_float32_matmul_precision("medium")
-    scores["anchored, float32 products at 'medium'"], _ = estimated(problem, "anchored")
-    torch.set_float32_matmul_precision("highest")
     for name, store in (("bfloat16", in_bfloat16), ("8-bit", in_8_bits)):
         state = stored(problem.state, store)
         scores[f"anchored, {name} m and v"], _ = estimated(replace(problem, state=state), "anchored")
