@@ -4,8 +4,8 @@ On a processor torch sends float32 products to MKL, which keeps its best code fo
 in the same build of torch, is as fast or faster (docs/performance.md) at the same precision: float32 products, float32
 sums. For attention's many small products MKL is the faster one. A lower `torch.set_float32_matmul_precision` sends all
 of them to oneDNN, which without bfloat16 matrix units (AMX) multiplies in float32 all the same; candidates are then
-scored as at "highest". Where it does round, where `torch.backends.mkldnn` is off, and for every other dtype and device, torch's own
-choice stands.
+scored as at "highest". Where it does round, where `torch.backends.mkldnn` is off, and for every other dtype and device,
+torch's own choice stands.
 """
 
 from __future__ import annotations
