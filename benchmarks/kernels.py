@@ -17,6 +17,7 @@ from rich.table import Table
 
 from benchmarks.common import interleaved, parser, write_result
 from montessori import AdamWStep, ops
+from montessori.products import product
 from montessori.runs import DTYPES
 
 SHAPES = {
@@ -29,10 +30,10 @@ STEP = AdamWStep(lr=5e-6, step=20)
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of a large square matrix product, the best of five."""
+    """GFLOP/s of a large square matrix product by the faster library, the best of four."""
     a, b = (torch.randn(3072, 3072).to(dtype) for _ in range(2))
-    best = min(interleaved({"mm": lambda: a @ b}, 5)["mm"])
-    return 2 * 3072**3 / best / 1e9
+    times = interleaved({"torch": lambda: a @ b, "ours": lambda: product(a, b)}, 2)
+    return 2 * 3072**3 / min(min(values) for values in times.values()) / 1e9
 
 
 def measure(out: int, num_in: int, length: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
@@ -65,20 +66,22 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype = DTYPES[arguments.dtype]
-    rate = product_rate(dtype)
-    rows = []
-    table = Table(title=f"{TOKENS} tokens, {arguments.dtype}, product rate {rate:.0f} GFLOP/s")
-    for column in ("model", "O × I", "tokens an example", "ms", "GFLOP/s", "share of rate", "time / plain dW"):
-        table.add_column(column)
+    rate, rows = 0.0, []
     for model, shapes in SHAPES.items():
         for out, num_in in shapes:
+            # Again before every shape: a shared machine is slower at times, and its rate is the best it has shown.
+            rate = max(rate, product_rate(dtype))
             for length in arguments.lengths:
                 found = measure(out, num_in, length, dtype, arguments.repeats)
                 rows.append({"model": model, "out": out, "in": num_in, "length": length, **found})
-                table.add_row(
-                    model, f"{out} × {num_in}", str(length), f"{found['seconds'] * 1e3:.1f}", f"{found['gflops']:.0f}",
-                    f"{found['gflops'] / rate:.0%}", f"{found['ratio_to_dw']:.2f}",
-                )  # fmt: skip
+    table = Table(title=f"{TOKENS} tokens, {arguments.dtype}, product rate {rate:.0f} GFLOP/s")
+    for column in ("model", "O × I", "tokens an example", "ms", "GFLOP/s", "share of rate", "time / plain dW"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            row["model"], f"{row['out']} × {row['in']}", str(row["length"]), f"{row['seconds'] * 1e3:.1f}",
+            f"{row['gflops']:.0f}", f"{row['gflops'] / rate:.0%}", f"{row['ratio_to_dw']:.2f}",
+        )  # fmt: skip
     path = write_result(
         f"kernels_{arguments.dtype}_{arguments.threads}t", arguments, {"product_gflops": rate, "rows": rows}
     )

@@ -39,27 +39,30 @@ def fidelity(records: list[dict[str, Any]]) -> str:
 
 def speed(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| threads | products | tokens | plain | trimmed | score | score / plain | score / trimmed | quarter / plain "
-        "| quarter's Spearman |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| backend | threads | products | tokens | plain | trimmed | score | score / plain | score / trimmed "
+        "| quarter / plain | quarter's Spearman |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         ratios = record["speed"]
         rates = [record["tokens"] / statistics.median(record["seconds"][arm]) for arm in ("plain", "trimmed", "score")]
-        lines.append(
-            f"| {record['machine']['threads']} | {_products(record)} | {record['tokens']:,} | "
-            + " | ".join(f"{rate:.0f} tokens/s" for rate in rates)
-            + f" | {_ratio(ratios['score/plain'])} | {_ratio(ratios['score/trimmed'])} "
-            f"| {_ratio(ratios['sampled/plain'])} | {record['sampled_spearman']:.3f} |"
-        )
+        sampled = ["–", "–"]
+        if "sampled/plain" in ratios:
+            sampled = [_ratio(ratios["sampled/plain"]), f"{record['sampled_spearman']:.3f}"]
+        cells = [
+            *_run(record),
+            *(f"{rate:.0f} tokens/s" for rate in rates),
+            _ratio(ratios["score/plain"]),
+            _ratio(ratios["score/trimmed"]),
+            *sampled,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def once(records: list[dict[str, Any]]) -> str:
-    lines = ["| threads | products | tokens | q, anchor and proof |", "|---|---|---|---|"]
-    for record in records:
-        start = f"| {record['machine']['threads']} | {_products(record)} | {record['tokens']:,} "
-        lines.append(f"{start}| {record['seconds']['once']:.0f} s |")
+    lines = ["| backend | threads | products | tokens | q, anchor and proof |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(_run(record))} | {record['seconds']['once']:.0f} s |" for record in records]
     return "\n".join(lines)
 
 
@@ -87,14 +90,16 @@ def sampling(record: dict[str, Any]) -> str:
 
 def kernels(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | O × I | tokens an example | products | ms | GFLOP/s | share of the product rate | time / plain dW |",
-        "|---|---|---|---|---|---|---|---|",
+        "| threads | model | O × I | tokens an example | products | ms | GFLOP/s | share of the product rate "
+        "| time / plain dW |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         for row in record["rows"]:
             lines.append(
-                f"| {row['model']} | {row['out']} × {row['in']} | {row['length']} | {record['settings']['dtype']} "
-                f"| {row['seconds'] * 1e3:.1f} | {row['gflops']:.0f} | {row['gflops'] / record['product_gflops']:.0%} "
+                f"| {record['machine']['threads']} | {row['model']} | {row['out']} × {row['in']} | {row['length']} "
+                f"| {record['settings']['dtype']} | {row['seconds'] * 1e3:.1f} | {row['gflops']:.0f} "
+                f"| {row['gflops'] / record['product_gflops']:.0%} "
                 f"| {row['ratio_to_dw']:.2f} ({row['ratio_low']:.2f}–{row['ratio_high']:.2f}) |"
             )
     return "\n".join(lines)
@@ -118,6 +123,12 @@ def profile(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _run(record: dict[str, Any]) -> list[str]:
+    """Backend, threads, products and tokens of a run of `benchmarks.speed`."""
+    backend = "kernels" if record["backend"] == "auto" else record["backend"]
+    return [backend, str(record["machine"]["threads"]), _products(record), f"{record['tokens']:,}"]
+
+
 def _products(record: dict[str, Any]) -> str:
     dtype, precision = (record["settings"][name] for name in ("dtype", "precision"))
     return dtype if precision == "highest" else f"{dtype}, {precision!r}"
@@ -133,8 +144,13 @@ def _records(pattern: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     speeds = sorted(
-        _records("speed_auto_*.json"),
-        key=lambda r: (r["settings"]["dtype"] != "float32", r["settings"]["precision"], -r["machine"]["threads"]),
+        _records("speed_*.json"),
+        key=lambda r: (
+            r["backend"] != "auto",
+            r["settings"]["dtype"] != "float32",
+            r["settings"]["precision"],
+            -r["machine"]["threads"],
+        ),
     )
     clipping = _records("fidelity_*.json")
     tables = {

@@ -122,7 +122,8 @@ def show(result: dict, path: object) -> None:
     console.print(table)
     for name, ratio in result["speed"].items():
         console.print(f"speed {name}: {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})")
-    console.print(f"Spearman of sampled against all tiles: {result.get('sampled_spearman', float('nan')):.4f}")
+    if "sampled_spearman" in result:
+        console.print(f"Spearman of sampled against all tiles: {result['sampled_spearman']:.4f}")
     console.print(f"wrote {path}")
 
 

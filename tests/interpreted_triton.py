@@ -11,8 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support import make_model, make_rows, warm_optimizer
-from test_ops import (
+from op_cases import (
     ADAMW,
     HOSTILE,
     STEPS,
@@ -24,6 +23,7 @@ from test_ops import (
     make_state,
     ready_case,
 )
+from support import make_model, make_rows, warm_optimizer
 
 from montessori import InfluenceEstimator, gpu, ops, tiles
 from montessori.errors import ArgumentError

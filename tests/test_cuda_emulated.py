@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops import ADAMW, Case, bounds, linear_case
+from op_cases import ADAMW, Case, bounds, linear_case
 
 ROOT = Path(__file__).parents[1]
 TOOLKITS = [path for path in (Path("/usr/local/cuda/include"), Path("/opt/cuda/include")) if (path / "cuda.h").exists()]
