@@ -88,6 +88,9 @@ def setting(record: dict[str, Any], command: str) -> str:
     machine, options = record["machine"], record["settings"]
     named = ["candidates", "reference", "model", "scored", "num_references", "batch_size", "max_length", "threads"]
     given = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in named if name in options)
+    if "seeds" in options:
+        given += f" --preset {options['preset']} --seeds {' '.join(map(str, options['seeds']))}"
+        given += "".join(f" --set {assignment}" for assignment in options["assignments"])
     return (
         f"{machine['cpu']}, torch {machine['versions']['torch']}, transformers "
         f"{machine['versions']['transformers']}.\n\n"
@@ -248,6 +251,26 @@ def loop(record: dict[str, Any]) -> str:
     return table(["stage", "time", "share", "tokens"], [*rows, ["all", f"{whole:.0f} s", "100%", ""]])
 
 
+def effect(record: dict[str, Any]) -> str:
+    rows = []
+    for number, found in zip(record["settings"]["seeds"], record["seeds"], strict=True):
+        means = [np.mean(found["held_out"][name]) for name in ("tuned", "untuned", "base")]
+        accuracy = found["validation_accuracy"]
+        cells = [f"{found['difference']:+.2e}", f"{found['p']:.4f}", *(f"{mean:.4f}" for mean in means)]
+        rows.append([str(number), str(found["num_pairs"]), "–" if accuracy is None else f"{accuracy:.0%}", *cells])
+    columns = ["seed", "pairs", "held-out pairs ranked right", "influence, tuned − untuned", "p"]
+    columns += [f"held-out loss, {name}" for name in ("tuned", "Self-Instruct", "untrained student")]
+    overall = record["overall"]
+    difference, below = overall["difference"], overall["below_self_instruct"]
+    return (
+        table(columns, rows)
+        + f"\nAll seeds: influence {difference['mean']:+.2e} ({difference['low']:+.2e} to {difference['high']:+.2e}), "
+        f"one-sided p = {overall['p']:.4f}; held-out loss below that of the Self-Instruct student by "
+        f"{below['mean']:+.4f} ({below['low']:+.4f} to {below['high']:+.4f}). Scoring takes "
+        f"{overall['share_of_scoring']:.0%} of a round.\n"
+    )
+
+
 def load(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -282,6 +305,7 @@ def main() -> None:
     parts += section("truth_precisions", title, "truth --precisions", precisions)
     parts += section("truth_tiny", "A small model, by setting", "truth", truth_sweeps)
     parts += ["## The loop\n", *section("loop_demo", "One round of the preset `demo`", "loop --preset demo", loop)]
+    parts += section("effect_small", "Tuned teacher against Self-Instruct, preset `small`", "effect", effect)
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 

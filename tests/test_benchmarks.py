@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import make_model, make_rows, slow_influence, warm_optimizer
 
-from benchmarks import naive, results, truth
+from benchmarks import effect, naive, results, truth
 from benchmarks.peers.entries import ENTRIES
 from benchmarks.peers.less import AdamDot
 from benchmarks.peers.montessori_peer import FirstOrder, Montessori, RealStep
@@ -184,3 +184,30 @@ def test_stages_of_a_round_have_their_share_of_the_whole():
     assert "| generate | 30 s | 75% | 1,000 |" in text
     assert "| score | 10 s | 25% | 500 |" in text
     assert "| all | 40 s | 100% |  |" in text
+
+
+def effect_of_seed(lift, p, below):
+    rng = np.random.default_rng(int(1e4 * p))
+    untuned, losses = rng.normal(size=50), rng.normal(size=20) + 3
+    return {
+        "influence": {"tuned": (untuned + lift).tolist(), "untuned": untuned.tolist()},
+        "difference": lift,
+        "p": p,
+        "held_out": {"tuned": (losses - below).tolist(), "untuned": losses.tolist(), "base": losses.tolist()},
+        "num_pairs": 7,
+        "validation_accuracy": None,
+        "seconds": {"round_1/generate": 60.0, "round_1/score": 20.0, "round_1/tune": 20.0, "round_1/evaluate": 900.0},
+    }
+
+
+def test_seeds_of_an_effect_are_pooled_without_mixing_their_values():
+    seeds = [effect_of_seed(0.5, 0.04, 0.01), effect_of_seed(1.5, 0.03, 0.03)]
+    overall = effect.summarise(seeds)
+    assert overall["difference"]["mean"] == pytest.approx(1.0)
+    assert overall["difference"]["low"] < 1.0 < overall["difference"]["high"]
+    # Two weak results that agree are stronger together.
+    assert overall["p"] < 0.03
+    assert overall["below_self_instruct"]["mean"] == pytest.approx(0.02)
+    assert overall["share_of_scoring"] == pytest.approx(0.2)
+    record = {"settings": {"seeds": [1, 2]}, "seeds": seeds, "overall": overall}
+    assert "one-sided p = 0.0" in results.effect(record)
