@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from montessori import ops
+from montessori import gpu, ops
 from montessori.batching import IGNORE_INDEX, Batch
 from montessori.errors import ModelError
 from montessori.losses import label_rows, model_inputs
@@ -138,6 +138,11 @@ class ChunkedHead:
             logits = self._logits(hidden, slice(None))
             yield slice(None), ops.cross_entropy_(logits, targets, weights, impl=self.impl), logits
             return
+        if self._fused(hidden):
+            losses, lse = gpu.linear_cross_entropy(hidden, self.head.weight, targets)
+            for rows, gradient in gpu.logits_gradient(hidden, self.head.weight, targets, lse, weights, width):
+                yield rows, losses.double(), gradient
+            return
         blocks = [slice(low, min(low + width, size)) for low in range(0, size, width)]
         most, total = self._normaliser(hidden, blocks)
         of_target = (hidden * self.head.weight[targets]).sum(-1)
@@ -150,6 +155,11 @@ class ChunkedHead:
             here = ((targets >= rows.start) & (targets < rows.stop)).nonzero().flatten()
             gradient[here, targets[here] - rows.start] -= weights[here]
             yield rows, losses, gradient
+
+    def _fused(self, hidden: Tensor) -> bool:
+        """Whether the GPU's kernels, which never write the logits, take this head."""
+        asked = self.impl in ("triton", "cuda") or (self.impl == "auto" and hidden.is_cuda)
+        return asked and self.head.bias is None and gpu.unsupported(hidden, self.head.weight) is None
 
     def _normaliser(self, hidden: Tensor, blocks: list[slice]) -> tuple[Tensor, Tensor]:
         """The largest logit of each row [n], and Σ exp(logit − largest), float64 [n]."""

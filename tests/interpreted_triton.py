@@ -25,7 +25,7 @@ from op_cases import (
 )
 from support import make_model, make_rows, warm_optimizer
 
-from montessori import InfluenceEstimator, gpu, ops, tiles
+from montessori import InfluenceEstimator, gpu, head, ops, tiles
 from montessori.errors import ArgumentError
 
 # Several tiles and steps in every direction, none of them whole.
@@ -151,6 +151,23 @@ def test_blocks_of_the_logits_gradient_are_those_of_autograd():
     # exp turns the absolute error of logit − lse, some width + 8 roundings of the largest logit, into a relative one.
     error = (hidden.shape[1] + 8) * torch.finfo(torch.float32).eps * (1 + (hidden.abs() @ weight.abs().T).max())
     assert torch.all((got - logits.grad).abs() <= error * scale[:, None])
+
+
+def test_an_example_whose_logits_do_not_fit_goes_by_these_kernels(monkeypatch):
+    model = make_model("llama_tied", torch.float32)
+    optimizer, rows, references = warm_optimizer(model), make_rows(3, seed=1), make_rows(2, seed=2)
+    options = {"pilot": 1, "backend": "triton"}
+    whole = InfluenceEstimator(model, optimizer, references, **options).score(rows)
+    # Seven words at a time for the longest example, and less than its logits for every other.
+    monkeypatch.setattr(head, "LOGITS_BYTES", 4 * 7 * 8)
+    calls, blocks_of = [], gpu.logits_gradient
+    monkeypatch.setattr(gpu, "logits_gradient", lambda *given: calls.append(given) or blocks_of(*given))
+    parts = InfluenceEstimator(model, optimizer, references, **options).score(rows)
+    assert len(calls) >= len(rows)
+    # Float32 sums of the same terms: some hundred roundings of the largest score.
+    allowed = 100 * torch.finfo(torch.float32).eps
+    assert abs(parts.influence - whole.influence).max() <= allowed * abs(whole.influence).max()
+    assert abs(parts.loss - whole.loss).max() <= allowed * whole.loss.max()
 
 
 def test_no_label_position_gives_no_loss():
