@@ -15,6 +15,7 @@ from montessori.errors import CurvatureWarning
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, mean_delta, restored
+from montessori.products import fast_products
 from montessori.referenceset import ReferenceSets
 from montessori.scoring import parameter_drift
 
@@ -65,7 +66,8 @@ def expand_at_theta(
 ) -> Expansion:
     """Eq. 3: the reference gradient at θ."""
     parameters = trainable_parameters(model)
-    q, loss = sets.gradient(model, parameters, reference_loss)
+    with fast_products(model):
+        q, loss = sets.gradient(model, parameters, reference_loss)
     zero = torch.zeros_like(loss)
     return Expansion(q, zero, parameter_drift(q, state, parameters), loss, zero)
 
@@ -81,14 +83,15 @@ def expand_at_anchor(
 ) -> Expansion:
     """Eq. 4: the reference gradient at θ_a = θ + Δ̄, Δ̄ the mean step over `pilot`."""
     parameters = trainable_parameters(model)
-    anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm)
-    loss = sets.loss(model, reference_loss)
-    with restored(parameters) as theta:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.add_(anchor.pop(name))
-        q, loss_at_anchor = sets.gradient(model, parameters, reference_loss)
-        q_dot_anchor = _dot_moved(q, parameters, theta)
+    with fast_products(model):
+        anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm)
+        loss = sets.loss(model, reference_loss)
+        with restored(parameters) as theta:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.add_(anchor.pop(name))
+            q, loss_at_anchor = sets.gradient(model, parameters, reference_loss)
+            q_dot_anchor = _dot_moved(q, parameters, theta)
     moved = loss_at_anchor - loss
     curvature = ((moved - q_dot_anchor).abs() / (moved.abs() + q_dot_anchor.abs())).nan_to_num(nan=0.0)
     _warn_of_curvature(curvature, sets.names)

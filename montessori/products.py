@@ -35,7 +35,7 @@ def torch_rounds_products() -> bool:
 
 @contextmanager
 def fast_products(model: nn.Module) -> Iterator[None]:
-    """Inside, plain linear layers whose parameters are frozen call `product`, forward and backward, and torch's switch
+    """Inside, plain linear layers call `product`, forward and for the gradient of their input, and torch's switch
     stands at "highest" where a lower one changes the library but not the precision."""
     with ExitStack() as stack:
         precision = torch.get_float32_matmul_precision()
@@ -69,24 +69,29 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained or not _onednn(input, weight, bias):
+    if not _onednn(input, weight, bias):
         return F.linear(input, weight, bias)
     return _Product.apply(input, weight, bias)
 
 
 class _Product(torch.autograd.Function):
-    """`product` of a frozen layer: the input alone has a gradient, dX = dY W."""
+    """`product` with its gradients: dX = dY W by the same library; dW = dYᵀ X as torch has it, for trained layers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return product(upstream[0], weight.t()), None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = upstream[0].reshape(-1, weight.shape[0])
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(upstream[0], weight.t()) if of_x else None,
+            rows.t() @ x.reshape(-1, weight.shape[1]) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

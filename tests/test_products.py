@@ -93,14 +93,29 @@ def test_a_lower_precision_stays_where_it_means_something(monkeypatch, lower_pre
     assert torch.get_float32_matmul_precision() == lower_precision
 
 
-def test_trained_layers_keep_their_gradients():
+@pytest.mark.parametrize("shape", [(4, 6), (6,), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("trained", [("weight", "bias"), ("weight",), ("bias",)], ids=str)
+def test_trained_layers_keep_their_gradients(shape, trained):
     torch.manual_seed(0)
-    model = nn.Linear(6, 3)
-    x = torch.randn(4, 6)
+    model, x, upstream = nn.Linear(6, 3), torch.randn(shape), torch.randn(*shape[:-1], 3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    want = torch.autograd.grad(model(x), wanted, upstream)
     with fast_products(model):
-        model(x).sum().backward()
-    torch.testing.assert_close(model.weight.grad, x.sum(0).expand(3, 6))
-    torch.testing.assert_close(model.bias.grad, torch.full((3,), 4.0))
+        got = torch.autograd.grad(model(x), wanted, upstream)
+    for value, other in zip(got, want, strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def test_a_product_without_gradients_is_the_same():
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 3), torch.randn(4, 6)
+    want = model(x).detach()
+    with fast_products(model), torch.no_grad():
+        got = model(x)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, want)
 
 
 def test_someone_elses_forward_is_left_alone_and_put_back():
