@@ -85,13 +85,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = upstream[0].reshape(-1, weight.shape[0])
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            product(upstream[0], weight.t()) if of_x else None,
-            rows.t() @ x.reshape(-1, weight.shape[1]) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
+        grad_x = product(upstream[0], weight.t()) if of_x else None
+        if not (of_weight or of_bias):
+            return grad_x, None, None
+        rows = upstream[0].reshape(-1, weight.shape[0])
+        grad_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if of_weight else None
+        return grad_x, grad_weight, rows.sum(0) if of_bias else None
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
