@@ -20,9 +20,9 @@ TITLES = {"smollm2": "SmolLM2-135M", "tiny": "four layers, random weights"}
 HEAD = """# Results against peers, naive loops and real steps
 
 Written by `python -m benchmarks.results` from the JSON files beside it; nothing here is typed by hand. `make bench`
-runs one library of each kind and reads the demo's run; the command below a table runs all of it. Times are ratios within
-one process on a shared machine: read the ratios. What the estimator costs alone, by kernel, memory and precision, is in
-[docs/performance.md](../docs/performance.md).
+runs one library of each kind and reads the demo's run; the command below a table runs all of it. Times are ratios
+within one process on a shared machine: read the ratios. What the estimator costs alone, by kernel, memory and
+precision, is in [docs/performance.md](../docs/performance.md).
 """
 
 PEERS = """## Peers
