@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from montessori import AdamWStep, InfluenceEstimator, cuda, gpu, ops, reference, tiles
+from montessori import AdamWState, AdamWStep, InfluenceEstimator, cuda, gpu, ops, reference, tiles
 from montessori.ops import SparseRows
+from montessori.optim_state import ParameterState
 
 STEP = AdamWStep(lr=1e-3, eps=1e-8, weight_decay=0.1, step=12)
 # [O, I] of the layers that hold most of the weights.
@@ -288,36 +289,85 @@ def head() -> dict[str, Any]:
 
 def score(backend: str) -> dict[str, Any]:
     """`InfluenceEstimator.score` on TinyLlama's shape against plain forward + backward of the same batches."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    model = random_llama(
         vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
+        num_key_value_heads=4,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to("cuda").eval()
+    rows = random_rows(64, 32000)
+    plain = plain_milliseconds(model, rows, batch_size=32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6)
-    rows = [{"input_ids": torch.randint(0, 32000, (512,)).tolist()} for _ in range(64)]
-    for row in rows:
-        row["labels"] = [-100] * 128 + row["input_ids"][128:]
-    batches = [torch.tensor([row["input_ids"] for row in rows[i : i + 32]], device="cuda") for i in (0, 32)]
-
-    def plain() -> None:
-        for ids in batches:
-            model(input_ids=ids, labels=ids).loss.backward()
-            model.zero_grad()
-
-    model(input_ids=batches[0][:4], labels=batches[0][:4]).loss.backward()
+    ids = torch.tensor([row["input_ids"] for row in rows[:4]], device="cuda")
+    model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     estimator = InfluenceEstimator(model, optimizer, rows[:8], backend=backend, pilot=2)
+    return {"rows": [{"backend": backend, **_scored(estimator, rows, plain, PACKED_TOKENS)}]}
+
+
+def score_8b() -> dict[str, Any]:
+    """`InfluenceEstimator.score` on Llama-3-8B's shape, weights, m, v and q in bfloat16, on one 80 GB card."""
+    model = random_llama(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    rows = random_rows(16, 128256)
+    plain = plain_milliseconds(model, rows, batch_size=4)
+    step = AdamWStep(lr=5e-6, step=12)
+    state = AdamWState(
+        {
+            name: ParameterState(step, torch.randn_like(p).mul_(1e-4), torch.rand_like(p).mul_(1e-8).add_(1e-10))
+            for name, p in model.named_parameters()
+        }
+    )
+    settings = {"method": "first_order", "reference_dtype": "model", "reference_batch_tokens": 2048}
+    estimator = InfluenceEstimator(model, state, rows[:4], **settings)
+    return {"rows": [{"backend": "auto", **_scored(estimator, rows, plain, 2048)}]}
+
+
+def random_llama(**shape: int) -> torch.nn.Module:
+    """A model of the Llama family with random bfloat16 weights on the device."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(max_position_embeddings=2048, tie_word_embeddings=False, **shape)
+    with torch.device("cuda"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def random_rows(count: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    """Rows of 512 tokens, the last 384 with labels."""
+    rows = [{"input_ids": torch.randint(0, vocabulary, (512,)).tolist()} for _ in range(count)]
+    return [{**row, "labels": [-100] * 128 + row["input_ids"][128:]} for row in rows]
+
+
+def plain_milliseconds(model: torch.nn.Module, rows: list[dict[str, list[int]]], batch_size: int) -> float:
+    """Forward and backward of all rows, gradients of all weights included."""
+    batches = [
+        {name: torch.tensor([row[name] for row in rows[i : i + batch_size]], device="cuda") for name in rows[0]}
+        for i in range(0, len(rows), batch_size)
+    ]
+
+    def run() -> None:
+        for batch in batches:
+            model(**batch).loss.backward()
+            model.zero_grad()
+
+    return milliseconds(run, repeats=5)
+
+
+def _scored(
+    estimator: InfluenceEstimator, rows: list[dict[str, list[int]]], plain: float, batch_tokens: int
+) -> dict[str, Any]:
     estimator.prepare(rows)
-    unscored = milliseconds(plain, repeats=5)
-    ours = milliseconds(lambda: estimator.score(rows, batch_tokens=PACKED_TOKENS), repeats=5)
-    tokens = 512 * len(rows)
-    row = {"backend": backend, "plain tokens/s": tokens / unscored * 1e3, "score tokens/s": tokens / ours * 1e3,
-           "speed": unscored / ours}  # fmt: skip
-    return {"rows": [row]}
+    torch.cuda.reset_peak_memory_stats()
+    ours = milliseconds(lambda: estimator.score(rows, batch_tokens=batch_tokens), repeats=5)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return {
+        "plain tokens/s": tokens / plain * 1e3,
+        "score tokens/s": tokens / ours * 1e3,
+        "speed": plain / ours,
+        "peak GB": torch.cuda.max_memory_allocated() / 1e9,
+    }
 
 
 def _named(work: Callable[..., dict[str, Any]], argument: str) -> Callable[[], dict[str, Any]]:
@@ -338,6 +388,7 @@ SECTIONS = {
     "linear wgmma_cluster": Section(_named(linear_cuda, "wgmma_cluster"), 60),
     "linear mma": Section(_named(linear_cuda, "mma"), 60),
     "score triton": Section(_named(score, "triton"), 90),
+    "score 8B": Section(score_8b, 100),
     "small": Section(small, 40),
     "linear unfused": Section(linear_unfused, 90),
     "tiles": Section(rival_tiles, 60),

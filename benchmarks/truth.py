@@ -74,10 +74,10 @@ class Problem:
         return ReferenceSets({"reference": self.references}, "example_mean", 4096)
 
 
-def estimated(problem: Problem, method: str) -> tuple[np.ndarray, list[float]]:
+def estimated(problem: Problem, method: str, **settings: Any) -> tuple[np.ndarray, list[float]]:
     """Influence [N] by the estimator, and the curvature that it saw."""
     references, candidates = ([_row(e) for e in part] for part in (problem.references, problem.candidates))
-    scores = InfluenceEstimator(problem.model, problem.state, references, method).score(candidates)
+    scores = InfluenceEstimator(problem.model, problem.state, references, method, **settings).score(candidates)
     return scores.influence, scores.info["curvature"]
 
 
@@ -148,7 +148,7 @@ def stored(state: AdamWState, store: Callable[[Tensor], Tensor]) -> AdamWState:
 
 
 def by_precision(problem: Problem) -> dict[str, np.ndarray]:
-    """Anchored influence [N] per precision of m and v and of the model, and the real steps."""
+    """Influence [N] per precision of m and v, of the model and of the reference gradient, and the real steps."""
     rounded = replace(problem, model=copy.deepcopy(problem.model).bfloat16())
     scores = {REAL: estimated(problem, "exact")[0], REAL_ROUNDED: estimated(rounded, "exact")[0]}
     scores["anchored, float32"], _ = estimated(problem, "anchored")
@@ -157,6 +157,10 @@ def by_precision(problem: Problem) -> dict[str, np.ndarray]:
         state = stored(problem.state, store)
         scores[f"anchored, {name} m and v"], _ = estimated(replace(problem, state=state), "anchored")
         scores[f"anchored, bfloat16 model, {name} m and v"], _ = estimated(replace(rounded, state=state), "anchored")
+    scores["first order, float32"], _ = estimated(problem, "first_order")
+    scores["first order, bfloat16 model"], _ = estimated(rounded, "first_order")
+    narrow = replace(rounded, state=stored(problem.state, in_bfloat16))
+    scores["first order, bfloat16 model, m, v and q"], _ = estimated(narrow, "first_order", reference_dtype="model")
     return scores
 
 

@@ -19,7 +19,7 @@ from montessori.errors import MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
 from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import load_model
-from montessori.options import METHODS, default_max_length
+from montessori.options import METHODS, REFERENCE_DTYPES, default_max_length
 from montessori.referenceset import WEIGHTINGS
 from montessori.runs import DTYPES, ScoreSettings
 from montessori.scores import Scores
@@ -90,6 +90,13 @@ SCORING_OPTIONS = [
     click.option("--max-grad-norm", type=float, help="Clip each step by global norm. [default: no clipping]"),
     click.option("--lr", type=float, help="Learning rate of the step. [default: the optimizer's]"),
     click.option("--reference-weighting", type=click.Choice(WEIGHTINGS), default="example_mean", show_default=True),
+    click.option(
+        "--reference-dtype",
+        type=click.Choice(REFERENCE_DTYPES),
+        default="float32",
+        show_default=True,
+        help="model: no float32 copy of a narrower student; needs --method first_order.",
+    ),
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
     click.option("--device", default="auto", show_default=True),
     *TEXT_OPTIONS,

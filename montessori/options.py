@@ -12,6 +12,7 @@ from montessori.encoding import TRUNCATIONS
 from montessori.errors import ArgumentError
 
 METHODS = ("anchored", "first_order", "exact")
+REFERENCE_DTYPES = ("float32", "model")
 DEFAULT_MAX_LENGTH = 2048
 
 
@@ -28,6 +29,7 @@ class Options:
     truncation: str
     chat_template: str | None
     sample: float
+    reference_dtype: str
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -40,6 +42,14 @@ class Options:
             raise ArgumentError(f"sample={self.sample}: expected a share of the weights' tiles, 0 < sample <= 1")
         if self.sample < 1 and self.method == "exact":
             raise ArgumentError(f"sample={self.sample}: method='exact' takes real steps, which cannot be sampled")
+        if self.reference_dtype not in REFERENCE_DTYPES:
+            expected = ", ".join(REFERENCE_DTYPES)
+            raise ArgumentError(f"reference_dtype={self.reference_dtype!r}: expected one of {expected}")
+        if self.reference_dtype == "model" and self.method != "first_order":
+            raise ArgumentError(
+                f"reference_dtype='model': method={self.method!r} takes steps, which a narrow dtype rounds away; "
+                "expected method='first_order'"
+            )
         if self.truncation not in TRUNCATIONS:
             raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
 

@@ -53,6 +53,7 @@ class ScoreSettings:
     device: str = "auto"
     split: str = "train"
     sample: float = 1.0
+    reference_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def open_workbench(settings: ScoreSettings) -> Workbench:
         sample=settings.sample,
         max_grad_norm=settings.max_grad_norm,
         reference_weighting=settings.reference_weighting,
+        reference_dtype=settings.reference_dtype,
     )
     return Workbench(estimator, candidates)
 

@@ -128,6 +128,27 @@ def test_a_model_in_bfloat16_is_scored_against_a_float32_reference():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_a_reference_in_the_dtype_of_the_model_needs_no_float32_copy(monkeypatch):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    rows, reference = make_rows(12, seed=1), make_rows(4)
+    same = [
+        InfluenceEstimator(model, optimizer, reference, "first_order", reference_dtype=dtype).score(rows)
+        for dtype in ("float32", "model")
+    ]
+    np.testing.assert_array_equal(same[0].influence, same[1].influence)
+    model.bfloat16()
+    wide = InfluenceEstimator(model, optimizer, reference, "first_order").score(rows)
+    estimator = InfluenceEstimator(model, optimizer, reference, "first_order", reference_dtype="model")
+    monkeypatch.setattr(type(model), "__deepcopy__", None, raising=False)
+    narrow = estimator.score(rows)
+    # Only q differs. Its relative error is that of a bfloat16 backward pass, some units of 2⁻⁸ (see TOLERANCE of
+    # montessori.coverage), and the same for all candidates but for its projection on each step.
+    steps = np.abs(wide.influence - wide.drift).max() + abs(wide.drift)
+    assert np.abs(narrow.influence - wide.influence).max() < 5e-2 * steps
+    assert np.corrcoef(narrow.influence, wide.influence)[0, 1] > 0.99
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -137,6 +158,8 @@ def test_a_model_in_bfloat16_is_scored_against_a_float32_reference():
         ({"max_grad_norm": 0.0}, ArgumentError, ["max_grad_norm"]),
         ({"truncation": "left"}, ArgumentError, ["left", "right"]),
         ({"reference_weighting": "best"}, ArgumentError, ["best", "token_mean"]),
+        ({"reference_dtype": "bfloat16"}, ArgumentError, ["bfloat16", "float32, model"]),
+        ({"reference_dtype": "model"}, ArgumentError, ["anchored", "method='first_order'"]),
         ({"max_length": 4}, DataError, ["4 tokens", "raise"]),
     ],
 )
