@@ -70,6 +70,8 @@ class InfluenceEstimator:
             with `Scores.standard_error`; the tiles are the same for all candidates. Needs the compiled kernels.
         max_grad_norm: clipping by global norm as the training run would apply it, None for none.
         reference_weighting: "example_mean" (w_r = 1/R) or "token_mean".
+        reference_dtype: of the reference gradient. "float32" takes it on a float32 copy of a narrower model; "model"
+            makes no copy and needs method="first_order", which takes no step that the model's dtype could not hold.
         reference_batch_tokens: padded tokens per batch of the reference, at most 1,024 on a processor; same loss.
         loss_fn, reference_loss_fn: (model, Batch) -> [B] mean token losses; see `montessori.losses`.
 
@@ -93,6 +95,7 @@ class InfluenceEstimator:
         sample: float = 1.0,
         max_grad_norm: float | None = None,
         reference_weighting: str = "example_mean",
+        reference_dtype: str = "float32",
         reference_batch_tokens: int = 4096,
         loss_fn: LossFunction = response_loss,
         reference_loss_fn: LossFunction = response_loss,
@@ -109,6 +112,7 @@ class InfluenceEstimator:
             truncation=truncation,
             chat_template=chat_template,
             sample=sample,
+            reference_dtype=reference_dtype,
         )
         if sample < 1:
             check_sampling(model, backend)
@@ -252,9 +256,12 @@ class InfluenceEstimator:
         return records
 
     def _prepare(self, method: str, pilot: Sequence[Example]) -> _Prepared:
-        full = full_precision(self.model)
+        narrow = self.options.reference_dtype == "model" and method != "exact"
+        full = self.model if narrow else full_precision(self.model)
         if method == "exact":
-            delta, loss = real_drift(full, self.state, self.references, self._reference_loss)
+            # The truth of an audit has the bits of the real optimizer.
+            impl = self.options.backend if self.options.method == "exact" else "reference"
+            delta, loss = real_drift(full, self.state, self.references, self._reference_loss, impl)
             scorer = ExactScorer(
                 full,
                 self.state,
@@ -263,8 +270,7 @@ class InfluenceEstimator:
                 self._reference_loss,
                 self.options.max_grad_norm,
                 loss,
-                # The truth of an audit has the bits of the real optimizer.
-                self.options.backend if self.options.method == "exact" else "reference",
+                impl,
             )
             return _Prepared(scorer, delta, loss, torch.zeros_like(loss))
         plan = self._verified_plan()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -124,12 +125,17 @@ def _dot_moved(q: Mapping[str, Tensor], parameters: Mapping[str, Tensor], theta:
 
 
 def real_drift(
-    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction
+    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction, impl: str
 ) -> tuple[Tensor, Tensor]:
     """ΔL of the real step with g = 0, and L(θ), each float64 [K]."""
     parameters = trainable_parameters(model)
-    loss = sets.loss(model, reference_loss)
-    with restored(parameters):
+    with real_products(model, impl), restored(parameters):
+        loss = sets.loss(model, reference_loss)
         apply_step(parameters, state, dict.fromkeys(parameters))
         after = sets.loss(model, reference_loss)
     return after - loss, loss
+
+
+def real_products(model: nn.Module, impl: str) -> AbstractContextManager[None]:
+    """Matrix products of real steps: "reference", the truth of audits, keeps to torch's own."""
+    return nullcontext() if impl == "reference" else fast_products(model)

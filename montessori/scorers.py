@@ -18,7 +18,7 @@ from montessori.batching import Example, collate
 from montessori.capture import Capture
 from montessori.cpu import TileSample
 from montessori.errors import FallbackWarning, ResourceError
-from montessori.expansion import Expansion, trainable_parameters
+from montessori.expansion import Expansion, real_products, trainable_parameters
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, example_gradients, restore, restored
@@ -141,7 +141,7 @@ class ExactScorer:
     @contextmanager
     def running(self) -> Iterator[None]:
         self._parameters = trainable_parameters(self.model)
-        with restored(self._parameters) as self._saved:
+        with real_products(self.model, self.impl), restored(self._parameters) as self._saved:
             yield
 
     def score(self, group: Sequence[Example]) -> Scored:
