@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from montessori.batching import IGNORE_INDEX, Example, collate
 from montessori.capture import Capture, evaluation_mode
 from montessori.errors import FallbackWarning, ModelError
-from montessori.head import ChunkedHead, HeadError, chunkable_head, hidden_states
+from montessori.head import ChunkedLoss, HeadError, chunkable_head
 from montessori.losses import LossFunction, response_loss
 from montessori.oracle import example_gradients
-from montessori.rowmap import RowMap, UnmappableRowsError
-from montessori.rules import Plan, make_plan
+from montessori.rowmap import UnmappableRowsError
+from montessori.rules import ModuleRule, Plan, make_plan
 from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
 
 # Rounding allowed between two ways to sum the same products, relative to the gradient's norm.
@@ -119,26 +119,33 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
         _warn(plan)
     elif loss is response_loss:
         last = _CompareSink(expected, len(examples) - 1, scale, parameters, HEAD_SLACK)
-        plan.head = _proved_head(model, plan, examples)
+        plan.head = _proved_head(model, plan.rules, examples)
         if plan.head is not None and _disagreeing(model, plan, examples, loss, last):
             plan.head = None
     return plan
 
 
-def _proved_head(model: nn.Module, plan: Plan, examples: Sequence[Example]) -> nn.Linear | None:
+def reference_loss(model: nn.Module, examples: Sequence[Example], loss: LossFunction, impl: str) -> LossFunction:
+    """`loss`, or the same with the vocabulary head by chunks where that is proved on windows of `examples`."""
+    if loss is not response_loss:
+        return loss
+    head = _proved_head(model, {}, [_window(example, PROOF_TOKENS[1]) for example in examples])
+    return loss if head is None else ChunkedLoss(head, impl)
+
+
+def _proved_head(model: nn.Module, rules: dict[nn.Module, ModuleRule], examples: Sequence[Example]) -> nn.Linear | None:
     """The vocabulary head if its loss by chunks is the model's own: no scale, no cap, nothing in between."""
-    head = chunkable_head(model, plan.rules)
+    head = chunkable_head(model, rules)
     if head is None:
         return None
-    batch = collate(examples).to(next(iter(plan.trainable.values())).device)
+    batch = collate(examples).to(next(model.parameters()).device)
     with torch.no_grad(), evaluation_mode(model):
         want = response_loss(model, batch)
         try:
-            hidden = hidden_states(model, head, batch)
+            got = ChunkedLoss(head)(model, batch)
         except HeadError:
             return None
-        got, _ = ChunkedHead.of(head, batch, RowMap.of(batch).label_offsets, "auto").run(hidden)
-    allowed = TOLERANCE[hidden.dtype] * want.abs()
+    allowed = TOLERANCE[head.weight.dtype] * want.abs()
     return head if bool(((got - want).abs() <= allowed).all()) else None
 
 

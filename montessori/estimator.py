@@ -16,7 +16,7 @@ from montessori import ops, processes
 from montessori.agreement import Agreement
 from montessori.batching import Example, make_batches, spread
 from montessori.checkpoints import read_optimizer
-from montessori.coverage import verified_plan
+from montessori.coverage import reference_loss, verified_plan
 from montessori.data import load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
@@ -261,13 +261,14 @@ class InfluenceEstimator:
         if method == "exact":
             # The truth of an audit has the bits of the real optimizer.
             impl = self.options.backend if self.options.method == "exact" else "reference"
-            delta, loss = real_drift(full, self.state, self.references, self._reference_loss, impl)
+            of_reference = self._reference_loss if impl == "reference" else self._chunked_loss(full)
+            delta, loss = real_drift(full, self.state, self.references, of_reference, impl)
             scorer = ExactScorer(
                 full,
                 self.state,
                 self.references,
                 self._loss,
-                self._reference_loss,
+                of_reference,
                 self.options.max_grad_norm,
                 loss,
                 impl,
@@ -291,7 +292,7 @@ class InfluenceEstimator:
         key = f"{method}:{examples_digest(pilot)}"
         if key not in self._expansions:
             self._expansions.clear()
-            common = (full, self.state, self.references, self._reference_loss)
+            common = (full, self.state, self.references, self._chunked_loss(full))
             self._expansions[key] = (
                 expand_at_theta(*common)
                 if method == "first_order"
@@ -353,11 +354,18 @@ class InfluenceEstimator:
 
     def _verified_plan(self) -> Plan:
         if self._plan is None:
-            examples = [example for group in self.references.sets.values() for example in group]
-            shortest = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
-            longer = [e for e in shortest[1:] if e.num_tokens > shortest[0].num_tokens][:1]
-            self._plan = verified_plan(self.model, shortest[:1] + (longer or shortest[1:2]), self._loss)
+            self._plan = verified_plan(self.model, self._shortest(), self._loss)
         return self._plan
+
+    def _chunked_loss(self, full: nn.Module) -> LossFunction:
+        return reference_loss(full, self._shortest(), self._reference_loss, self.options.backend)
+
+    def _shortest(self) -> list[Example]:
+        """Up to two reference examples, of different length where there are such."""
+        examples = [example for group in self.references.sets.values() for example in group]
+        shortest = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
+        longer = [e for e in shortest[1:] if e.num_tokens > shortest[0].num_tokens][:1]
+        return shortest[:1] + (longer or shortest[1:2])
 
     def _encode(self, source: Any, name: str) -> Encoded:
         rows = load_rows(source, name=name)

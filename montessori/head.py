@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ from montessori.batching import IGNORE_INDEX, Batch
 from montessori.errors import ModelError
 from montessori.losses import label_rows, model_inputs
 from montessori.products import forward_replaced, is_plain_linear, product
+from montessori.rowmap import RowMap
 from montessori.rules import LINEAR, ModuleRule
 from montessori.uses import LinearUse, TouchedRows
 
@@ -71,7 +73,8 @@ class ChunkedHead:
 
     `receive` is None where the head's weight has no rule. `touched` are the sorted ids int64 [U_b] per example
     whose rows the weight's other use, the embedding, also changes; `touched_rows` has the head's own gradient
-    of them afterwards. `bias_grad` [B, V] is there afterwards where `wants_bias`.
+    of them afterwards. `bias_grad` [B, V] is there afterwards where `wants_bias`. All gradients are of the losses
+    times `scale` [B], by default 1.
     """
 
     head: nn.Linear
@@ -81,6 +84,7 @@ class ChunkedHead:
     receive: ReceivePart | None = None
     touched: list[Tensor] = field(default_factory=list)
     wants_bias: bool = False
+    scale: Tensor | None = None
     touched_rows: list[TouchedRows] = field(default_factory=list)
     bias_grad: Tensor | None = None
 
@@ -90,15 +94,26 @@ class ChunkedHead:
         return cls(head, shifted[shifted != IGNORE_INDEX], offsets.tolist(), impl)
 
     def losses(self, hidden: Tensor) -> Tensor:
-        """Mean token losses, float64 [B], connected to `hidden` [n, H]."""
+        """Mean token losses, float64 [B], connected to `hidden` [n, H]; for the backward pass of their sum times
+        `scale`."""
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         return _HeadLosses.apply(hidden, self)
 
+    @torch.no_grad()
+    def values(self, hidden: Tensor) -> Tensor:
+        """Mean token losses, float64 [B], the bits of `losses`, without any gradient."""
+        token_losses = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+        for first, last in self._groups(hidden):
+            span = slice(self.offsets[first], self.offsets[last])
+            token_losses[span] = self._token_losses(hidden[span], self.targets[span])
+        return self._means(token_losses)
+
     def run(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(losses float64 [B], their gradient with respect to `hidden` [n, H])."""
-        counts = torch.tensor(self.offsets).diff().to(hidden.device)
-        weights = (1.0 / counts.double()).repeat_interleave(counts).to(_wide(hidden.dtype))
+        """(losses float64 [B], gradient of their scaled sum with respect to `hidden` [n, H])."""
+        counts = self._counts(hidden)
+        weights = 1.0 / counts.double() if self.scale is None else self.scale.double() / counts
+        weights = weights.repeat_interleave(counts).to(_wide(hidden.dtype))
         token_losses = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
         grad = torch.zeros_like(hidden)
         self.touched_rows = [TouchedRows(ids, hidden.new_zeros(len(ids), hidden.shape[1], dtype=weights.dtype))
@@ -112,9 +127,15 @@ class ChunkedHead:
                 dlogits = dlogits.to(hidden.dtype)
                 grad[span] += product(dlogits, self.head.weight[rows].t())
                 self._hand_on(first, last, hidden[span], dlogits, rows)
-        example = torch.repeat_interleave(counts)
-        sums = torch.zeros(len(counts), dtype=torch.float64, device=hidden.device)
-        return sums.index_add(0, example, token_losses) / counts, grad
+        return self._means(token_losses), grad
+
+    def _counts(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.offsets).diff().to(like.device)
+
+    def _means(self, token_losses: Tensor) -> Tensor:
+        counts = self._counts(token_losses)
+        sums = torch.zeros(len(counts), dtype=torch.float64, device=token_losses.device)
+        return sums.index_add(0, torch.repeat_interleave(counts), token_losses) / counts
 
     def _groups(self, hidden: Tensor) -> Iterator[tuple[int, int]]:
         """Runs of examples whose logits fit, each of one example at least."""
@@ -132,29 +153,46 @@ class ChunkedHead:
         One example whose logits alone are too large goes by blocks of the vocabulary, twice: the first time for
         the normaliser, the second for the gradient.
         """
-        size, targets = self.head.out_features, self.targets[span]
-        width = max(1, _most_logits(hidden) // hidden.shape[0])
-        if width >= size:
+        targets, blocks = self.targets[span], self._vocabulary_blocks(hidden)
+        if len(blocks) == 1:
             logits = self._logits(hidden, slice(None))
             yield slice(None), ops.cross_entropy_(logits, targets, weights, impl=self.impl), logits
             return
         if self._fused(hidden):
             losses, lse = gpu.linear_cross_entropy(hidden, self.head.weight, targets)
+            width = blocks[0].stop
             for rows, gradient in gpu.logits_gradient(hidden, self.head.weight, targets, lse, weights, width):
                 yield rows, losses.double(), gradient
             return
-        blocks = [slice(low, min(low + width, size)) for low in range(0, size, width)]
         most, total = self._normaliser(hidden, blocks)
-        of_target = (hidden * self.head.weight[targets]).sum(-1)
-        if self.head.bias is not None:
-            of_target += self.head.bias[targets]
-        losses = total.log() - (of_target - most).double()
+        losses = self._losses_from(most, total, hidden, targets)
         for rows in blocks:
             gradient = self._logits(hidden, rows).sub_(most[:, None]).exp_()
             gradient *= (weights / total).to(gradient.dtype)[:, None]
             here = ((targets >= rows.start) & (targets < rows.stop)).nonzero().flatten()
             gradient[here, targets[here] - rows.start] -= weights[here]
             yield rows, losses, gradient
+
+    def _token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Token losses float64 [n] of one group, as `_blocks` has them."""
+        blocks = self._vocabulary_blocks(hidden)
+        if len(blocks) == 1:
+            unused = torch.zeros(len(targets), dtype=_wide(hidden.dtype), device=hidden.device)
+            return ops.cross_entropy_(self._logits(hidden, slice(None)), targets, unused, impl=self.impl)
+        if self._fused(hidden):
+            return gpu.linear_cross_entropy(hidden, self.head.weight, targets)[0].double()
+        return self._losses_from(*self._normaliser(hidden, blocks), hidden, targets)
+
+    def _vocabulary_blocks(self, hidden: Tensor) -> list[slice]:
+        """The whole vocabulary where the group's logits fit, else parts that do."""
+        size, width = self.head.out_features, max(1, _most_logits(hidden) // hidden.shape[0])
+        return [slice(low, min(low + width, size)) for low in range(0, size, width)]
+
+    def _losses_from(self, most: Tensor, total: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+        of_target = (hidden * self.head.weight[targets]).sum(-1)
+        if self.head.bias is not None:
+            of_target += self.head.bias[targets]
+        return total.log() - (of_target - most).double()
 
     def _fused(self, hidden: Tensor) -> bool:
         """Whether the GPU's kernels, which never write the logits, take this head."""
@@ -195,14 +233,55 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: ChunkedHead) -> Tensor:
         losses, grad = head.run(hidden)
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, torch.ones_like(losses) if head.scale is None else head.scale.to(losses))
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        if not bool((upstream[0] == 1).all()):
-            raise ModelError("the losses of a chunked head were scaled before their backward pass, expected their sum")
-        return ctx.saved_tensors[0], None
+        grad, scale = ctx.saved_tensors
+        if not torch.equal(upstream[0], scale):
+            raise ModelError("the losses of a chunked head were not scaled as was said before their backward pass")
+        return grad, None
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """`montessori.losses.response_loss` of a model whose `head` goes by chunks, with fewer roundings.
+
+    `impl` as in `montessori.ops`.
+    """
+
+    head: nn.Linear
+    impl: str = "auto"
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.weighted(model, batch, torch.ones(batch.size, dtype=torch.float64, device=batch.labels.device))
+
+    def weighted(self, model: nn.Module, batch: Batch, weight: Tensor) -> Tensor:
+        """Losses float64 [B]; for the backward pass of (losses · weight).sum().
+
+        With gradients enabled, those of the head's own parameters are added to their `.grad` at once.
+        """
+        hidden = hidden_states(model, self.head, batch)
+        chunks = ChunkedHead.of(self.head, batch, RowMap.of(batch).label_offsets, self.impl)
+        if not torch.is_grad_enabled():
+            return chunks.values(hidden)
+        matrix, bias = self.head.weight, self.head.bias
+        chunks.scale = weight
+        chunks.wants_bias = bias is not None and bias.requires_grad
+        if matrix.requires_grad:
+            matrix.grad = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
+            chunks.receive = partial(_add_part, matrix.grad)
+        losses = chunks.losses(hidden)
+        if chunks.bias_grad is not None:
+            grad = chunks.bias_grad.sum(0).to(bias.dtype)
+            bias.grad = grad if bias.grad is None else bias.grad.add_(grad)
+        return losses
+
+
+def _add_part(total: Tensor, _first: int, use: LinearUse, rows: slice) -> None:
+    with torch.no_grad():
+        total[rows].addmm_(use.dy.t(), use.x)
 
 
 def _most_logits(hidden: Tensor) -> int:

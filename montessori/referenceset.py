@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batches
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
 from montessori.errors import ArgumentError, ModelError
+from montessori.head import ChunkedLoss
 from montessori.losses import LossFunction
 
 WEIGHTINGS = ("example_mean", "token_mean")
@@ -77,7 +79,8 @@ class ReferenceSets:
                     # Backward accumulates straight into q: no second copy of the gradient.
                     parameter.grad = q[name][position]
                 for batch, weight in self._weighted_batches(model, set_name):
-                    losses = example_losses(model, batch, loss)
+                    weighted = partial(loss.weighted, weight=weight) if isinstance(loss, ChunkedLoss) else loss
+                    losses = example_losses(model, batch, weighted)
                     _check_finite(losses, batch, set_name)
                     totals[position] += (losses.detach().double() * weight).sum().cpu()
                     (losses * weight.to(losses.dtype)).sum().backward()

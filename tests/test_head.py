@@ -10,9 +10,11 @@ from support import CONFIGS, VOCABULARY, make_model, make_rows, slow_influence, 
 
 from montessori import InfluenceEstimator, head, ops
 from montessori.batching import collate, examples_from_tokens
-from montessori.coverage import verified_plan
-from montessori.errors import ArgumentError
+from montessori.coverage import reference_loss, verified_plan
+from montessori.errors import ArgumentError, ModelError
+from montessori.expansion import trainable_parameters
 from montessori.losses import response_loss
+from montessori.referenceset import ReferenceSets
 
 RTOL = 1e-9
 # All at once; some examples at a time; one example at a time, by blocks of 7 rows of the vocabulary and less.
@@ -83,6 +85,53 @@ def test_no_chunk_holds_more_logits_than_allowed(monkeypatch):
         losses, _ = head.ChunkedHead.of(model.lm_head, batch, offsets, "auto").run(hidden)
     torch.testing.assert_close(losses, want, rtol=RTOL, atol=0)
     assert 0 < max(seen) <= 8 * 7 * 8
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_by_chunks_has_the_loss_and_the_gradient_of_the_whole(monkeypatch, name, size):
+    monkeypatch.setattr(head, "LOGITS_BYTES", size)
+    model, rows = MODELS[name](), examples(5)
+    sets = ReferenceSets({"short": rows[:2], "long": rows[2:]}, "token_mean", 4096)
+    chunked, parameters = head.ChunkedLoss(model.get_output_embeddings()), trainable_parameters(model)
+    q, loss = sets.gradient(model, parameters, chunked)
+    want, want_loss = sets.gradient(model, parameters, response_loss)
+    for key, value in want.items():
+        torch.testing.assert_close(q[key], value, rtol=RTOL, atol=1e-12)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-12, atol=0)
+    # The difference of two losses is what the anchor is about: with and without a gradient they have the same bits.
+    assert torch.equal(loss, sets.loss(model, chunked))
+    assert all(parameter.grad is None for parameter in parameters.values())
+
+
+def test_a_frozen_head_by_chunks_gets_no_gradient():
+    model, rows = make_model("llama_untied"), examples(3)
+    model.lm_head.requires_grad_(False)
+    sets = ReferenceSets({"rows": rows}, "example_mean", 4096)
+    parameters = trainable_parameters(model)
+    q, _ = sets.gradient(model, parameters, head.ChunkedLoss(model.lm_head))
+    want, _ = sets.gradient(model, parameters, response_loss)
+    assert "lm_head.weight" not in q and model.lm_head.weight.grad is None
+    for key, value in want.items():
+        torch.testing.assert_close(q[key], value, rtol=RTOL, atol=1e-12)
+
+
+def test_losses_by_chunks_are_refused_a_scale_that_they_were_not_told():
+    model, batch = make_model("llama_tied"), collate(examples(2))
+    losses = head.ChunkedLoss(model.lm_head)(model, batch)
+    with pytest.raises(ModelError, match="not scaled as was said"):
+        (losses * 2).sum().backward()
+
+
+@pytest.mark.parametrize(("name", "chunked"), [("llama_tied", True), ("gemma2", False)])
+def test_the_reference_goes_by_chunks_only_where_that_is_the_models_own_loss(name, chunked):
+    model, rows = make_model(name), examples(2)
+    assert isinstance(reference_loss(model, rows, response_loss, "auto"), head.ChunkedLoss) == chunked
+
+    def own(model, batch):
+        return response_loss(model, batch)
+
+    assert reference_loss(model, rows, own, "auto") is own
 
 
 HOSTILE = {
