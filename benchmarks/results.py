@@ -173,7 +173,7 @@ def not_ahead(record: dict[str, Any]) -> str:
 
 def naive(record: dict[str, Any]) -> str:
     measured = [
-        [row["method"], row["phase"], str(row["n"]), str(row["r"]), f"{row['seconds']:.1f} s"]
+        [row["method"], row["phase"], str(row["n"]), str(row["r"]), f"{row['seconds']:.1f} s" + row["cold"] * ", cold"]
         for row in record["measured"]
     ]
     errors = ", ".join(f"{method} {error:.0%}" for method, error in record["fit_error"].items())
@@ -192,8 +192,8 @@ def naive(record: dict[str, Any]) -> str:
     return (
         "Measured:\n\n"
         + table(["", "phase", "candidates", "references", "time"], measured)
-        + f"\n**Modelled**, from the terms of each cost fitted to the points above (largest error there: {errors}), at "
-        f"the mean lengths of the data ({np.mean(record['tokens']['candidates']):.0f} and "
+        + "\n**Modelled**, from the terms of each cost fitted to the points above that are not cold (largest error "
+        f"there: {errors}), at the mean lengths of the data ({np.mean(record['tokens']['candidates']):.0f} and "
         f"{np.mean(record['tokens']['references']):.0f} tokens):\n\n" + table(columns, modelled)
     )
 

@@ -1,5 +1,7 @@
 """The arithmetic behind the tables of benchmarks/RESULTS.md."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,21 @@ def test_cost_model_recovers_the_costs_that_made_the_points():
     assert error < 1e-9
     _, worse = naive.fit("optimised", phases, sizes, [seconds[0], seconds[1] * 2, seconds[2]])
     assert worse > 0.1
+
+
+def test_cold_runs_are_not_fitted():
+    cost = {"optimised": [1.5, 0.01], "published": [9.0, 1.0], "montessori": [18.0, 0.006, 0.006]}
+    measured = []
+    for method, points in naive.MEASURED.items():
+        for number, (phase, n, r) in enumerate(points):
+            size = naive.Size(n, r, 100.0 * n, 130.0 * r)
+            seconds = float(np.dot(naive.PHASES[method][phase](size), cost[method]))
+            cold = number < naive.COLD[method]
+            measured.append({"method": method, "phase": phase, "seconds": seconds * (3 if cold else 1), "cold": cold})
+            measured[-1] |= asdict(size)
+    found = naive.extrapolate(measured, [naive.Size(1000, 256, 100_000.0, 33_280.0)])
+    assert max(found["fit_error"].values()) < 1e-9
+    assert found["modelled"][0]["optimised"] == pytest.approx(1.5 * 1000 + 0.01 * 1001 * 33_280)
 
 
 def test_a_whole_run_costs_its_loop_or_the_sum_of_its_phases():
