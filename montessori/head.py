@@ -264,9 +264,9 @@ class ChunkedLoss:
         """
         hidden = hidden_states(model, self.head, batch)
         chunks = ChunkedHead.of(self.head, batch, RowMap.of(batch).label_offsets, self.impl)
-        if not torch.is_grad_enabled():
-            return chunks.values(hidden)
         matrix, bias = self.head.weight, self.head.bias
+        if not (torch.is_grad_enabled() and (hidden.requires_grad or matrix.requires_grad)):
+            return chunks.values(hidden)
         chunks.scale = weight
         chunks.wants_bias = bias is not None and bias.requires_grad
         if matrix.requires_grad:

@@ -116,6 +116,16 @@ def test_a_frozen_head_by_chunks_gets_no_gradient():
         torch.testing.assert_close(q[key], value, rtol=RTOL, atol=1e-12)
 
 
+def test_a_reference_that_reaches_nothing_trainable_is_refused():
+    model, rows = make_model("llama_untied"), examples(2)
+    model.requires_grad_(False)
+    spare = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ModelError, match="does not depend on any trainable parameter"):
+        ReferenceSets({"rows": rows}, "example_mean", 4096).gradient(
+            model, {"spare": spare}, head.ChunkedLoss(model.lm_head)
+        )
+
+
 def test_losses_by_chunks_are_refused_a_scale_that_they_were_not_told():
     model, batch = make_model("llama_tied"), collate(examples(2))
     losses = head.ChunkedLoss(model.lm_head)(model, batch)
