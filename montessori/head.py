@@ -265,7 +265,8 @@ class ChunkedLoss:
         hidden = hidden_states(model, self.head, batch)
         chunks = ChunkedHead.of(self.head, batch, RowMap.of(batch).label_offsets, self.impl)
         matrix, bias = self.head.weight, self.head.bias
-        if not (torch.is_grad_enabled() and (hidden.requires_grad or matrix.requires_grad)):
+        trained = hidden.requires_grad or any(parameter.requires_grad for parameter in self.head.parameters())
+        if not (torch.is_grad_enabled() and trained):
             return chunks.values(hidden)
         chunks.scale = weight
         chunks.wants_bias = bias is not None and bias.requires_grad

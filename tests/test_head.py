@@ -116,6 +116,17 @@ def test_a_frozen_head_by_chunks_gets_no_gradient():
         torch.testing.assert_close(q[key], value, rtol=RTOL, atol=1e-12)
 
 
+@pytest.mark.parametrize("alone", ["lm_head.weight", "lm_head.bias"])
+def test_a_head_that_is_trained_alone_has_its_gradient_by_chunks(alone):
+    model, rows = phi(), examples(3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == alone)
+    sets = ReferenceSets({"rows": rows}, "example_mean", 4096)
+    q, _ = sets.gradient(model, trainable_parameters(model), head.ChunkedLoss(model.lm_head))
+    want, _ = sets.gradient(model, trainable_parameters(model), response_loss)
+    torch.testing.assert_close(q[alone], want[alone], rtol=RTOL, atol=1e-12)
+
+
 def test_a_reference_that_reaches_nothing_trainable_is_refused():
     model, rows = make_model("llama_untied"), examples(2)
     model.requires_grad_(False)
