@@ -19,10 +19,13 @@ from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.loop import evaluate
 from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_mt_bench
+from montessori.loop.config import read_config
 from montessori.loop.engines import EngineSettings, Sampling, open_engine
 from montessori.loop.evaluate import EvaluateSettings
 from montessori.loop.files import write_jsonl
+from montessori.loop.harness import check_tasks, harness
 from montessori.loop.judge import JudgeSettings
+from montessori.loop.round import run as run_loop
 from montessori.loop.rows import student_rows
 from montessori.models import load_model
 from montessori.naive import make_adamw
@@ -181,7 +184,50 @@ def test_questions_without_turns_name_the_line():
         read_mt_bench(Rows([{"question_id": 1, "turns": []}], "question.jsonl", "line", 1))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+HARNESS = importlib.util.find_spec("lm_eval") is not None
+
+
+@pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
 def test_the_harness_names_its_extra_when_it_is_not_installed(student):
     with pytest.raises(ArgumentError, match=r"pip install montessori\[harness\]"):
-        evaluate.harness(student, ["arc_easy"])
+        harness(student, ["arc_easy"])
+
+
+@pytest.mark.skipif(not HARNESS, reason="needs lm-evaluation-harness")
+def test_the_harness_runs_a_task_from_a_file_on_this_machine(student, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": "a b", "answer": "c"}, {"question": "b c", "answer": "d"}])
+    task = {
+        "task": "of_my_own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["c", "d"],
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(task))
+    found = harness(student, [str(tmp_path / "task.yaml")])
+    assert found["of_my_own"]["acc,none"] in (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "cannot be read"), ("- a list", "with a key 'task'"), ("{task: [1}", "expected YAML")],
+)
+def test_a_task_file_that_cannot_be_used_is_named(tmp_path, monkeypatch, content, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    file = tmp_path / "task.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ArgumentError, match=f"task.yaml: .*{words}"):
+        check_tasks([str(file)])
+
+
+def test_what_an_evaluation_lacks_is_said_before_the_round(tmp_path):
+    missing = tmp_path / "question.jsonl"
+    config = read_config(preset="demo", assignments=[f"evaluate.answers.questions={missing}"])
+    with pytest.raises(DataError, match=r"question\.jsonl"):
+        run_loop(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

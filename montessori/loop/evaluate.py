@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 
 from montessori.data import Rows, load_rows
-from montessori.errors import ArgumentError
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
 from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_alpaca_eval, write_mt_bench
 from montessori.loop.engines import Engine
+from montessori.loop.harness import check_tasks, harness
 from montessori.loop.heldout import encode_heldout, row_losses
 from montessori.loop.judge import JudgeSettings, open_judge
 from montessori.loop.prompts import instruction_text
@@ -37,13 +37,21 @@ class EvaluateSettings(Section):
 
     `sample`: fresh instructions of each teacher whose influence is measured by real steps, 0 for none.
     `resamples`: of the bootstrap and of the permutation test. `answers`: to the evaluation prompts, for a
-    win rate where there is a judge. `tasks`: of lm-evaluation-harness, run on the student.
+    win rate where there is a judge. `tasks`: of lm-evaluation-harness, by name or as
+    YAML files, run on the student.
     """
 
     sample: int = Field(default=64, ge=0)
     resamples: int = Field(default=10_000, ge=100)
     answers: AnswerSettings = AnswerSettings()
     tasks: tuple[str, ...] = ()
+
+
+def check(settings: EvaluateSettings) -> None:
+    """Raise what an evaluation would stop at for want of a file or a library, before the hours that come first."""
+    check_tasks(settings.tasks)
+    if settings.answers.questions is not None:
+        read_mt_bench(load_rows(settings.answers.questions, name="questions"))
 
 
 def held_out(
@@ -218,16 +226,6 @@ def run(
     for name in files:
         ScoreJournal(out / f"{name}.journal.jsonl").remove()
     return content
-
-
-def harness(model: str | os.PathLike[str], tasks: Sequence[str]) -> dict[str, Any]:
-    """Results of lm-evaluation-harness by task. Raises ArgumentError when it is not installed."""
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise ArgumentError("evaluate.tasks: needs lm-evaluation-harness: pip install montessori[harness]") from error
-    found = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(model)}, tasks=list(tasks))
-    return found["results"]
 
 
 def _device() -> str:

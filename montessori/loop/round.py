@@ -81,6 +81,8 @@ def run(
     for option, name in (("--until", until), ("stage", only)):
         if name is not None and name not in names:
             raise ArgumentError(f"{option} {name}: expected one of {', '.join(names)}")
+    if {until, only} <= {None, "evaluate"}:
+        evaluate.check(config.evaluate)
     with ExitStack() as stack:
         material = _Material.read(config)
         directory = stack.enter_context(RunDirectory(path))
