@@ -354,18 +354,11 @@ class InfluenceEstimator:
 
     def _verified_plan(self) -> Plan:
         if self._plan is None:
-            self._plan = verified_plan(self.model, self._shortest(), self._loss)
+            self._plan = verified_plan(self.model, self.references.shortest(), self._loss)
         return self._plan
 
     def _chunked_loss(self, full: nn.Module) -> LossFunction:
-        return reference_loss(full, self._shortest(), self._reference_loss, self.options.backend)
-
-    def _shortest(self) -> list[Example]:
-        """Up to two reference examples, of different length where there are such."""
-        examples = [example for group in self.references.sets.values() for example in group]
-        shortest = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
-        longer = [e for e in shortest[1:] if e.num_tokens > shortest[0].num_tokens][:1]
-        return shortest[:1] + (longer or shortest[1:2])
+        return reference_loss(full, self.references.shortest(), self._reference_loss, self.options.backend)
 
     def _encode(self, source: Any, name: str) -> Encoded:
         rows = load_rows(source, name=name)

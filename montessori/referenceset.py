@@ -47,6 +47,13 @@ class ReferenceSets:
         total = sum(example.num_label_tokens for example in examples)
         return {example.index: example.num_label_tokens / total for example in examples}
 
+    def shortest(self) -> list[Example]:
+        """Up to two examples of all sets, of different length where there are such."""
+        examples = [example for group in self.sets.values() for example in group]
+        by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
+        longer = [example for example in by_length[1:] if example.num_tokens > by_length[0].num_tokens][:1]
+        return by_length[:1] + (longer or by_length[1:2])
+
     @torch.no_grad()
     def loss(self, model: nn.Module, loss: LossFunction, require_finite: bool = True) -> Tensor:
         """L(θ) per set, float64 [K] on the CPU.
