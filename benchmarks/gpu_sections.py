@@ -358,8 +358,9 @@ def plain_milliseconds(model: torch.nn.Module, rows: list[dict[str, list[int]]],
 def _scored(
     estimator: InfluenceEstimator, rows: list[dict[str, list[int]]], plain: float, batch_tokens: int
 ) -> dict[str, Any]:
-    estimator.prepare(rows)
+    # What is done once may need more than the scores, and has to fit as well.
     torch.cuda.reset_peak_memory_stats()
+    estimator.prepare(rows)
     ours = milliseconds(lambda: estimator.score(rows, batch_tokens=batch_tokens), repeats=5)
     tokens = sum(len(row["input_ids"]) for row in rows)
     return {

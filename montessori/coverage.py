@@ -125,7 +125,7 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     return plan
 
 
-def reference_loss(model: nn.Module, examples: Sequence[Example], loss: LossFunction, impl: str) -> LossFunction:
+def proved_loss(model: nn.Module, examples: Sequence[Example], loss: LossFunction, impl: str) -> LossFunction:
     """`loss`, or the same with the vocabulary head by chunks where that is proved on windows of `examples`."""
     if loss is not response_loss:
         return loss

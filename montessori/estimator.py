@@ -16,7 +16,7 @@ from montessori import ops, processes
 from montessori.agreement import Agreement
 from montessori.batching import Example, make_batches, spread
 from montessori.checkpoints import read_optimizer
-from montessori.coverage import reference_loss, verified_plan
+from montessori.coverage import proved_loss, verified_plan
 from montessori.data import load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
@@ -358,7 +358,7 @@ class InfluenceEstimator:
         return self._plan
 
     def _chunked_loss(self, full: nn.Module) -> LossFunction:
-        return reference_loss(full, self.references.shortest(), self._reference_loss, self.options.backend)
+        return proved_loss(full, self.references.shortest(), self._reference_loss, self.options.backend)
 
     def _encode(self, source: Any, name: str) -> Encoded:
         rows = load_rows(source, name=name)

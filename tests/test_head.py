@@ -10,7 +10,7 @@ from support import CONFIGS, VOCABULARY, make_model, make_rows, slow_influence, 
 
 from montessori import InfluenceEstimator, head, ops
 from montessori.batching import collate, examples_from_tokens
-from montessori.coverage import reference_loss, verified_plan
+from montessori.coverage import proved_loss, verified_plan
 from montessori.errors import ArgumentError, ModelError
 from montessori.expansion import trainable_parameters
 from montessori.losses import response_loss
@@ -147,12 +147,12 @@ def test_losses_by_chunks_are_refused_a_scale_that_they_were_not_told():
 @pytest.mark.parametrize(("name", "chunked"), [("llama_tied", True), ("gemma2", False)])
 def test_the_reference_goes_by_chunks_only_where_that_is_the_models_own_loss(name, chunked):
     model, rows = make_model(name), examples(2)
-    assert isinstance(reference_loss(model, rows, response_loss, "auto"), head.ChunkedLoss) == chunked
+    assert isinstance(proved_loss(model, rows, response_loss, "auto"), head.ChunkedLoss) == chunked
 
     def own(model, batch):
         return response_loss(model, batch)
 
-    assert reference_loss(model, rows, own, "auto") is own
+    assert proved_loss(model, rows, own, "auto") is own
 
 
 HOSTILE = {
