@@ -5,7 +5,8 @@
 
 Two runs for each seed, alike but for `teacher_mode`, in directories of their own below `--work`: a finished one is only
 read, an interrupted one goes on. Compared are the real influence of fresh instructions of both teachers (method
-"exact", measured within the tuned run) and the held-out loss of the student of each, row by row.
+"exact", measured within the tuned run) and the held-out loss of the student of each, row by row. Each seed leaves a
+JSON file of its own, so seeds can come from different machines; `benchmarks.results` pools those that are there.
 """
 
 from __future__ import annotations
@@ -106,18 +107,22 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = []
-    for seed in arguments.seeds:
+    numbers, found = arguments.seeds, []
+    for seed in numbers:
         runs = {mode: arguments.work / f"{mode}_{seed}" for mode in MODES}
         for mode, path in runs.items():
             settings = [*arguments.assignments, f"seed={seed}", f"teacher_mode={mode}"]
             carry_out(read_config(preset=arguments.preset, assignments=settings), path)
         found.append(seed_result(**runs))
-    arguments.assignments = [_without_folder(assignment) for assignment in arguments.assignments]
-    result = {"seeds": found, "overall": summarise(found)}
-    path = write_result(f"effect_{arguments.preset}", arguments, result)
-    show(arguments.seeds, result)
-    print(f"wrote {path}")
+        print(f"wrote {write_seed(arguments, seed, found[-1])}")
+    show(numbers, found)
+
+
+def write_seed(arguments: argparse.Namespace, seed: int, found: dict[str, Any]) -> Path:
+    """One JSON of one seed; data files go by name, wherever they lie."""
+    assignments = [_without_folder(assignment) for assignment in arguments.assignments]
+    settings = argparse.Namespace(**{**vars(arguments), "assignments": assignments, "seeds": [seed]})
+    return write_result(f"effect_{arguments.preset}_{seed}", settings, found)
 
 
 def _without_folder(assignment: str) -> str:
@@ -125,15 +130,15 @@ def _without_folder(assignment: str) -> str:
     return f"{key}={Path(value).name}" if key.startswith("data.") else assignment
 
 
-def show(numbers: list[int], result: dict[str, Any]) -> None:
+def show(numbers: list[int], seeds: list[dict[str, Any]]) -> None:
     table = Table(title="tuned against untuned teacher")
     for column in ("seed", "pairs", "influence, difference", "p", "held-out loss below Self-Instruct's"):
         table.add_column(column)
-    for number, found in zip(numbers, result["seeds"], strict=True):
+    for number, found in zip(numbers, seeds, strict=True):
         below = np.mean(np.subtract(found["held_out"]["untuned"], found["held_out"]["tuned"]))
         cells = [f"{found['difference']:+.2e}", f"{found['p']:.4f}", f"{below:+.4f}"]
         table.add_row(str(number), str(found["num_pairs"]), *cells)
-    overall = result["overall"]
+    overall = summarise(seeds)
     cells = [f"{overall['difference']['mean']:+.2e}", f"{overall['p']:.4f}"]
     table.add_row("all", "", *cells, f"{overall['below_self_instruct']['mean']:+.4f}")
     Console().print(table)

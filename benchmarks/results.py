@@ -11,7 +11,9 @@ import numpy as np
 
 from benchmarks import plots
 from benchmarks.common import RESULTS
+from benchmarks.effect import summarise
 from benchmarks.peers.entries import ENTRIES
+from montessori.errors import ArgumentError
 
 PAGE = Path(__file__).parent / "RESULTS.md"
 OURS = "montessori"
@@ -84,18 +86,19 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def setting(record: dict[str, Any], command: str) -> str:
-    """The machine and the command of a run."""
-    machine, options = record["machine"], record["settings"]
+    """The machines and the command of a run."""
+    options = record["settings"]
     named = ["candidates", "reference", "model", "scored", "num_references", "batch_size", "max_length", "threads"]
     given = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in named if name in options)
     if "seeds" in options:
         given += f" --preset {options['preset']} --seeds {' '.join(map(str, options['seeds']))}"
         given += "".join(f" --set {assignment}" for assignment in options["assignments"])
-    return (
-        f"{machine['cpu']}, torch {machine['versions']['torch']}, transformers "
-        f"{machine['versions']['transformers']}.\n\n"
-        f"    python -m benchmarks.{command} {given}\n"
-    )
+    machines = dict.fromkeys(map(_machine, record.get("machines", [record.get("machine")])))
+    return f"{'; '.join(machines)}.\n\n    python -m benchmarks.{command} {given}\n"
+
+
+def _machine(found: dict[str, Any]) -> str:
+    return f"{found['cpu']}, torch {found['versions']['torch']}, transformers {found['versions']['transformers']}"
 
 
 def peers(record: dict[str, Any]) -> str:
@@ -251,6 +254,29 @@ def loop(record: dict[str, Any]) -> str:
     return table(["stage", "time", "share", "tokens"], [*rows, ["all", f"{whole:.0f} s", "100%", ""]])
 
 
+def pooled_effect(preset: str) -> dict[str, Any] | None:
+    """The seeds of `benchmarks.effect` that have been run, as one record, in the order of their numbers."""
+    paths = RESULTS.glob(f"effect_{preset}_*.json")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not records:
+        return None
+    records.sort(key=lambda record: record["settings"]["seeds"])
+    first = records[0]["settings"]
+    for record in records:
+        settings = record["settings"]
+        if settings["assignments"] != first["assignments"]:
+            raise ArgumentError(
+                f"effect_{preset}: expected the settings of seed {first['seeds'][0]}, {first['assignments']}, in seed "
+                f"{settings['seeds'][0]} too, found {settings['assignments']}: run it again"
+            )
+    return {
+        "settings": {**first, "seeds": [seed for record in records for seed in record["settings"]["seeds"]]},
+        "machines": [record["machine"] for record in records],
+        "seeds": records,
+        "overall": summarise(records),
+    }
+
+
 def effect(record: dict[str, Any]) -> str:
     rows = []
     for number, found in zip(record["settings"]["seeds"], record["seeds"], strict=True):
@@ -278,7 +304,12 @@ def load(name: str) -> dict[str, Any] | None:
 
 def section(name: str, title: str, command: str, render: Callable[[dict[str, Any]], str]) -> list[str]:
     """Title, setting and tables of one JSON file, or that it has not been run."""
-    record = load(name)
+    return render_section(load(name), title, command, render)
+
+
+def render_section(
+    record: dict[str, Any] | None, title: str, command: str, render: Callable[[dict[str, Any]], str]
+) -> list[str]:
     if record is None:
         return [f"### {title}\n", "Not run yet.\n"]
     return [f"### {title}\n", render(record), setting(record, command)]
@@ -305,7 +336,8 @@ def main() -> None:
     parts += section("truth_precisions", title, "truth --precisions", precisions)
     parts += section("truth_tiny", "A small model, by setting", "truth", truth_sweeps)
     parts += ["## The loop\n", *section("loop_demo", "One round of the preset `demo`", "loop --preset demo", loop)]
-    parts += section("effect_small", "Tuned teacher against Self-Instruct, preset `small`", "effect", effect)
+    title = "Tuned teacher against Self-Instruct, preset `small`"
+    parts += render_section(pooled_effect("small"), title, "effect", effect)
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 

@@ -1,5 +1,6 @@
 """The arithmetic behind the tables of benchmarks/RESULTS.md."""
 
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.peers.task import Task, exact_adam_scores, mean_losses, referenc
 from benchmarks.peers.vmap import ExactAdam
 from montessori import AdamWState, AdamWStep, reference
 from montessori.batching import Example, collate
+from montessori.errors import ArgumentError
 from montessori.losses import response_loss
 from montessori.optim_state import ParameterState
 
@@ -226,5 +228,30 @@ def test_seeds_of_an_effect_are_pooled_without_mixing_their_values():
     assert overall["p"] < 0.03
     assert overall["below_self_instruct"]["mean"] == pytest.approx(0.02)
     assert overall["share_of_scoring"] == pytest.approx(0.2)
-    record = {"settings": {"seeds": [1, 2]}, "seeds": seeds, "overall": overall}
-    assert "one-sided p = 0.0" in results.effect(record)
+
+
+def write_seed(folder, seed, assignments=("data.evaluation_rows=128",)):
+    settings = {"preset": "small", "seeds": [seed], "assignments": list(assignments)}
+    machine = {"cpu": f"maker {seed}", "versions": {"torch": "2", "transformers": "5"}}
+    record = {"settings": settings, "machine": machine, **effect_of_seed(0.5 * seed, 0.01 * seed, 0.01)}
+    (folder / f"effect_small_{seed}.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_seeds_from_several_machines_are_pooled_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert results.pooled_effect("small") is None
+    for seed in (10, 2):
+        write_seed(tmp_path, seed)
+    text = "\n".join(results.render_section(results.pooled_effect("small"), "Title", "effect", results.effect))
+    assert text.index("| 2 |") < text.index("| 10 |")
+    assert "influence +3.00e+00" in text and "one-sided p = 0.0" in text
+    assert "maker 2, torch 2, transformers 5; maker 10, torch 2, transformers 5." in text
+    assert "--preset small --seeds 2 10 --set data.evaluation_rows=128" in text
+
+
+def test_seeds_of_different_settings_are_not_pooled(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    write_seed(tmp_path, 1)
+    write_seed(tmp_path, 2, assignments=["data.evaluation_rows=64"])
+    with pytest.raises(ArgumentError, match=r"data.evaluation_rows=128.*seed 2 too.*data.evaluation_rows=64"):
+        results.pooled_effect("small")
