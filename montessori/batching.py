@@ -50,14 +50,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded examples: `input_ids`, `attention_mask`, `position_ids`, `labels`, all int64 [B, T].
+    """Padded examples: `input_ids`, `attention_mask`, `labels`, all int64 [B, T].
 
     `labels` are not shifted. `index` holds the row numbers of the B examples in the user's input.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    position_ids: Tensor
     labels: Tensor
     index: tuple[int, ...]
 
@@ -74,7 +73,6 @@ class Batch:
         return Batch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
-            self.position_ids.to(device),
             self.labels.to(device),
             self.index,
         )
@@ -90,8 +88,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     for row, example in enumerate(examples):
         span = slice(0, example.num_tokens)
         input_ids[row, span], labels[row, span], mask[row, span] = example.input_ids, example.labels, 1
-    position_ids = torch.arange(longest).expand(shape).contiguous()
-    return Batch(input_ids, mask, position_ids, labels, tuple(example.index for example in examples))
+    return Batch(input_ids, mask, labels, tuple(example.index for example in examples))
 
 
 def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "candidates") -> list[list[Example]]:

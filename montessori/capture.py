@@ -225,12 +225,16 @@ class Capture:
             self._deliver(name, DenseUse(per_example))
 
     def _embedding_called(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, output: Tensor) -> Tensor:
+        if self._sink is not None and ids.shape == (1, self._active_rows.length):
+            # One look-up for the positions of all examples: each gets its own, so that gradients stay apart.
+            ids = ids.expand(self._active_rows.size, -1)
+            output = output.expand(*ids.shape, -1)
         tracked = self._track(rule, output, partial(self._embedding_gradient, rule, ids, padding_idx))
         return output if tracked is None else tracked
 
     def _embedding_gradient(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, dy: Tensor) -> None:
         packed_dy, offsets = self._pack_gradient(dy, rule)
-        packed_ids = self._pack(ids.unsqueeze(-1), rule)[0].squeeze(-1)
+        packed_ids = self._pack(ids.unsqueeze(-1), rule)[0].squeeze(-1).long()
         if padding_idx is not None:
             # torch gives the padding row no gradient even where the token is part of the text.
             packed_dy = packed_dy.masked_fill((packed_ids == padding_idx).unsqueeze(-1), 0)

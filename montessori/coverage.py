@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
-from montessori.capture import Capture, evaluation_mode
+from montessori.capture import Capture, evaluation_mode, example_losses
 from montessori.errors import FallbackWarning, ModelError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head
 from montessori.losses import LossFunction, response_loss
@@ -26,6 +26,8 @@ from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
 
 # Rounding allowed between two ways to sum the same products, relative to the gradient's norm.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# The same for a mean of token losses, of which few roundings are left.
+LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # A gradient that is zero in exact arithmetic is rounding noise; measure it against the global norm.
 NOISE_SHARE = 1e-3
 # Tokens of the first example and of the others: enough to see every kind of mistake, few enough to cost little.
@@ -123,6 +125,23 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
         if plan.head is not None and _disagreeing(model, plan, examples, loss, last):
             plan.head = None
     return plan
+
+
+@torch.no_grad()
+def rows_stand_alone(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> bool:
+    """Whether `loss` of windows of `examples` is the same in one batch as of each alone.
+
+    It is not where the model looks at later tokens, and so at padding, or where rows of a batch meet: in a layer of
+    the model or in a loss function of the user.
+    """
+    windows = _of_two_lengths([_window(example, PROOF_TOKENS[1]) for example in examples])
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        together = example_losses(model, collate(windows).to(device), loss).double()
+        alone = torch.cat([example_losses(model, collate([one]).to(device), loss).double() for one in windows])
+    allowed = LOSS_TOLERANCE[next(model.parameters()).dtype] * alone.abs()
+    # What is not finite is reported by its row, when the reference is evaluated.
+    return bool((((together - alone).abs() <= allowed) | ~alone.isfinite()).all())
 
 
 def proved_loss(model: nn.Module, examples: Sequence[Example], loss: LossFunction, impl: str) -> LossFunction:

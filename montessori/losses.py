@@ -55,7 +55,7 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, object]:
-    """Keyword arguments for the model's forward: token ids, and position ids [B, T] where it takes them.
+    """Keyword arguments for the model's forward: token ids; positions are the model's own, which need not start at 0.
 
     The attention mask is all ones: padding stands on the right, where causal attention never looks, and
     masking it would leave padding rows with nothing to attend to (NaN in models with a sliding window).
@@ -68,8 +68,6 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, object]:
     inputs: dict[str, object] = {"input_ids": batch.input_ids}
     if "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(batch.input_ids)
-    if "position_ids" in accepted:
-        inputs["position_ids"] = batch.position_ids
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs

@@ -6,10 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
-from support import CONFIGS, make_model, make_rows, slow_influence, warm_optimizer
+import torch
+import transformers
+from support import CONFIGS, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
 
 from montessori import InfluenceEstimator
-from montessori.errors import CurvatureWarning
+from montessori.errors import CurvatureWarning, FallbackWarning
 
 MODELS = [*CONFIGS, "llama_lora"]
 # Two orders of summation in float64 over some 10^4 terms; 1e-9 leaves room for cancellation.
@@ -59,6 +61,39 @@ def pad(row, length, left):
     filled = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     row = {**row, "attention_mask": [1] * len(row["input_ids"])}
     return {key: [fill] * missing + row[key] if left else row[key] + [fill] * missing for key, fill in filled.items()}
+
+
+def roberta(dtype, **settings):
+    """Positions that start after the padding token's; not causal unless it is told to be."""
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=4, num_hidden_layers=2, intermediate_size=24,
+        max_position_embeddings=32, initializer_range=0.3, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.RobertaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("method", ["first_order", "anchored", "exact"])
+def test_positions_are_the_models_own(method):
+    model = roberta(torch.float64, is_decoder=True)
+    optimizer = warm_optimizer(model)
+    candidates, references = make_rows(4, seed=1), make_rows(3, seed=2)
+    got = estimate(model, optimizer, candidates, references, method=method, pilot=4)
+    np.testing.assert_allclose(
+        got.influence, slow_influence(model, optimizer, candidates, references, method, pilot=range(4)), rtol=RTOL
+    )
+
+
+@pytest.mark.parametrize("method", ["first_order", "exact"])
+def test_references_of_a_model_that_looks_ahead_do_not_see_each_other(method):
+    model = roberta(torch.float32, is_decoder=False)
+    optimizer = warm_optimizer(model)
+    candidates, references = make_rows(6, seed=1), make_rows(4, seed=2)
+    with pytest.warns(FallbackWarning, match="depends on what shares its batch"):
+        got = estimate(model, optimizer, candidates, references, method=method).influence
+    want = slow_influence(model, optimizer, candidates, references, method)
+    # Exact influences are differences of losses of size 4, in float32.
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5 if method == "exact" else 1e-3 * np.abs(want).max())
 
 
 def test_a_step_too_large_for_a_linear_prediction_is_named():
