@@ -11,24 +11,25 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from montessori.batching import Batch
+from montessori.calls import EmbeddingCalls, ExpandCalls, ProductCalls
 from montessori.errors import ModelError
+from montessori.experts import chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
 from montessori.local import local_gradients, sum_per_example
 from montessori.losses import LossFunction
 from montessori.ops import SparseRows
-from montessori.products import fast_products
+from montessori.products import fast_products, forward_replaced, linear
 from montessori.rowmap import RowMap, UnmappableRowsError
-from montessori.rules import CONV1D, EMBEDDING, LOCAL, ModuleRule, Plan
-from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
+from montessori.rules import CONV1D, EMBEDDING, EXPANDED, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
+from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
 
 
 class Sink(Protocol):
@@ -72,8 +73,7 @@ class Capture:
             stack.enter_context(fast_products(self._model))
             for module, rule in self._plan.rules.items():
                 if module is not self._plan.head and not set(rule.parameters.values()) <= self._plan.fallback:
-                    for handle in self._hooks(module, rule):
-                        stack.callback(handle.remove)
+                    self._watch(module, self._without_fallback(rule), stack)
             yield
 
     def run(self, batch: Batch, loss: LossFunction, sink: Sink) -> Tensor:
@@ -158,15 +158,24 @@ class Capture:
             self._deliver(names["bias"], DenseUse(chunks.bias_grad))
         return losses
 
-    def _hooks(self, module: nn.Module, rule: ModuleRule) -> Iterator[Any]:
-        rule = self._without_fallback(rule)
-        if rule.kind == EMBEDDING:
-            mode = _EmbeddingCalls(module, partial(self._embedding_called, rule))
-            yield module.register_forward_pre_hook(lambda *_: mode.start())
-            yield module.register_forward_hook(lambda *_: mode.stop(), always_call=True)
+    def _watch(self, module: nn.Module, rule: ModuleRule, stack: ExitStack) -> None:
+        """Catch what `rule` captures of the module until `stack` closes."""
+        if rule.kind == EXPERTS:
+            stack.enter_context(forward_replaced(module, partial(self._experts_called, rule, module)))
+        elif rule.kind in (EMBEDDING, EXPANDED, PRODUCT):
+            calls = self._calls(module, rule)
+            stack.callback(module.register_forward_pre_hook(lambda *_: calls.start()).remove)
+            stack.callback(module.register_forward_hook(lambda *_: calls.stop(), always_call=True).remove)
         else:
             called = self._local_called if rule.kind == LOCAL else self._linear_called
-            yield module.register_forward_hook(partial(called, rule), with_kwargs=True)
+            stack.callback(module.register_forward_hook(partial(called, rule), with_kwargs=True).remove)
+
+    def _calls(self, module: nn.Module, rule: ModuleRule) -> EmbeddingCalls | ExpandCalls | ProductCalls:
+        if rule.kind == EMBEDDING:
+            return EmbeddingCalls(module, partial(self._embedding_called, rule))
+        if rule.kind == PRODUCT:
+            return ProductCalls(module, partial(self._product_called, rule))
+        return ExpandCalls(module, lambda: self._active_rows.size, partial(self._expand_called, rule))
 
     def _without_fallback(self, rule: ModuleRule) -> ModuleRule:
         kept = {key: name for key, name in rule.parameters.items() if name not in self._plan.fallback}
@@ -185,6 +194,35 @@ class Capture:
         x = args[0] if args else next(iter(kwargs.values()))
         return self._track(rule, output, partial(self._linear_gradient, rule, x.detach(), x._version))
 
+    def _product_called(
+        self, rule: ModuleRule, attributes: tuple[str, ...], x: Tensor | None, output: Tensor
+    ) -> Tensor:
+        used = {key: name for key, name in rule.parameters.items() if key in attributes}
+        if not used:
+            return output
+        rule = ModuleRule(rule.kind, rule.module_name, used)
+        if x is None:
+            tracked = self._track(rule, output, partial(self._bias_gradient, rule))
+        else:
+            tracked = self._track(rule, output, partial(self._linear_gradient, rule, x.detach(), x._version))
+        return output if tracked is None else tracked
+
+    def _expand_called(self, rule: ModuleRule, attribute: str, view: Tensor, output: Tensor) -> Tensor:
+        if attribute not in rule.parameters:
+            return output
+        rule = ModuleRule(rule.kind, rule.module_name, {attribute: rule.parameters[attribute]})
+        tracked = self._track(rule, output, partial(self._expand_gradient, rule.parameters[attribute], view.shape))
+        return output if tracked is None else tracked
+
+    def _expand_gradient(self, name: str, shape: torch.Size, dy: Tensor) -> None:
+        wide = dy if dy.dtype is torch.float64 else dy.float()
+        grad = wide.sum_to_size(dy.shape[0], *shape[1:])
+        self._deliver(name, DenseUse(grad.reshape(-1, *self._plan.trainable[name].shape)))
+
+    def _bias_gradient(self, rule: ModuleRule, dy: Tensor) -> None:
+        packed_dy, offsets = self._pack_gradient(dy, rule)
+        self._deliver(rule.parameters["bias"], DenseUse(sum_per_example(packed_dy, offsets)))
+
     def _linear_gradient(self, rule: ModuleRule, x: Tensor, version: int, dy: Tensor) -> None:
         if x._version != version:
             raise ModelError(f"{rule.module_name}: its input was changed in place after use, cannot be captured")
@@ -202,6 +240,28 @@ class Capture:
             self._deliver(rule.parameters["weight"], LinearUse(*factors, offsets))
         if "bias" in rule.parameters:
             self._deliver(rule.parameters["bias"], DenseUse(sum_per_example(packed_dy, offsets)))
+
+    def _experts_called(
+        self, rule: ModuleRule, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        stacks: dict[str, _Stack] = {}
+        if torch.is_grad_enabled() and self._sink is not None:
+            rows = self._active_rows
+            if hidden_states.shape[0] != rows.size * rows.length:
+                raise UnmappableRowsError(rule.module_name, tuple(hidden_states.shape), rows.size)
+            self._expected.update(rule.parameters.values())
+            hit = len(chosen_by_expert(top_k_index, module.num_experts))
+            names = {name.removesuffix("_bias") for name in rule.parameters}
+            stacks = {name: _Stack(rule, name, module, rows, hit, self._deliver) for name in names}
+
+        def product(name: str, expert: int, tokens: Tensor, x: Tensor) -> Tensor:
+            y = linear(x, *expert_matrix(module, name, expert))
+            if name not in stacks:
+                return y
+            tracked = self._on_gradient(y, partial(stacks[name].receive, expert, tokens, x.detach()))
+            return y if tracked is None else tracked
+
+        return experts_forward(module, product, hidden_states, top_k_index, top_k_weights)
 
     def _local_called(
         self, rule: ModuleRule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -257,6 +317,10 @@ class Capture:
         if self._sink is None:
             return None
         self._expected.update(rule.parameters.values())
+        return self._on_gradient(output, on_gradient)
+
+    @staticmethod
+    def _on_gradient(output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor | None:
         source = output if output.requires_grad else output.detach().requires_grad_().clone()
 
         def receive(dy: Tensor) -> None:
@@ -275,34 +339,42 @@ class Capture:
             self._sink = sink
 
 
-class _EmbeddingCalls(TorchFunctionMode):
-    """Active during one module's forward: reports its look-ups in its own weight.
+@dataclass
+class _Stack:
+    """The gradient of the matrices `name` of a layer's experts, and of their biases, one expert after the other.
 
-    The look-up itself is watched, not the module's output, so that subclasses which shift the ids or
-    scale the result are captured exactly.
+    `hit` experts have tokens in this batch; with the last of them all goes to `deliver`.
     """
 
-    def __init__(self, module: nn.Module, called: Callable[[Tensor, int | None, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._module: Any = module
-        self._called, self._active = called, False
+    rule: ModuleRule
+    name: str
+    module: Any
+    rows: RowMap
+    hit: int
+    deliver: Callable[[str, Use], None]
+    parts: dict[int, LinearUse] = field(default_factory=dict)
 
-    def start(self) -> None:
-        self._active = torch.is_grad_enabled()
-        if self._active:
-            self.__enter__()
+    def receive(self, expert: int, tokens: Tensor, x: Tensor, dy: Tensor) -> None:
+        """x [n, I] and dy [n, O] at the flat positions `tokens`, int64 [n]."""
+        kept, offsets = self.rows.of_tokens(tokens, dy, self.rule.module_name)
+        self.parts[expert] = LinearUse(x[kept], dy[kept], offsets)
+        if len(self.parts) == self.hit:
+            self._finish()
 
-    def stop(self) -> None:
-        if self._active:
-            self._active = False
-            self.__exit__(None, None, None)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is F.embedding and args[1] is self._module.weight:
-            # The call's own padding_idx counts, which a subclass need not take from the module.
-            return self._called(args[0], (kwargs or {}).get("padding_idx"), output)
-        return output
+    def _finish(self) -> None:
+        bias = self.rule.parameters.get(f"{self.name}_bias")
+        if bias is not None:
+            sums = {expert: sum_per_example(part.dy, part.offsets) for expert, part in self.parts.items()}
+            shape = getattr(self.module, f"{self.name}_bias").shape
+            grad = next(iter(sums.values())).new_zeros(self.rows.size, *shape)
+            for expert, value in sums.items():
+                grad[:, expert] = value
+            self.deliver(bias, DenseUse(grad))
+        weight = self.rule.parameters.get(self.name)
+        if weight is not None:
+            if self.module.is_transposed:
+                self.parts = {e: LinearUse(part.dy, part.x, part.offsets) for e, part in self.parts.items()}
+            self.deliver(weight, ExpertsUse(self.parts))
 
 
 def _touched(batch: Batch) -> list[Tensor]:

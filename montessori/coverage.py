@@ -134,7 +134,7 @@ def rows_stand_alone(model: nn.Module, examples: Sequence[Example], loss: LossFu
     It is not where the model looks at later tokens, and so at padding, or where rows of a batch meet: in a layer of
     the model or in a loss function of the user.
     """
-    windows = _of_two_lengths([_window(example, PROOF_TOKENS[1]) for example in examples])
+    windows = _of_two_lengths([_window(example, 32) for example in examples])
     device = next(model.parameters()).device
     with evaluation_mode(model):
         together = example_losses(model, collate(windows).to(device), loss).double()

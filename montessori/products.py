@@ -67,11 +67,13 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
             module.forward = earlier  # type: ignore[method-assign]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` with gradients."""
+    return _Product.apply(x, weight, bias) if _onednn(x, weight, bias) else F.linear(x, weight, bias)
+
+
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
-    if not _onednn(input, weight, bias):
-        return F.linear(input, weight, bias)
-    return _Product.apply(input, weight, bias)
+    return linear(input, module.weight, module.bias)
 
 
 class _Product(torch.autograd.Function):

@@ -101,6 +101,19 @@ class RowMap:
             return rows.flatten(0, 1), torch.arange(self.size + 1) * rows.shape[1]
         raise UnmappableRowsError(module, tuple(activation.shape), self.size)
 
+    def of_tokens(self, tokens: Tensor, dy: Tensor, module: str) -> tuple[Tensor, Tensor]:
+        """Of rows at the sorted flat positions `tokens`, int64 [n], those that are not padding, and their offsets.
+
+        Raises UnmappableRowsError where padding has a gradient in dy [n, O].
+        """
+        real = torch.zeros(self.size * self.length, dtype=torch.bool, device=tokens.device)
+        real[self.kept] = True
+        kept = real[tokens]
+        if bool((dy[~kept].abs() > 0).any()):
+            raise UnmappableRowsError(module, tuple(dy.shape), self.size)
+        examples = tokens[kept] // self.length
+        return kept, _offsets(torch.bincount(examples, minlength=self.size))
+
     def _packed_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         kept = rows.index_select(0, self.kept) if self.dropped.numel() else rows
         return kept.flatten(0, 1), self.offsets * rows.shape[1]

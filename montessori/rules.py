@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from montessori.experts import are_experts
+
 LINEAR, CONV1D, EMBEDDING, LOCAL = "linear", "conv1d", "embedding", "local"
+PRODUCT, EXPERTS, EXPANDED = "product", "experts", "expanded"
 
 
 @dataclass(frozen=True)
@@ -80,5 +83,10 @@ def _kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return EMBEDDING if plain and attributes == {"weight"} else None
-    small = all(parameter.dim() == 1 for _, parameter in module.named_parameters(recurse=False))
-    return LOCAL if small and next(module.children(), None) is None else None
+    if are_experts(module):
+        return EXPERTS
+    sizes = {attribute: parameter.dim() for attribute, parameter in module.named_parameters(recurse=False)}
+    leaf = next(module.children(), None) is None
+    if set(sizes.values()) == {1}:
+        return LOCAL if leaf else EXPANDED
+    return PRODUCT if leaf and sizes in ({"weight": 2}, {"weight": 2, "bias": 1}) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,11 @@ from montessori import cpu, ops
 from montessori import reference as equations
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
-from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, Use, example_gradient, scale
+from montessori.steps import OptimizerStep
+from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, Use, example_gradient, scale
+
+# q, m, v and weights of some rows or of one expert's matrix, and the step.
+_Rest = tuple[tuple[Tensor, Tensor | None, Tensor | None, Tensor], OptimizerStep]
 
 
 @dataclass
@@ -52,6 +56,10 @@ class InfluenceSink:
             )
         elif isinstance(use, DenseUse):
             self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
+        elif isinstance(use, ExpertsUse):
+            for expert, part in use.parts.items():
+                self._expert(name, expert, part)
+            self.scores += self.drift[name]
         elif isinstance(use, RowsUse):
             self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name], impl=self.impl)
         else:
@@ -62,23 +70,44 @@ class InfluenceSink:
                 self.scores += ops.row_changes(use.rows, *rest, base=base, impl=self.impl)
 
     def part(self, name: str, first: int, use: LinearUse, rows: slice) -> None:
-        entry = self.state[name]
-        exp_avg, exp_avg_sq = (None if t is None else t[rows] for t in (entry.exp_avg, entry.exp_avg_sq))
-        rest = (self.q[name][:, rows], exp_avg, exp_avg_sq, self.parameters[name].detach()[rows], entry.step)
         examples = slice(first, first + use.offsets.numel() - 1)
         if self.sample == 1:
-            self.scores[examples] += ops.linear_influence(
-                use.x, use.dy, use.offsets, *rest, positions=use.positions, impl=self.impl
-            )
+            self.scores[examples] += self._matrix(name, rows, use)
+        else:
+            self._sampled(name, rows, use, examples)
+
+    def _expert(self, name: str, expert: int, use: LinearUse) -> None:
+        """What its tokens make of the score of one expert, for the examples that have any: most have none."""
+        counts = use.offsets.diff()
+        examples = counts.nonzero().flatten()
+        if self.sample < 1:
+            compact = torch.cat([counts.new_zeros(1), counts[examples].cumsum(0)])
+            self._sampled(name, expert, replace(use, offsets=compact), examples)
             return
-        block = f"{name}:{rows.start}:{rows.stop}"
+        # An empty example at the end: the score without a gradient.
+        compact = torch.cat([counts.new_zeros(1), counts[examples].cumsum(0), counts.sum()[None]])
+        found = self._matrix(name, expert, replace(use, offsets=compact))
+        self.scores[examples.to(found.device)] += found[:-1] - found[-1:]
+
+    def _matrix(self, name: str, rows: slice | int, use: LinearUse) -> Tensor:
+        rest, step = self._rest(name, rows)
+        return ops.linear_influence(use.x, use.dy, use.offsets, *rest, step, positions=use.positions, impl=self.impl)
+
+    def _sampled(self, name: str, rows: slice | int, use: LinearUse, examples: slice | Tensor) -> None:
+        rest, step = self._rest(name, rows)
+        block = f"{name}:{rows}" if isinstance(rows, int) else f"{name}:{rows.start}:{rows.stop}"
         if block not in self.draws:
             self.draws[block] = ops.draw_tiles(rest[0], self.sample, seed=zlib.crc32(block.encode()))
         scores, variance = ops.sampled_linear_influence(
-            use.x, use.dy, use.offsets, *rest, tiles=self.draws[block], positions=use.positions
+            use.x, use.dy, use.offsets, *rest, step, tiles=self.draws[block], positions=use.positions
         )
         self.scores[examples] += scores
         self.variance[examples] += variance
+
+    def _rest(self, name: str, rows: slice | int) -> _Rest:
+        entry = self.state[name]
+        exp_avg, exp_avg_sq = (None if t is None else t[rows] for t in (entry.exp_avg, entry.exp_avg_sq))
+        return (self.q[name][:, rows], exp_avg, exp_avg_sq, self.parameters[name].detach()[rows]), entry.step
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]

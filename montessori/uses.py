@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +48,13 @@ class DenseUse:
 
 
 @dataclass(frozen=True)
+class ExpertsUse:
+    """Gradient of a stack of matrices [E, O, I]: that of expert e is `parts[e]`, or zero where there is none."""
+
+    parts: Mapping[int, LinearUse]
+
+
+@dataclass(frozen=True)
 class TouchedRows:
     """Gradient `grad` [U, I] of the rows `ids`, sorted int64 [U], of one example."""
 
@@ -73,16 +81,19 @@ class RestUse:
     parts: Sequence[TouchedRows]
 
 
-Use = LinearUse | RowsUse | DenseUse
+Use = LinearUse | RowsUse | DenseUse | ExpertsUse
 
 
 def merge(uses: Sequence[Use]) -> Use | None:
     """One use that stands for all uses of a parameter (Eq. 1: they are summed before Δ).
 
-    Returns None when ready gradients and factored ones come together, which no rule captures.
+    Returns None when gradients of different kinds come together, which no rule captures.
     """
     if len(uses) == 1:
         return uses[0]
+    stacks = [use for use in uses if isinstance(use, ExpertsUse)]
+    if stacks:
+        return _merge_experts(stacks) if len(stacks) == len(uses) else None
     dense = [use.grad for use in uses if isinstance(use, DenseUse)]
     if dense:
         return DenseUse(torch.stack(dense).sum(0)) if len(dense) == len(uses) else None
@@ -99,6 +110,16 @@ def _merge_linear(uses: Sequence[LinearUse]) -> LinearUse:
     order, offsets = _interleave([use.offsets for use in uses])
     x, dy = torch.cat([use.x for use in uses]), torch.cat([use.dy for use in uses])
     return LinearUse(x[order.to(x.device)], dy[order.to(x.device)], offsets)
+
+
+def _merge_experts(stacks: Sequence[ExpertsUse]) -> ExpertsUse:
+    parts: defaultdict[int, list[LinearUse]] = defaultdict(list)
+    for stack in stacks:
+        for expert, part in stack.parts.items():
+            parts[expert].append(part)
+    return ExpertsUse(
+        {expert: found[0] if len(found) == 1 else _merge_linear(found) for expert, found in parts.items()}
+    )
 
 
 def _merge_rows(tables: Sequence[SparseRows]) -> SparseRows:
@@ -123,6 +144,12 @@ def scale(use: Use, factors: Tensor) -> Use:
         return DenseUse(use.grad * factors.to(use.grad.dtype).view(-1, *[1] * (use.grad.dim() - 1)))
     if isinstance(use, RowsUse):
         return RowsUse(_scale_rows(use.rows, factors))
+    if isinstance(use, ExpertsUse):
+        return ExpertsUse({expert: _scale_linear(part, factors) for expert, part in use.parts.items()})
+    return _scale_linear(use, factors)
+
+
+def _scale_linear(use: LinearUse, factors: Tensor) -> LinearUse:
     use = use.packed()
     per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device))
     rows = _scale_rows(use.rows, factors) if use.rows is not None else None
@@ -142,6 +169,8 @@ def example_gradient(use: Use, example: int, shape: torch.Size) -> Tensor:
     """The whole gradient of one example, `shape`; float64 when captured so, else float32."""
     if isinstance(use, DenseUse):
         return use.grad[example]
+    if isinstance(use, ExpertsUse):
+        return _expert_gradients(use, example, shape)
     rows = use.rows
     dtype = torch.promote_types((use.x if isinstance(use, LinearUse) else use.rows.grad).dtype, torch.float32)
     if isinstance(use, LinearUse):
@@ -154,3 +183,12 @@ def example_gradient(use: Use, example: int, shape: torch.Size) -> Tensor:
         span = slice(*rows.offsets[example : example + 2].tolist())
         grad.index_add_(0, rows.ids[span], rows.grad[span].to(dtype))
     return grad
+
+
+def _expert_gradients(use: ExpertsUse, example: int, shape: torch.Size) -> Tensor:
+    parts = {expert: example_gradient(part, example, shape[1:]) for expert, part in use.parts.items()}
+    some = next(iter(parts.values()))
+    whole = some.new_zeros(shape)
+    for expert, grad in parts.items():
+        whole[expert] = grad
+    return whole

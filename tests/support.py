@@ -36,6 +36,16 @@ CONFIGS = {
     "mixtral": lambda: transformers.MixtralConfig(
         **_LLAMA, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"
     ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_LLAMA, head_dim=4, num_local_experts=5, num_experts_per_tok=2, sliding_window=8, **_TOKENS,
+        experts_implementation="eager",
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**_LLAMA, "num_key_value_heads": 4}, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+        qk_nope_head_dim=4, v_head_dim=4, experts_implementation="eager",
+    ),
+    "falcon": lambda: transformers.FalconConfig(**_COMMON, bias=True, **_TOKENS),
 }  # fmt: skip
 
 

@@ -11,10 +11,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from capturing import EXAMPLES, PADDING, VOCABULARY, WIDTH, Collect, Model, assert_exact, build, example, mean_loss
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 from montessori import InfluenceEstimator
@@ -61,6 +64,66 @@ class Heads(nn.Module):
         return self.project(self.norm(heads)).transpose(2, self.axis).flatten(-2)
 
 
+class Router(nn.Module):
+    """A matrix used in the module's own way: by `F.linear` of a cast, or by `@` with the bias added after it."""
+
+    def __init__(self, by_hand: bool):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(4, WIDTH)), nn.Parameter(torch.zeros(4))
+        self.by_hand = by_hand
+
+    def forward(self, h):
+        if self.by_hand:
+            logits = h @ self.weight.T + self.bias
+        else:
+            logits = F.linear(h.flatten(0, 1).type(torch.float64), self.weight.type(torch.float64), bias=self.bias)
+        return logits.view(*h.shape[:2], -1), logits.argmax(-1)
+
+
+class Sinks(nn.Module):
+    """One value per head beside the logits of attention, as GPT-OSS has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.sinks, self.project = nn.Parameter(torch.zeros(3)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h):
+        size, length, _ = h.shape
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(size, -1, length, -1)
+        logits = torch.cat([self.project(h).view(size, length, 3, 2).transpose(1, 2), sinks], -1)
+        return logits.softmax(-1)[..., :-1].transpose(1, 2).flatten(2)
+
+
+def expert_stack(**flags) -> nn.Module:
+    """Experts as transformers stacks them; `flags` are those of its decorator."""
+    config = transformers.GptOssConfig(
+        hidden_size=WIDTH, intermediate_size=4, num_local_experts=5, experts_implementation="eager"
+    )
+    kind = GptOssExperts if flags["has_bias"] else MixtralExperts
+    experts = kind(config)
+    assert all(getattr(experts, name) == value for name, value in flags.items())
+    for parameter in experts.parameters():
+        nn.init.zeros_(parameter)
+    return experts
+
+
+def mixture(repeat: int = 1, **flags) -> Model:
+    """Two experts a token, chosen by its id: some experts see no token of an example, some none at all."""
+
+    def body(model, h, ids):
+        flat = h.flatten(0, 1)
+        chosen = torch.stack([ids % 4, (ids + 1) % 4], -1).flatten(0, 1)
+        for _ in range(repeat):
+            flat = model.middle(flat, chosen, torch.sigmoid(flat[:, :2]))
+        return flat.view(h.shape)
+
+    return Model(body, expert_stack(**flags))
+
+
+MIXTRAL = {"has_bias": False, "is_transposed": False}
+GPT_OSS = {"has_bias": True, "is_transposed": True}
+
+
 def shared_weight() -> Model:
     pair = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
     pair[2].weight = pair[0].weight
@@ -96,6 +159,12 @@ COVERED = {
     "conv1d": lambda: Model(middle=Conv1D(WIDTH, WIDTH)),
     "layernorm_without_bias": lambda: Model(middle=nn.LayerNorm(WIDTH, bias=False)),
     "norm_of_one_plus_weight": lambda: Model(middle=PlusOneNorm()),
+    "router": lambda: Model(lambda m, h, ids: h * m.middle(h)[0].sum(-1, keepdim=True), Router(by_hand=False)),
+    "router_by_hand": lambda: Model(lambda m, h, ids: h * m.middle(h)[0].sum(-1, keepdim=True), Router(by_hand=True)),
+    "attention_sinks": lambda: Model(middle=Sinks()),
+    "experts": lambda: mixture(**MIXTRAL),
+    "experts_transposed_with_biases": lambda: mixture(**GPT_OSS),
+    "experts_used_twice": lambda: mixture(repeat=2, **GPT_OSS),
     "heads": lambda: Model(middle=Heads(axis=2)),
     "heads_first": lambda: Model(middle=Heads(axis=1)),
     "flattened_and_by_keyword": lambda: Model(lambda m, h, ids: m.middle(input=h.flatten(0, 1)).view(h.shape)),

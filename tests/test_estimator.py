@@ -63,6 +63,16 @@ def pad(row, length, left):
     return {key: [fill] * missing + row[key] if left else row[key] + [fill] * missing for key, fill in filled.items()}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "falcon"])
+@pytest.mark.filterwarnings("error::montessori.errors.FallbackWarning")
+def test_mixtures_of_experts_are_captured_in_batches(name):
+    model = make_model(name)
+    optimizer = warm_optimizer(model)
+    estimator = InfluenceEstimator(model, optimizer, make_rows(2, seed=4))
+    assert "autograd" not in estimator.coverage
+    assert sum(estimator.coverage.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
 def roberta(dtype, **settings):
     """Positions that start after the padding token's; not causal unless it is told to be."""
     config = transformers.RobertaConfig(

@@ -315,7 +315,7 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "branching"])
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gpt_oss", "branching"])
 def test_clipped_scores_are_those_of_a_loop_with_clipping(monkeypatch, name, method):
     torch.manual_seed(0)
     model = Branching().double() if name == "branching" else make_model(name)

@@ -124,6 +124,23 @@ def test_a_sampled_run_reports_its_error_and_keeps_it_in_the_file(student, tmp_p
 
 
 @needs_kernels
+def test_sampled_experts_are_estimates_of_the_same_scores():
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=512, hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    student = model, warm_optimizer(model)
+    full, whole, part = scored(student), scored(student, sample=0.999), scored(student, sample=0.5)
+    assert not whole.standard_error.any(), "every tile is drawn"
+    # Float32 products, of which 1e-5 is left of the differences to the step without a gradient.
+    np.testing.assert_allclose(whole.influence, full.influence, rtol=0, atol=1e-5 * np.abs(full.centred).max())
+    assert np.all(part.standard_error > 0)
+    assert np.all(np.abs(part.influence - full.influence) <= 6 * part.standard_error)
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"sample": 0.0}, "0 < sample <= 1"), ({"sample": 1.5}, "0 < sample <= 1"),

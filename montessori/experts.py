@@ -1,0 +1,70 @@
+"""Mixtures of experts as transformers 5 lays them out: all experts of a layer in one tensor [E, O, I].
+
+Dimensions: N tokens of a batch, H hidden features, k experts of a token, E experts, n tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_UP = ("gate_up_proj", "up_proj")
+_DOWN = "down_proj"
+
+
+# (name, expert, rows, x): x [n, I] of the tokens `rows`, int64 [n], through the matrix `name` of one expert.
+ExpertLinear = Callable[[str, int, Tensor, Tensor], Tensor]
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Whether `module` follows the interface by which transformers exchanges implementations of experts.
+
+    Such a module is described by its flags, `_apply_gate` or `act_fn`, and its stacked matrices alone.
+    """
+    flags = ("has_gate", "has_bias", "is_transposed", "num_experts")
+    if not all(hasattr(module, name) for name in flags) or getattr(module, "has_post_expert_norm", False):
+        return False
+    sizes = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
+    up = _up(module)
+    known = {up: 3, _DOWN: 3} | ({f"{up}_bias": 2, f"{_DOWN}_bias": 2} if module.has_bias else {})
+    return sizes == known and not getattr(module, "_is_expert_parallel", False)
+
+
+def experts_forward(
+    module: Any, linear: ExpertLinear, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What `module` computes of hidden_states [N, H] with top_k_index and top_k_weights [N, k], expert by expert.
+
+    Sums over a token's experts are taken in the wider of both dtypes.
+    """
+    dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+    result = torch.zeros_like(hidden_states, dtype=dtype)
+    activation: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    weights, k = top_k_weights.reshape(-1), top_k_index.shape[-1]
+    for expert, chosen in chosen_by_expert(top_k_index, module.num_experts):
+        rows = chosen // k
+        inner = activation(linear(_up(module), expert, rows, hidden_states[rows]))
+        result = result.index_add(0, rows, (linear(_DOWN, expert, rows, inner) * weights[chosen, None]).to(dtype))
+    return result.to(hidden_states.dtype)
+
+
+def chosen_by_expert(top_k_index: Tensor, num_experts: int) -> list[tuple[int, Tensor]]:
+    """Of each expert that any token goes to, the positions n·k + j in top_k_index [N, k], in the order of tokens."""
+    flat = top_k_index.reshape(-1)
+    experts, counts = flat.sort().values.unique_consecutive(return_counts=True)
+    chosen = flat.argsort(stable=True).split(counts.tolist())
+    return [(expert, rows) for expert, rows in zip(experts.tolist(), chosen, strict=True) if expert < num_experts]
+
+
+def expert_matrix(module: Any, name: str, expert: int) -> tuple[Tensor, Tensor | None]:
+    """The matrix [O, I] of one expert and its bias [O], where it has one."""
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    return (weight.T if module.is_transposed else weight), bias
+
+
+def _up(module: Any) -> str:
+    return _UP[0] if module.has_gate else _UP[1]
