@@ -1,7 +1,8 @@
-"""Loading a student and checking that it can be scored."""
+"""Loading a student, checking that it can be scored, and giving its memory back."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -225,3 +226,10 @@ def _forget_quantisation(model: Any) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def free_models() -> None:
+    """Give back the memory of models that no one uses any more: a Trainer and its model refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

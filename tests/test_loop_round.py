@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from loop_models import make_teacher
 from support import make_text_rows
+from transformers import PreTrainedModel
 
 from montessori.cli import cli
 from montessori.errors import ArgumentError, DataError
@@ -105,6 +108,34 @@ def test_a_round_leaves_every_stage_done_and_a_report(finished):
     assert {"tuned", "untuned", "comparison"} <= evaluation["influence"].keys()
     assert len((path / "reference.jsonl").read_text().splitlines()) == 5
     assert len((path / "evaluation.jsonl").read_text().splitlines()) == 4
+
+
+def test_no_model_outlives_its_stage(settings, tmp_path, monkeypatch):
+    models, alive = weakref.WeakSet(), {}
+    make = PreTrainedModel.__init__
+
+    def noted(self, *args, **kwargs):
+        models.add(self)
+        make(self, *args, **kwargs)
+
+    def counted(stage):
+        def work(self, out):
+            alive[stage.__name__] = len(models)
+            return stage(self, out)
+
+        return work
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", noted)
+    for name in loop.STAGES:
+        monkeypatch.setattr(loop.Round, name, counted(getattr(loop.Round, name)))
+    gc.collect()
+    gc.disable()
+    try:
+        loop.run(config(settings), tmp_path / "run", progress=False)
+    finally:
+        gc.enable()
+    assert alive == dict.fromkeys(loop.STAGES, 0)
+    assert not models
 
 
 def test_the_same_config_twice_gives_the_same_bytes(settings, finished, tmp_path):

@@ -7,7 +7,6 @@ same texts come out, bit for bit; with other batches nearly all of them do.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from montessori.loop.cache import read_prompts
 from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, prompt_ids
-from montessori.models import load_model
+from montessori.models import free_models, load_model
 
 # A sorted copy of a whole vocabulary costs more than the model's own step; this many tokens nearly always
 # hold the nucleus, and where they do not the whole vocabulary is sorted.
@@ -77,9 +76,7 @@ class TransformersEngine:
 
     def release(self) -> None:
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_models()
 
     def end_tokens(self) -> set[int]:
         """Ids that end a text, by the tokenizer and by the model's generation config."""

@@ -24,6 +24,7 @@ from montessori.loop.judge import open_judge
 from montessori.loop.prompts import instruction_text
 from montessori.loop.rundir import RunDirectory, content_digest
 from montessori.loop.signals import around_median, from_scores
+from montessori.models import free_models
 from montessori.runs import versions, write_json
 from montessori.scores import Scores
 
@@ -172,6 +173,7 @@ class Round:
                 if self.progress and processes.is_main():
                     print(f"{self.name}/{name}", file=sys.stderr)
                 facts = stage(work.path)
+                free_models()
                 work.tokens = facts.pop("tokens", 0)
                 work.facts = facts
 
