@@ -86,7 +86,6 @@ def _kind(module: nn.Module) -> str | None:
     if are_experts(module):
         return EXPERTS
     sizes = {attribute: parameter.dim() for attribute, parameter in module.named_parameters(recurse=False)}
-    leaf = next(module.children(), None) is None
     if set(sizes.values()) == {1}:
-        return LOCAL if leaf else EXPANDED
-    return PRODUCT if leaf and sizes in ({"weight": 2}, {"weight": 2, "bias": 1}) else None
+        return LOCAL if next(module.children(), None) is None else EXPANDED
+    return PRODUCT if sizes in ({"weight": 2}, {"weight": 2, "bias": 1}) else None
