@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/performance.md from the JSON files under benchmarks/results.
+"""Write the tables of README.md and of docs from the JSON files under benchmarks/results.
 
 python -m benchmarks.render
 """
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/supported.md")
 
 
 def fidelity(records: list[dict[str, Any]]) -> str:
@@ -123,6 +123,32 @@ def profile(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def architectures(record: dict[str, Any]) -> str:
+    found = record["architectures"]
+    scored = {name: result for name, result in found.items() if "error" in result}
+    whole = [name for name, result in scored.items() if "autograd" not in result["coverage"]]
+    shares = {
+        name: result["coverage"]["autograd"] / sum(result["coverage"].values())
+        for name, result in scored.items()
+        if name not in whole
+    }
+    rest = [f"{name} ({share:.1%})" for name, share in shares.items()]
+    largest = max(result["error"] for result in scored.values())
+    lines = ["| | architectures |", "|---|---|"]
+    lines.append(f"| by rules alone | {', '.join(whole)} |")
+    lines.append(f"| a share of the parameters by `autograd` | {', '.join(rest)} |")
+    lines.append(f"| refused | {', '.join(name for name, result in found.items() if 'refused' in result)} |")
+    lines.append(
+        f"| not built at this size | {', '.join(name for name, result in found.items() if 'unbuilt' in result)} |"
+    )
+    versions = record["machine"]["versions"]
+    return (
+        "\n".join(lines)
+        + f"\n\ntransformers {versions['transformers']}: {len(scored)} of {len(found)} scored; largest "
+        f"difference from the loop, over the largest influence: {largest:.0e}."
+    )
+
+
 def _run(record: dict[str, Any]) -> list[str]:
     """Backend, threads, products and tokens of a run of `benchmarks.speed`."""
     backend = "kernels" if record["backend"] == "auto" else record["backend"]
@@ -160,7 +186,12 @@ def main() -> None:
         "kernels": kernels(_records("kernels_*.json")),
         "products": products(_records("products_*.json")),
     }
-    singles: dict[str, Callable[[dict[str, Any]], str]] = {"sampling": sampling, "memory": memory, "profile": profile}
+    singles: dict[str, Callable[[dict[str, Any]], str]] = {
+        "sampling": sampling,
+        "memory": memory,
+        "profile": profile,
+        "architectures": architectures,
+    }
     for name, table_of in singles.items():
         records = _records(f"{name}.json")
         tables[name] = table_of(records[0]) if records else "Not run yet."

@@ -26,8 +26,8 @@ from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
 
 # Rounding allowed between two ways to sum the same products, relative to the gradient's norm.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-# The same for a mean of token losses, of which few roundings are left.
-LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# The same for a mean of token losses: ten times what 30 layers of float32 show between batches of different length.
+LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # A gradient that is zero in exact arithmetic is rounding noise; measure it against the global norm.
 NOISE_SHARE = 1e-3
 # Tokens of the first example and of the others: enough to see every kind of mistake, few enough to cost little.
@@ -139,7 +139,8 @@ def rows_stand_alone(model: nn.Module, examples: Sequence[Example], loss: LossFu
     with evaluation_mode(model):
         together = example_losses(model, collate(windows).to(device), loss).double()
         alone = torch.cat([example_losses(model, collate([one]).to(device), loss).double() for one in windows])
-    allowed = LOSS_TOLERANCE[next(model.parameters()).dtype] * alone.abs()
+    # Losses of less than a nat are still differences of logits.
+    allowed = LOSS_TOLERANCE[next(model.parameters()).dtype] * alone.abs().clamp(min=1)
     # What is not finite is reported by its row, when the reference is evaluated.
     return bool((((together - alone).abs() <= allowed) | ~alone.isfinite()).all())
 

@@ -1,0 +1,187 @@
+"""Every causal language model of the installed transformers, small and with random weights: which rule captures what.
+
+    python -m benchmarks.architectures
+
+Truth is a loop over single examples that knows nothing of the package's capture: the model's ordinary forward pass,
+autograd, Eq. 1 in plain torch. What cannot be built at this size is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from benchmarks.common import write_result
+from montessori import AdamWState, InfluenceEstimator, reference
+from montessori.errors import MontessoriError
+
+VOCABULARY = 61
+# What a config is given of these, under whatever names its architecture has for them.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim", "lru_width"), 16),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner"), 24),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "sliding_window", "mamba_d_head"), 8),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "state_size"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "moe_k", "rotary_dim"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "bos_token_id"), 1),
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "mlp_only_layers": [],
+}
+# Settings that some architectures do not take at this size, left out one after the other.
+OPTIONAL = (None, "head_dim", "num_key_value_heads", "sliding_window", "intermediate_size", "n_inner")
+MOST_PARAMETERS = 3_000_000
+SECONDS = 60
+# Float32, two orders of summation in a model of two layers; norms in Gemma 2's style are the roughest.
+EXACT = 1e-3
+
+
+class UnbuiltError(Exception):
+    """An architecture that does not come small; the text says why."""
+
+
+def build(name: str) -> nn.Module:
+    """A model of two narrow layers, all its vectors away from their initial values."""
+    kind = CONFIG_MAPPING[name]
+    try:
+        own = kind().to_dict()
+    # Some have no default that they take themselves.
+    except Exception as error:
+        raise unbuilt(error) from error
+    values = {key: value for key, value in SMALL.items() if key in own}
+    for left_out in OPTIONAL:
+        values.pop(left_out, None)
+        torch.manual_seed(0)
+        try:
+            config = kind(**values).get_text_config()
+            config.is_decoder = True
+            with torch.device("meta"):
+                size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+            if size > MOST_PARAMETERS:
+                raise UnbuiltError(f"{size / 1e6:.0f} M parameters")
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            plain_loss(model, rows(1, seed=0)[0]).backward()
+        except UnbuiltError:
+            raise
+        # Whatever an architecture raises at sizes that it was not made for.
+        except Exception as error:
+            reason = error
+            continue
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.zero_grad()
+        return model
+    raise unbuilt(reason)
+
+
+def unbuilt(error: Exception) -> UnbuiltError:
+    return UnbuiltError(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+
+
+def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 13, (count,), generator=generator).tolist()
+    # Token 0 is padding, which some architectures look for in the text.
+    texts = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": text, "labels": [-100, *text[1:]]} for text in texts]
+
+
+def plain_loss(model: nn.Module, row: dict[str, list[int]]) -> torch.Tensor:
+    ids = torch.tensor([row["input_ids"]])
+    return F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values()), materialize_grads=True), strict=True))
+
+
+def slow_influence(model: nn.Module, optimizer: torch.optim.Optimizer, candidates: list, references: list) -> list:
+    """Eq. 3 by one backward pass for each example."""
+    state, named = AdamWState.from_optimizer(model, optimizer), dict(model.named_parameters())
+    q = gradients(model, torch.stack([plain_loss(model, row) for row in references]).mean())
+    found = []
+    for row in candidates:
+        total = 0.0
+        for name, grad in gradients(model, plain_loss(model, row)).items():
+            entry = state[name]
+            step = reference.delta(grad, entry.exp_avg, entry.exp_avg_sq, named[name].detach(), entry.step)
+            total += float((q[name].double() * step.double()).sum())
+        found.append(-total)
+    return found
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise UnbuiltError(f"more than {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def check(name: str) -> dict[str, Any]:
+    """How `name` is captured and how far its scores are from the loop's, over the largest of them."""
+    try:
+        with at_most(SECONDS):
+            model = build(name)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+            for row in rows(4, seed=99):
+                optimizer.zero_grad()
+                plain_loss(model, row).backward()
+                optimizer.step()
+            candidates, references = rows(6, seed=1), rows(3, seed=2)
+            estimator = InfluenceEstimator(model, optimizer, references, method="first_order")
+            found = estimator.score(candidates).influence
+            want = np.array(slow_influence(model, optimizer, candidates, references))
+    except UnbuiltError as error:
+        return {"unbuilt": str(error)}
+    except MontessoriError as error:
+        return {"refused": str(error)}
+    coverage = {rule: int(count) for rule, count in estimator.coverage.items()}
+    return {"coverage": coverage, "error": float(np.abs(found - want).max() / np.abs(want).max())}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--only", nargs="+", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), metavar="NAME")
+    options.add_argument("--threads", type=int, default=1)
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    found = {name: check(name) for name in tqdm(arguments.only)}
+    wrong = {name: result["error"] for name, result in found.items() if not result.get("error", 0.0) <= EXACT}
+    print(f"{sum('error' in result for result in found.values())} of {len(found)} scored; wrong: {wrong or 'none'}")
+    everything = {"only": None} if set(found) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) else {}
+    settings = argparse.Namespace(**{**vars(arguments), **everything})
+    print(f"wrote {write_result('architectures', settings, {'architectures': found})}")
+
+
+if __name__ == "__main__":
+    main()
