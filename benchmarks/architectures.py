@@ -32,7 +32,7 @@ VOCABULARY = 61
 # What a config is given of these, under whatever names its architecture has for them.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim", "lru_width"), 16),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embed_dim", "word_embed_proj_dim"), 16),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner"), 24),
@@ -47,8 +47,13 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
     "mlp_only_layers": [],
 }
-# Settings that some architectures do not take at this size, left out one after the other.
-OPTIONAL = (None, "head_dim", "num_key_value_heads", "sliding_window", "intermediate_size", "n_inner")
+# Changes for architectures that do not take all of it, one after the other; None leaves a setting out.
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    # Hybrids have their first layer of full attention at the end of a group.
+    {"num_hidden_layers": 4},
+    *({name: None} for name in ("head_dim", "num_key_value_heads", "sliding_window", "intermediate_size", "n_inner")),
+)
 MOST_PARAMETERS = 3_000_000
 SECONDS = 60
 # Float32, two orders of summation in a model of two layers; norms in Gemma 2's style are the roughest.
@@ -60,7 +65,7 @@ class UnbuiltError(Exception):
 
 
 def build(name: str) -> nn.Module:
-    """A model of two narrow layers, all its vectors away from their initial values."""
+    """A model of a few narrow layers, all its vectors away from their initial values."""
     kind = CONFIG_MAPPING[name]
     try:
         own = kind().to_dict()
@@ -68,8 +73,8 @@ def build(name: str) -> nn.Module:
     except Exception as error:
         raise unbuilt(error) from error
     values = {key: value for key, value in SMALL.items() if key in own}
-    for left_out in OPTIONAL:
-        values.pop(left_out, None)
+    for change in CHANGES:
+        values = {key: value for key, value in (values | change).items() if key in own and value is not None}
         torch.manual_seed(0)
         try:
             config = kind(**values).get_text_config()
