@@ -28,13 +28,17 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._module: Any = module
         self._active = False
+        # Each parameter of the module, with casts or views of it as they come.
+        self._forms: dict[str, list[Tensor]] = {}
 
     def start(self) -> None:
+        self._forms = {name: [parameter] for name, parameter in self._module.named_parameters(recurse=False)}
         self._active = torch.is_grad_enabled()
         if self._active:
             self.__enter__()
 
     def stop(self) -> None:
+        self._forms = {}
         if self._active:
             self._active = False
             self.__exit__(None, None, None)
@@ -70,19 +74,10 @@ class ProductCalls(_Calls):
     def __init__(self, module: nn.Module, called: Callable[[tuple[str, ...], Tensor | None, Tensor], Tensor]) -> None:
         super().__init__(module)
         self._called = called
-        self._casts: dict[str, list[Tensor]] = {}
-
-    def start(self) -> None:
-        self._casts = {name: [parameter] for name, parameter in self._module.named_parameters(recurse=False)}
-        super().start()
-
-    def stop(self) -> None:
-        super().stop()
-        self._casts = {}
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if func in _CASTS:
-            for casts in self._casts.values():
+            for casts in self._forms.values():
                 if _among(args[0], casts) and isinstance(output, Tensor):
                     casts.append(output)
         elif func is F.linear:
@@ -97,14 +92,14 @@ class ProductCalls(_Calls):
         return output
 
     def _is(self, name: str, tensor: Any) -> bool:
-        return _among(tensor, self._casts.get(name, []))
+        return _among(tensor, self._forms.get(name, []))
 
     def _is_transposed_weight(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and any(
             tensor.data_ptr() == weight.data_ptr()
             and tensor.shape == weight.shape[::-1]
             and tensor.stride() == weight.stride()[::-1]
-            for weight in self._casts.get("weight", [])
+            for weight in self._forms.get("weight", [])
         )
 
 
@@ -117,20 +112,11 @@ class ExpandCalls(_Calls):
     def __init__(self, module: nn.Module, size: Callable[[], int], called: Callable[[str, Tensor, Tensor], Tensor]):
         super().__init__(module)
         self._size, self._called = size, called
-        self._views: dict[str, list[Tensor]] = {}
-
-    def start(self) -> None:
-        self._views = {name: [parameter] for name, parameter in self._module.named_parameters(recurse=False)}
-        super().start()
-
-    def stop(self) -> None:
-        super().stop()
-        self._views = {}
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if func not in _VIEWS and func is not Tensor.expand:
             return output
-        for name, views in self._views.items():
+        for name, views in self._forms.items():
             if not _among(args[0], views):
                 continue
             if func in _VIEWS:
