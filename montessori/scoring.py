@@ -80,6 +80,9 @@ class InfluenceSink:
         """What its tokens make of the score of one expert, for the examples that have any: most have none."""
         counts = use.offsets.diff()
         examples = counts.nonzero().flatten()
+        if not examples.numel():
+            # Padding alone goes to this expert.
+            return
         if self.sample < 1:
             compact = torch.cat([counts.new_zeros(1), counts[examples].cumsum(0)])
             self._sampled(name, expert, replace(use, offsets=compact), examples)

@@ -20,7 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from montessori import InfluenceEstimator
+from montessori import InfluenceEstimator, cpu
 from montessori.batching import collate
 from montessori.capture import Capture
 from montessori.coverage import verified_plan
@@ -187,6 +187,27 @@ def test_captured_gradients_are_autograds(make):
     assert_exact(model, plan)
     assert "autograd" not in plan.coverage()
     assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("sample", [1.0, 0.5])
+def test_an_expert_that_only_padding_goes_to_scores_as_without_a_gradient(sample):
+    """Padding is token 0, which goes to experts 0 and 1; the text goes to 1, 2 and 3."""
+    if sample < 1 and cpu.unavailable():
+        pytest.skip(f"{cpu.unavailable()}")
+    model = build(lambda: mixture(**MIXTRAL)).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([5, 1, 6, 2, 10], [9, 2], [6, 5, 5])]
+    for one in EXAMPLES:
+        optimizer.zero_grad()
+        sum(p.sum() for p in model.parameters()).mul(1e-3).backward()
+        mean_loss(model, collate([one])).sum().backward()
+        optimizer.step()
+    estimator = InfluenceEstimator(
+        model, optimizer, rows[:2], method="first_order", sample=sample, loss_fn=mean_loss, reference_loss_fn=mean_loss
+    )
+    together, alone = (estimator.score(rows, batch_tokens=tokens).influence for tokens in (40, 5))
+    # Float32 sums of some hundred terms.
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-5, atol=1e-8)
 
 
 def test_a_module_that_the_forward_does_not_reach_is_absent():
