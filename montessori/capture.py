@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from montessori.batching import Batch
 from montessori.calls import EmbeddingCalls, ExpandCalls, ProductCalls
 from montessori.errors import ModelError
-from montessori.experts import chosen_by_expert, expert_matrix, experts_forward
+from montessori.experts import ExpertStack, chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
 from montessori.local import local_gradients, sum_per_example
 from montessori.losses import LossFunction
@@ -29,7 +28,7 @@ from montessori.ops import SparseRows
 from montessori.products import fast_products, forward_replaced, linear
 from montessori.rowmap import RowMap, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, EXPANDED, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
-from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
+from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
 
 
 class Sink(Protocol):
@@ -244,15 +243,15 @@ class Capture:
     def _experts_called(
         self, rule: ModuleRule, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        stacks: dict[str, _Stack] = {}
+        chosen = chosen_by_expert(top_k_index, module.num_experts)
+        stacks: dict[str, ExpertStack] = {}
         if torch.is_grad_enabled() and self._sink is not None:
             rows = self._active_rows
             if hidden_states.shape[0] != rows.size * rows.length:
                 raise UnmappableRowsError(rule.module_name, tuple(hidden_states.shape), rows.size)
             self._expected.update(rule.parameters.values())
-            hit = len(chosen_by_expert(top_k_index, module.num_experts))
             names = {name.removesuffix("_bias") for name in rule.parameters}
-            stacks = {name: _Stack(rule, name, module, rows, hit, self._deliver) for name in names}
+            stacks = {name: ExpertStack(rule, name, module, rows, len(chosen), self._deliver) for name in names}
 
         def product(name: str, expert: int, tokens: Tensor, x: Tensor) -> Tensor:
             y = linear(x, *expert_matrix(module, name, expert))
@@ -261,7 +260,7 @@ class Capture:
             tracked = self._on_gradient(y, partial(stacks[name].receive, expert, tokens, x.detach()))
             return y if tracked is None else tracked
 
-        return experts_forward(module, product, hidden_states, top_k_index, top_k_weights)
+        return experts_forward(module, product, chosen, hidden_states, top_k_weights)
 
     def _local_called(
         self, rule: ModuleRule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -337,44 +336,6 @@ class Capture:
             yield
         finally:
             self._sink = sink
-
-
-@dataclass
-class _Stack:
-    """The gradient of the matrices `name` of a layer's experts, and of their biases, one expert after the other.
-
-    `hit` experts have tokens in this batch; with the last of them all goes to `deliver`.
-    """
-
-    rule: ModuleRule
-    name: str
-    module: Any
-    rows: RowMap
-    hit: int
-    deliver: Callable[[str, Use], None]
-    parts: dict[int, LinearUse] = field(default_factory=dict)
-
-    def receive(self, expert: int, tokens: Tensor, x: Tensor, dy: Tensor) -> None:
-        """x [n, I] and dy [n, O] at the flat positions `tokens`, int64 [n]."""
-        kept, offsets = self.rows.of_tokens(tokens, dy, self.rule.module_name)
-        self.parts[expert] = LinearUse(x[kept], dy[kept], offsets)
-        if len(self.parts) == self.hit:
-            self._finish()
-
-    def _finish(self) -> None:
-        bias = self.rule.parameters.get(f"{self.name}_bias")
-        if bias is not None:
-            sums = {expert: sum_per_example(part.dy, part.offsets) for expert, part in self.parts.items()}
-            shape = getattr(self.module, f"{self.name}_bias").shape
-            grad = next(iter(sums.values())).new_zeros(self.rows.size, *shape)
-            for expert, value in sums.items():
-                grad[:, expert] = value
-            self.deliver(bias, DenseUse(grad))
-        weight = self.rule.parameters.get(self.name)
-        if weight is not None:
-            if self.module.is_transposed:
-                self.parts = {e: LinearUse(part.dy, part.x, part.offsets) for e, part in self.parts.items()}
-            self.deliver(weight, ExpertsUse(self.parts))
 
 
 def _touched(batch: Batch) -> list[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from montessori.errors import FallbackWarning, ModelError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head
 from montessori.losses import LossFunction, response_loss
 from montessori.oracle import example_gradients
+from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import ModuleRule, Plan, make_plan
 from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
@@ -32,6 +33,8 @@ LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2
 NOISE_SHARE = 1e-3
 # Tokens of the first example and of the others: enough to see every kind of mistake, few enough to cost little.
 PROOF_TOKENS = (128, 96)
+# Of each example whose loss is taken in company and alone: any length shows it.
+LOSS_TOKENS = 32
 # The chunked head rounds less than torch's float32 softmax over a large vocabulary does, whose error reaches 1e-3 of
 # a norm's gradient; the rest of the model is proved without it.
 HEAD_SLACK = 10
@@ -127,14 +130,27 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     return plan
 
 
-@torch.no_grad()
-def rows_stand_alone(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> bool:
-    """Whether `loss` of windows of `examples` is the same in one batch as of each alone.
+def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> ReferenceSets:
+    """`references`, one row at a time where rows that share a batch change each other's loss, with a FallbackWarning.
 
-    It is not where the model looks at later tokens, and so at padding, or where rows of a batch meet: in a layer of
-    the model or in a loss function of the user.
+    They do where the model looks at later tokens, and so at padding, or where rows of a batch meet: in a layer of the
+    model or in a loss function of the user.
     """
-    windows = _of_two_lengths([_window(example, 32) for example in examples])
+    if references.batch_tokens is None or _rows_stand_alone(model, references.shortest(), loss):
+        return references
+    warnings.warn(
+        "the loss of a reference row depends on what shares its batch (a model that is not causal, or a loss function "
+        "that mixes rows): the reference is taken one row at a time, which is slower",
+        FallbackWarning,
+        stacklevel=4,
+    )
+    return replace(references, batch_tokens=None)
+
+
+@torch.no_grad()
+def _rows_stand_alone(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> bool:
+    """Whether `loss` of windows of `examples` is the same in one batch as of each alone."""
+    windows = _of_two_lengths([_window(example, LOSS_TOKENS) for example in examples])
     device = next(model.parameters()).device
     with evaluation_mode(model):
         together = example_losses(model, collate(windows).to(device), loss).double()

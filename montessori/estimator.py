@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from montessori import ops, processes
 from montessori.agreement import Agreement
 from montessori.batching import Example, make_batches, spread
 from montessori.checkpoints import read_optimizer
-from montessori.coverage import proved_loss, rows_stand_alone, verified_plan
+from montessori.coverage import proved_loss, proved_references, verified_plan
 from montessori.data import load_rows
 from montessori.encoding import Encoded, encode_rows
-from montessori.errors import ArgumentError, DataError, FallbackWarning
+from montessori.errors import ArgumentError, DataError
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, full_precision, real_drift
 from montessori.fingerprint import examples_digest, model_digest, sets_digest
 from montessori.journal import ScoreJournal
@@ -260,7 +259,9 @@ class InfluenceEstimator:
     def _prepare(self, method: str, pilot: Sequence[Example]) -> _Prepared:
         narrow = self.options.reference_dtype == "model" and method != "exact"
         full = self.model if narrow else full_precision(self.model)
-        self._prove_rows(full)
+        if not self._rows_proved:
+            self.references = proved_references(full, self.references, self._reference_loss)
+            self._rows_proved = True
         if method == "exact":
             # The truth of an audit has the bits of the real optimizer.
             impl = self.options.backend if self.options.method == "exact" else "reference"
@@ -359,20 +360,6 @@ class InfluenceEstimator:
         if self._plan is None:
             self._plan = verified_plan(self.model, self.references.shortest(), self._loss)
         return self._plan
-
-    def _prove_rows(self, full: nn.Module) -> None:
-        """Take the reference one row at a time where rows that share a batch change each other's loss."""
-        if self._rows_proved or self.references.batch_tokens is None:
-            return
-        self._rows_proved = True
-        if not rows_stand_alone(full, self.references.shortest(), self._reference_loss):
-            warnings.warn(
-                "the loss of a reference row depends on what shares its batch (a model that is not causal, or a loss "
-                "function that mixes rows): the reference is taken one row at a time, which is slower",
-                FallbackWarning,
-                stacklevel=4,
-            )
-            self.references = replace(self.references, batch_tokens=None)
 
     def _chunked_loss(self, full: nn.Module) -> LossFunction:
         return proved_loss(full, self.references.shortest(), self._reference_loss, self.options.backend)

@@ -5,15 +5,22 @@ Dimensions: N tokens of a batch, H hidden features, k experts of a token, E expe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from montessori.local import sum_per_example
+from montessori.rowmap import RowMap
+from montessori.uses import DenseUse, ExpertsUse, LinearUse, Use
+
+if TYPE_CHECKING:
+    from montessori.rules import ModuleRule
+
 _UP = ("gate_up_proj", "up_proj")
 _DOWN = "down_proj"
-
 
 # (name, expert, rows, x): x [n, I] of the tokens `rows`, int64 [n], through the matrix `name` of one expert.
 ExpertLinear = Callable[[str, int, Tensor, Tensor], Tensor]
@@ -34,17 +41,22 @@ def are_experts(module: nn.Module) -> bool:
 
 
 def experts_forward(
-    module: Any, linear: ExpertLinear, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any,
+    linear: ExpertLinear,
+    chosen_by: Sequence[tuple[int, Tensor]],
+    hidden_states: Tensor,
+    top_k_weights: Tensor,
 ) -> Tensor:
-    """What `module` computes of hidden_states [N, H] with top_k_index and top_k_weights [N, k], expert by expert.
+    """What `module` computes of hidden_states [N, H] with top_k_weights [N, k], expert by expert.
 
-    Sums over a token's experts are taken in the wider of both dtypes.
+    `chosen_by` is `chosen_by_expert` of its top_k_index. Sums over a token's experts are taken in the wider of both
+    dtypes.
     """
     dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
     result = torch.zeros_like(hidden_states, dtype=dtype)
     activation: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
-    weights, k = top_k_weights.reshape(-1), top_k_index.shape[-1]
-    for expert, chosen in chosen_by_expert(top_k_index, module.num_experts):
+    weights, k = top_k_weights.reshape(-1), top_k_weights.shape[-1]
+    for expert, chosen in chosen_by:
         rows = chosen // k
         inner = activation(linear(_up(module), expert, rows, hidden_states[rows]))
         result = result.index_add(0, rows, (linear(_DOWN, expert, rows, inner) * weights[chosen, None]).to(dtype))
@@ -53,9 +65,9 @@ def experts_forward(
 
 def chosen_by_expert(top_k_index: Tensor, num_experts: int) -> list[tuple[int, Tensor]]:
     """Of each expert that any token goes to, the positions n·k + j in top_k_index [N, k], in the order of tokens."""
-    flat = top_k_index.reshape(-1)
-    experts, counts = flat.sort().values.unique_consecutive(return_counts=True)
-    chosen = flat.argsort(stable=True).split(counts.tolist())
+    ordered, positions = top_k_index.reshape(-1).sort(stable=True)
+    experts, counts = ordered.unique_consecutive(return_counts=True)
+    chosen = positions.split(counts.tolist())
     return [(expert, rows) for expert, rows in zip(experts.tolist(), chosen, strict=True) if expert < num_experts]
 
 
@@ -68,3 +80,41 @@ def expert_matrix(module: Any, name: str, expert: int) -> tuple[Tensor, Tensor |
 
 def _up(module: Any) -> str:
     return _UP[0] if module.has_gate else _UP[1]
+
+
+@dataclass
+class ExpertStack:
+    """The gradient of the matrices `name` of a layer's experts, and of their biases, one expert after the other.
+
+    `hit` experts have tokens in this batch; with the last of them all goes to `deliver`.
+    """
+
+    rule: ModuleRule
+    name: str
+    module: Any
+    rows: RowMap
+    hit: int
+    deliver: Callable[[str, Use], None]
+    parts: dict[int, LinearUse] = field(default_factory=dict)
+
+    def receive(self, expert: int, tokens: Tensor, x: Tensor, dy: Tensor) -> None:
+        """x [n, I] and dy [n, O] at the flat positions `tokens`, int64 [n]."""
+        kept, offsets = self.rows.of_tokens(tokens, dy, self.rule.module_name)
+        self.parts[expert] = LinearUse(x[kept], dy[kept], offsets)
+        if len(self.parts) == self.hit:
+            self._finish()
+
+    def _finish(self) -> None:
+        bias = self.rule.parameters.get(f"{self.name}_bias")
+        if bias is not None:
+            sums = {expert: sum_per_example(part.dy, part.offsets) for expert, part in self.parts.items()}
+            shape = getattr(self.module, f"{self.name}_bias").shape
+            grad = next(iter(sums.values())).new_zeros(self.rows.size, *shape)
+            for expert, value in sums.items():
+                grad[:, expert] = value
+            self.deliver(bias, DenseUse(grad))
+        weight = self.rule.parameters.get(self.name)
+        if weight is not None:
+            if self.module.is_transposed:
+                self.parts = {e: LinearUse(part.dy, part.x, part.offsets) for e, part in self.parts.items()}
+            self.deliver(weight, ExpertsUse(self.parts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from montessori.rowmap import UnmappableRowsError
-from montessori.rules import ModuleRule
+
+if TYPE_CHECKING:
+    from montessori.rules import ModuleRule
 
 
 def local_gradients(rule: ModuleRule, module: nn.Module, x: Tensor, dy: Tensor, offsets: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ Dimensions: B examples, T padded tokens, n rows of an activation without padding
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -106,13 +107,17 @@ class RowMap:
 
         Raises UnmappableRowsError where padding has a gradient in dy [n, O].
         """
-        real = torch.zeros(self.size * self.length, dtype=torch.bool, device=tokens.device)
-        real[self.kept] = True
-        kept = real[tokens]
+        kept = self._real[tokens]
         if bool((dy[~kept].abs() > 0).any()):
             raise UnmappableRowsError(module, tuple(dy.shape), self.size)
         examples = tokens[kept] // self.length
         return kept, _offsets(torch.bincount(examples, minlength=self.size))
+
+    @cached_property
+    def _real(self) -> Tensor:
+        real = torch.zeros(self.size * self.length, dtype=torch.bool, device=self.kept.device)
+        real[self.kept] = True
+        return real
 
     def _packed_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         kept = rows.index_select(0, self.kept) if self.dropped.numel() else rows
