@@ -42,10 +42,30 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "sliding_window", "mamba_d_head"), 8),
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "state_size"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "moe_k", "rotary_dim"), 2),
+    **dict.fromkeys(("mamba_n_heads", "mamba_d_state", "mamba_chunk_size", "chunk_size"), 4),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "bos_token_id"), 1),
     "eos_token_id": 2,
     "pad_token_id": 0,
     "mlp_only_layers": [],
+}
+# What single architectures need besides, mostly both kinds of layer that they mix.
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 32},
+    "gemma3n_text": {"hidden_size_per_layer_input": 4, "num_kv_shared_layers": 0, "laurel_rank": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 8},
+    "jamba": {"mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_conv": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"head_dim": 8, "n_groups": 1},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "n_mamba_heads": 4,
+        "attention_hidden_size": 32,
+        "attention_head_dim": 8,
+        "mamba_headdim": 8,
+        "adapter_rank": 4,
+    },
 }
 # Changes for architectures that do not take all of it, one after the other; None leaves a setting out.
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -72,7 +92,7 @@ def build(name: str) -> nn.Module:
     # Some have no default that they take themselves.
     except Exception as error:
         raise unbuilt(error) from error
-    values = {key: value for key, value in SMALL.items() if key in own}
+    values = {key: value for key, value in (SMALL | OWN.get(name, {})).items() if key in own}
     for change in CHANGES:
         values = {key: value for key, value in (values | change).items() if key in own and value is not None}
         torch.manual_seed(0)
@@ -139,15 +159,17 @@ def slow_influence(model: nn.Module, optimizer: torch.optim.Optimizer, candidate
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
+    """A limit in seconds of this process's own time, whatever else the machine does."""
+
     def stop(*_: object) -> None:
         raise UnbuiltError(f"more than {seconds} s")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def check(name: str) -> dict[str, Any]:

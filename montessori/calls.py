@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__)
-_VIEWS = (Tensor.reshape, Tensor.view, Tensor.unsqueeze, torch.reshape, torch.unsqueeze)
 _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double)
 
 
@@ -101,29 +100,6 @@ class ProductCalls(_Calls):
             and tensor.stride() == weight.stride()[::-1]
             for weight in self._forms.get("weight", [])
         )
-
-
-class ExpandCalls(_Calls):
-    """Small parameters that are expanded to one copy for each of `size` examples, as attention sinks are.
-
-    `called(attribute, view, output)` gives the output to go on with: view [1, …] of the parameter, output [size, …].
-    """
-
-    def __init__(self, module: nn.Module, size: Callable[[], int], called: Callable[[str, Tensor, Tensor], Tensor]):
-        super().__init__(module)
-        self._size, self._called = size, called
-
-    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if func not in _VIEWS and func is not Tensor.expand:
-            return output
-        for name, views in self._forms.items():
-            if not _among(args[0], views):
-                continue
-            if func in _VIEWS:
-                views.append(output)
-            elif args[0].dim() == output.dim() and args[0].shape[0] == 1 and output.shape[0] == self._size():
-                return self._called(name, args[0], output)
-        return output
 
 
 def _among(tensor: Any, tensors: list[Tensor]) -> bool:

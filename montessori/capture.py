@@ -9,8 +9,8 @@ linear layers compute the same products through the faster library (`montessori.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import Batch
-from montessori.calls import EmbeddingCalls, ExpandCalls, ProductCalls
+from montessori.calls import EmbeddingCalls, ProductCalls
 from montessori.errors import ModelError
 from montessori.experts import ExpertStack, chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
@@ -26,8 +26,9 @@ from montessori.local import local_gradients, sum_per_example
 from montessori.losses import LossFunction
 from montessori.ops import SparseRows
 from montessori.products import fast_products, forward_replaced, linear
+from montessori.replay import ReplayedCalls
 from montessori.rowmap import RowMap, UnmappableRowsError
-from montessori.rules import CONV1D, EMBEDDING, EXPANDED, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
+from montessori.rules import CONV1D, EMBEDDING, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
 from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
 
 
@@ -71,8 +72,8 @@ class Capture:
                 stack.callback(parameter.requires_grad_, True)
             stack.enter_context(fast_products(self._model))
             for module, rule in self._plan.rules.items():
-                if module is not self._plan.head and not set(rule.parameters.values()) <= self._plan.fallback:
-                    self._watch(module, self._without_fallback(rule), stack)
+                if module is not self._plan.head:
+                    self._watch(module, rule, stack)
             yield
 
     def run(self, batch: Batch, loss: LossFunction, sink: Sink) -> Tensor:
@@ -84,7 +85,8 @@ class Capture:
         self._received.clear()
         self._remaining = set(self._plan.trainable)
         try:
-            losses = example_losses(self._model, batch, loss if self._plan.head is None else self._chunked_losses)
+            with self._replayed_calls(batch.size):
+                losses = example_losses(self._model, batch, loss if self._plan.head is None else self._chunked_losses)
             losses.sum().backward()
             self._flush()
         finally:
@@ -161,7 +163,7 @@ class Capture:
         """Catch what `rule` captures of the module until `stack` closes."""
         if rule.kind == EXPERTS:
             stack.enter_context(forward_replaced(module, partial(self._experts_called, rule, module)))
-        elif rule.kind in (EMBEDDING, EXPANDED, PRODUCT):
+        elif rule.kind in (EMBEDDING, PRODUCT):
             calls = self._calls(module, rule)
             stack.callback(module.register_forward_pre_hook(lambda *_: calls.start()).remove)
             stack.callback(module.register_forward_hook(lambda *_: calls.stop(), always_call=True).remove)
@@ -169,16 +171,16 @@ class Capture:
             called = self._local_called if rule.kind == LOCAL else self._linear_called
             stack.callback(module.register_forward_hook(partial(called, rule), with_kwargs=True).remove)
 
-    def _calls(self, module: nn.Module, rule: ModuleRule) -> EmbeddingCalls | ExpandCalls | ProductCalls:
+    def _calls(self, module: nn.Module, rule: ModuleRule) -> EmbeddingCalls | ProductCalls:
         if rule.kind == EMBEDDING:
             return EmbeddingCalls(module, partial(self._embedding_called, rule))
-        if rule.kind == PRODUCT:
-            return ProductCalls(module, partial(self._product_called, rule))
-        return ExpandCalls(module, lambda: self._active_rows.size, partial(self._expand_called, rule))
+        return ProductCalls(module, partial(self._product_called, rule))
 
-    def _without_fallback(self, rule: ModuleRule) -> ModuleRule:
-        kept = {key: name for key, name in rule.parameters.items() if name not in self._plan.fallback}
-        return ModuleRule(rule.kind, rule.module_name, kept)
+    def _replayed_calls(self, size: int) -> AbstractContextManager[Any]:
+        if not self._plan.replayed:
+            return nullcontext()
+        parameters = {name: self._plan.trainable[name] for name in sorted(self._plan.replayed)}
+        return ReplayedCalls(parameters, size, self._track, lambda name, grad: self._deliver(name, DenseUse(grad)))
 
     def _linear_called(
         self,
@@ -191,7 +193,8 @@ class Capture:
         if not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        return self._track(rule, output, partial(self._linear_gradient, rule, x.detach(), x._version))
+        names = rule.parameters.values()
+        return self._track(names, output, partial(self._linear_gradient, rule, x.detach(), x._version))
 
     def _product_called(
         self, rule: ModuleRule, attributes: tuple[str, ...], x: Tensor | None, output: Tensor
@@ -201,22 +204,8 @@ class Capture:
             return output
         rule = ModuleRule(rule.kind, rule.module_name, used)
         if x is None:
-            tracked = self._track(rule, output, partial(self._bias_gradient, rule))
-        else:
-            tracked = self._track(rule, output, partial(self._linear_gradient, rule, x.detach(), x._version))
-        return output if tracked is None else tracked
-
-    def _expand_called(self, rule: ModuleRule, attribute: str, view: Tensor, output: Tensor) -> Tensor:
-        if attribute not in rule.parameters:
-            return output
-        rule = ModuleRule(rule.kind, rule.module_name, {attribute: rule.parameters[attribute]})
-        tracked = self._track(rule, output, partial(self._expand_gradient, rule.parameters[attribute], view.shape))
-        return output if tracked is None else tracked
-
-    def _expand_gradient(self, name: str, shape: torch.Size, dy: Tensor) -> None:
-        wide = dy if dy.dtype is torch.float64 else dy.float()
-        grad = wide.sum_to_size(dy.shape[0], *shape[1:])
-        self._deliver(name, DenseUse(grad.reshape(-1, *self._plan.trainable[name].shape)))
+            return self._track(used.values(), output, partial(self._bias_gradient, rule))
+        return self._track(used.values(), output, partial(self._linear_gradient, rule, x.detach(), x._version))
 
     def _bias_gradient(self, rule: ModuleRule, dy: Tensor) -> None:
         packed_dy, offsets = self._pack_gradient(dy, rule)
@@ -257,8 +246,7 @@ class Capture:
             y = linear(x, *expert_matrix(module, name, expert))
             if name not in stacks:
                 return y
-            tracked = self._on_gradient(y, partial(stacks[name].receive, expert, tokens, x.detach()))
-            return y if tracked is None else tracked
+            return self._on_gradient(y, partial(stacks[name].receive, expert, tokens, x.detach()))
 
         return experts_forward(module, product, chosen, hidden_states, top_k_weights)
 
@@ -269,7 +257,8 @@ class Capture:
             return None
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
             raise UnmappableRowsError(rule.module_name, (), self._rows.size if self._rows else 0)
-        return self._track(rule, output, partial(self._local_gradient, rule, module, args[0].detach()))
+        names = rule.parameters.values()
+        return self._track(names, output, partial(self._local_gradient, rule, module, args[0].detach()))
 
     def _local_gradient(self, rule: ModuleRule, module: nn.Module, x: Tensor, dy: Tensor) -> None:
         """Run a small module again on each example's rows and differentiate it there.
@@ -288,8 +277,8 @@ class Capture:
             # One look-up for the positions of all examples: each gets its own, so that gradients stay apart.
             ids = ids.expand(self._active_rows.size, -1)
             output = output.expand(*ids.shape, -1)
-        tracked = self._track(rule, output, partial(self._embedding_gradient, rule, ids, padding_idx))
-        return output if tracked is None else tracked
+        names = rule.parameters.values()
+        return self._track(names, output, partial(self._embedding_gradient, rule, ids, padding_idx))
 
     def _embedding_gradient(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, dy: Tensor) -> None:
         packed_dy, offsets = self._pack_gradient(dy, rule)
@@ -311,15 +300,15 @@ class Capture:
             raise ModelError("a capture hook fired outside Capture.run: the model was called by someone else")
         return self._rows
 
-    def _track(self, rule: ModuleRule, output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor | None:
-        """Call `on_gradient` with the output's gradient; returns the output to use instead, if any."""
+    def _track(self, names: Iterable[str], output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
+        """Call `on_gradient`, which delivers `names`, with the output's gradient; returns the output to go on with."""
         if self._sink is None:
-            return None
-        self._expected.update(rule.parameters.values())
+            return output
+        self._expected.update(names)
         return self._on_gradient(output, on_gradient)
 
     @staticmethod
-    def _on_gradient(output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor | None:
+    def _on_gradient(output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
         source = output if output.requires_grad else output.detach().requires_grad_().clone()
 
         def receive(dy: Tensor) -> None:
@@ -327,7 +316,7 @@ class Capture:
                 on_gradient(dy)
 
         source.register_hook(receive)
-        return None if source is output else source
+        return source
 
     @contextmanager
     def _paused(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from montessori.losses import LossFunction, response_loss
 from montessori.oracle import example_gradients
 from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
-from montessori.rules import ModuleRule, Plan, make_plan
+from montessori.rules import LOCAL, ModuleRule, Plan, make_plan
 from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
 
 # Rounding allowed between two ways to sum the same products, relative to the gradient's norm.
@@ -79,13 +79,12 @@ class _CompareSink:
 
     def _compare(self, name: str, got: Tensor | None) -> None:
         want = self.expected[name]
-        if want is None and got is None:
+        if want is None or got is None:
+            # However small: a use of the parameter that one of the two did not see.
+            some = want if want is not None else got
+            if some is not None and bool(some.any()):
+                self.wrong.add(name)
             return
-        some = want if want is not None else got
-        if some is None:
-            return
-        want = torch.zeros_like(some) if want is None else want
-        got = torch.zeros_like(some) if got is None else got
         error = _norm(got - want)
         allowed = self.slack * TOLERANCE[want.dtype] * (_norm(want) + NOISE_SHARE * self.scale)
         if not error <= allowed:
@@ -114,18 +113,19 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
             group = examples
             if plan.per_example:
                 group, sink.position = [example], 0
-            wrong = _disagreeing(model, plan, group, loss, sink)
+            wrong, unmappable = _disagreeing(model, plan, group, loss, sink)
             if not wrong - plan.fallback:
                 break
-            plan.fallback |= wrong
+            plan.leave(wrong, unmappable)
         proved |= sink.used
     plan.fallback |= parameters.keys() - proved
+    plan.settle()
     if plan.fallback:
         _warn(plan)
     elif loss is response_loss:
         last = _CompareSink(expected, len(examples) - 1, scale, parameters, HEAD_SLACK)
         plan.head = _proved_head(model, plan.rules, examples)
-        if plan.head is not None and _disagreeing(model, plan, examples, loss, last):
+        if plan.head is not None and _disagreeing(model, plan, examples, loss, last)[0]:
             plan.head = None
     return plan
 
@@ -203,28 +203,36 @@ def _of_two_lengths(examples: Sequence[Example]) -> Sequence[Example]:
 
 def _disagreeing(
     model: nn.Module, plan: Plan, group: Sequence[Example], loss: LossFunction, sink: _CompareSink
-) -> set[str]:
+) -> tuple[set[str], bool]:
+    """Parameters whose captured gradient is not the expected one, and whether for rows that cannot be told apart."""
     device = next(iter(plan.trainable.values())).device
     capture = Capture(model, plan)
     try:
         with capture.installed():
             capture.run(collate(group).to(device), loss, sink)
     except UnmappableRowsError as error:
-        names = {
-            name
-            for rule in plan.rules.values()
-            if rule.module_name == error.module
-            for name in rule.parameters.values()
-        }
+        names = _called_alike(plan, error.module)
         if not names - plan.fallback:
             raise
-        return names
+        return names, True
     if sink.wrong and sink.wrong <= plan.fallback:
         raise ModelError(
             f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example; "
             "the model's forward pass is not deterministic in eval mode"
         )
-    return sink.wrong
+    return sink.wrong, False
+
+
+def _called_alike(plan: Plan, module_name: str) -> set[str]:
+    """Parameters of the module, and of all modules of its class where its rule is `local`.
+
+    A model calls its norms of one class in one way: they need not fail one after the other.
+    """
+    rules = [(type(module), rule) for module, rule in plan.rules.items()]
+    alike = {kind for kind, rule in rules if rule.module_name == module_name and rule.kind == LOCAL}
+    found = [rule for kind, rule in rules if rule.module_name == module_name or (rule.kind == LOCAL and kind in alike)]
+    names = {name for rule in found for name in rule.parameters.values()}
+    return names | {name for name in plan.replayed if name.rpartition(".")[0] == module_name}
 
 
 def _warn(plan: Plan) -> None:

@@ -24,7 +24,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b of x [..., I], weight [O, I] and bias [O], as `torch.nn.functional.linear` has it; no autograd."""
     if not _onednn(x, weight, bias):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    rows = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
+    # Not a view: a model may change it in place, which autograd refuses for views that come out of a Function.
+    return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], weight.shape[0]))
 
 
 def torch_rounds_products() -> bool:

@@ -7,15 +7,17 @@ back to plain autograd, one example at a time. Nothing is left out in silence.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from montessori.experts import are_experts
+from montessori.replay import MOST_VALUES
 
 LINEAR, CONV1D, EMBEDDING, LOCAL = "linear", "conv1d", "embedding", "local"
-PRODUCT, EXPERTS, EXPANDED = "product", "experts", "expanded"
+PRODUCT, EXPERTS, REPLAYED = "product", "experts", "replayed"
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class ModuleRule:
 
 @dataclass
 class Plan:
-    """Rules per module, and the parameters left to per-example autograd."""
+    """Rules per module; the parameters whose calls are replayed, and those left to per-example autograd."""
 
     rules: dict[nn.Module, ModuleRule]
     trainable: dict[str, nn.Parameter]
+    replayed: set[str] = field(default_factory=set)
     fallback: set[str] = field(default_factory=set)
     # The vocabulary head, where it goes by chunks with its loss instead of through a hook.
     head: nn.Linear | None = None
@@ -42,11 +45,35 @@ class Plan:
         """Whether batches must hold one example because a parameter needs the fallback."""
         return bool(self.fallback)
 
+    def leave(self, names: Iterable[str], unmappable: bool) -> None:
+        """Capture `names` in another way: by replayed calls where they are small, else by the fallback.
+
+        A local module that does run on its rows and still disagrees is one that rounds more than the model's dtype;
+        replayed calls would only round in another way.
+        """
+        local = {name for rule in self.rules.values() if rule.kind == LOCAL for name in rule.parameters.values()}
+        for name in names:
+            tried = name in self.replayed or (name in local and not unmappable)
+            if tried or self.trainable[name].numel() > MOST_VALUES:
+                self.fallback.add(name)
+            else:
+                self.replayed.add(name)
+        self.settle()
+
+    def settle(self) -> None:
+        """Take from the rules what is replayed or left to the fallback, and from the former the latter."""
+        self.replayed -= self.fallback
+        elsewhere = self.replayed | self.fallback
+        kept = {
+            module: {key: name for key, name in rule.parameters.items() if name not in elsewhere}
+            for module, rule in self.rules.items()
+        }
+        self.rules = {module: replace(self.rules[module], parameters=own) for module, own in kept.items() if own}
+
     def coverage(self) -> dict[str, int]:
         """Number of trainable scalars per rule, plus `autograd` for the fallback; sums to all of them."""
-        kinds = {name: rule.kind for rule in self.rules.values() for name in rule.parameters.values()} | dict.fromkeys(
-            self.fallback, "autograd"
-        )
+        kinds = {name: rule.kind for rule in self.rules.values() for name in rule.parameters.values()}
+        kinds |= dict.fromkeys(self.replayed, REPLAYED) | dict.fromkeys(self.fallback, "autograd")
         counted: Counter[str] = Counter()
         for name, parameter in self.trainable.items():
             counted[kinds[name]] += parameter.numel()
@@ -64,13 +91,12 @@ def make_plan(model: nn.Module) -> Plan:
             for attribute, parameter in module.named_parameters(recurse=False)
             if parameter in names
         }
-        if not owned:
-            continue
-        kind = _kind(module)
-        if kind is None:
-            plan.fallback.update(owned.values())
-        else:
+        kind = _kind(module) if owned else None
+        if kind is not None:
             plan.rules[module] = ModuleRule(kind, module_name, owned)
+    # What only modules of no known kind own.
+    ruled = {name for rule in plan.rules.values() for name in rule.parameters.values()}
+    plan.leave(trainable.keys() - ruled, unmappable=True)
     return plan
 
 
@@ -86,6 +112,6 @@ def _kind(module: nn.Module) -> str | None:
     if are_experts(module):
         return EXPERTS
     sizes = {attribute: parameter.dim() for attribute, parameter in module.named_parameters(recurse=False)}
-    if set(sizes.values()) == {1}:
-        return LOCAL if next(module.children(), None) is None else EXPANDED
+    if set(sizes.values()) == {1} and next(module.children(), None) is None:
+        return LOCAL
     return PRODUCT if sizes in ({"weight": 2}, {"weight": 2, "bias": 1}) else None

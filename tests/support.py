@@ -47,13 +47,25 @@ CONFIGS = {
     ),
     "falcon": lambda: transformers.FalconConfig(**_COMMON, bias=True, **_TOKENS),
 }  # fmt: skip
+# Linear attention, whose decays are float32 whatever the model's dtype.
+RECURRENT = {
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, **_TOKENS
+    ),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(
+        **_LLAMA, head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=4, linear_value_head_dim=4,
+    ),
+}  # fmt: skip
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """A small causal LM with random weights, every norm weight and bias away from its initial value."""
     torch.manual_seed(seed)
     lora = name == "llama_lora"
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama_tied" if lora else name]()).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | RECURRENT)["llama_tied" if lora else name]()).to(
+        dtype
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -20,7 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from montessori import InfluenceEstimator, cpu
+from montessori import InfluenceEstimator, cpu, rules
 from montessori.batching import collate
 from montessori.capture import Capture
 from montessori.coverage import verified_plan
@@ -94,6 +94,54 @@ class Sinks(nn.Module):
         return logits.softmax(-1)[..., :-1].transpose(1, 2).flatten(2)
 
 
+class Gain(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x, gate=None):
+        return x * self.gain * (1 if gate is None else torch.sigmoid(gate))
+
+
+class TiedByHand(Model):
+    def __init__(self):
+        super().__init__()
+        del self.head
+
+    def forward(self, ids):
+        return F.linear(torch.tanh(self.middle(self.embed(ids))), self.embed.weight)
+
+
+class Convolved(nn.Conv1d):
+    """Looks back two tokens."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+class Decay(nn.Module):
+    """What linear attention does with its small parameters: chains of them meet activations, a kernel meets a scan."""
+
+    def __init__(self):
+        super().__init__()
+        self.log, self.shift = nn.Parameter(torch.zeros(WIDTH, 2)), nn.Parameter(torch.zeros(WIDTH))
+        self.kernel = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH)
+
+    def forward(self, h):
+        rows = F.pad(h.transpose(1, 2), (2, 0))
+        mixed = F.conv1d(rows, self.kernel.weight.squeeze(1).unsqueeze(1), bias=self.kernel.bias, groups=WIDTH)
+        decay = -self.log.double().exp()[None, :, None, :] * F.softplus(mixed + self.shift[:, None]).unsqueeze(-1)
+        first, second = torch.chunk(self.log + self.shift[:, None], 2, dim=1)
+        return decay.exp().sum(-1).transpose(1, 2) * (first * second).view(-1) + h
+
+
+class Stretched(Gain):
+    """Its vector is expanded to one copy for each position, of which there may be as many as examples."""
+
+    def forward(self, x):
+        return x * self.gain[None].expand(x.shape[1], -1)
+
+
 def expert_stack(**flags) -> nn.Module:
     """Experts as transformers stacks them; `flags` are those of its decorator."""
     config = transformers.GptOssConfig(
@@ -162,6 +210,15 @@ COVERED = {
     "router": lambda: Model(lambda m, h, ids: h * m.middle(h)[0].sum(-1, keepdim=True), Router(by_hand=False)),
     "router_by_hand": lambda: Model(lambda m, h, ids: h * m.middle(h)[0].sum(-1, keepdim=True), Router(by_hand=True)),
     "attention_sinks": lambda: Model(middle=Sinks()),
+    "scalar_parameter": lambda: Model(middle=Gain()),
+    "matrix_of_its_own": lambda: Model(middle=Gain(1, WIDTH)),
+    "two_inputs": lambda: Model(lambda m, h, ids: m.middle(h, h.flip(-1)), Gain(WIDTH)),
+    "convolution": lambda: Model(middle=Convolved(WIDTH, WIDTH, 3)),
+    "decay_and_kernel": lambda: Model(middle=Decay()),
+    "expanded_to_positions": lambda: Model(middle=Stretched(WIDTH)),
+    "weight_used_behind_its_modules_back": lambda: Model(lambda m, h, ids: m.middle(h) @ m.middle.weight),
+    "head_tied_by_hand": TiedByHand,
+    "weight_norm": lambda: Model(middle=weight_norm(nn.Linear(WIDTH, WIDTH))),
     "experts": lambda: mixture(**MIXTRAL),
     "experts_transposed_with_biases": lambda: mixture(**GPT_OSS),
     "experts_used_twice": lambda: mixture(repeat=2, **GPT_OSS),
@@ -226,27 +283,6 @@ def test_a_module_that_the_forward_does_not_reach_is_absent():
 # Found by the check and left to autograd
 
 
-class Gain(nn.Module):
-    def __init__(self, *shape):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(shape))
-
-    def forward(self, x, gate=None):
-        return x * self.gain * (1 if gate is None else torch.sigmoid(gate))
-
-
-class TiedByHand(Model):
-    def forward(self, ids):
-        return F.linear(torch.tanh(self.middle(self.embed(ids))), self.embed.weight)
-
-
-class Convolved(nn.Conv1d):
-    """Looks back two tokens."""
-
-    def forward(self, x):
-        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
-
-
 class Positions(nn.Embedding):
     def forward(self, h):
         return h + super().forward(torch.arange(h.shape[1]))
@@ -254,23 +290,10 @@ class Positions(nn.Embedding):
 
 MIDDLE = {"middle.weight", "middle.bias"}
 LEFT = {
-    "weight_used_behind_its_modules_back": (
-        lambda: Model(lambda m, h, ids: m.middle(h) @ m.middle.weight),
-        {"middle.weight"},
-    ),
-    "head_tied_by_hand": (TiedByHand, {"embed.weight"}),
     "mean_over_the_batch": (lambda: Model(lambda m, h, ids: m.middle(h - h[:, :1].mean(0))), {"embed.weight"}),
     "padding_is_seen": (lambda: Model(lambda m, h, ids: m.middle(h + h.mean(1, keepdim=True))), {"embed.weight"}),
     "positions_without_examples": (lambda: Model(middle=Positions(9, WIDTH)), {"middle.weight"}),
-    "scalar_parameter": (lambda: Model(middle=Gain()), {"middle.gain"}),
-    "matrix_of_its_own": (lambda: Model(middle=Gain(1, WIDTH)), {"middle.gain"}),
-    "two_inputs": (lambda: Model(lambda m, h, ids: m.middle(h, h.flip(-1)), Gain(WIDTH)), {"middle.gain"}),
     "time_first": (lambda: Model(lambda m, h, ids: m.middle(h.transpose(0, 1)).transpose(0, 1)), MIDDLE),
-    "convolution": (lambda: Model(middle=Convolved(WIDTH, WIDTH, 3)), MIDDLE),
-    "weight_norm": (
-        lambda: Model(middle=weight_norm(nn.Linear(6, 6))),
-        {f"middle.parametrizations.weight.original{i}" for i in (0, 1)},
-    ),
     "shared_by_reentrant_checkpoints": (lambda: checkpointed(reentrant=True, segments=2), {"middle.0.weight"}),
     "output_changed_in_place": (lambda: Model(lambda m, h, ids: F.relu_(m.middle(h).mul_(3))), set()),
 }
@@ -290,18 +313,33 @@ def test_what_no_rule_captures_is_named_and_still_exact(make, left):
     assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_parameters_beside_the_fallback_keep_their_rule():
+@pytest.mark.parametrize(("most", "left"), [(WIDTH, set()), (WIDTH - 1, {"middle.gain"})])
+def test_a_gradient_for_each_example_is_held_of_small_parameters_only(monkeypatch, most, left):
+    monkeypatch.setattr(rules, "MOST_VALUES", most)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        plan = verified_plan(build(COVERED["matrix_of_its_own"]), EXAMPLES[:2], mean_loss)
+    assert plan.fallback == left
+
+
+def test_a_plan_with_a_fallback_keeps_the_other_rules_and_takes_one_example_at_a_time(monkeypatch):
+    monkeypatch.setattr(rules, "MOST_VALUES", 1)
+    model = build(COVERED["matrix_of_its_own"])
     with pytest.warns(FallbackWarning, match=r"middle\.gain: no capture rule holds for 1 parameter"):
-        plan = verified_plan(build(lambda: Model(middle=Gain())), EXAMPLES[:2], mean_loss)
+        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
     assert plan.fallback == {"middle.gain"}
-    assert plan.coverage() == {"autograd": 1, "embedding": VOCABULARY * WIDTH, "linear": VOCABULARY * WIDTH}
-
-
-def test_a_plan_with_a_fallback_refuses_several_examples_at_once():
-    model = build(lambda: Model(middle=Gain()))
-    capture = Capture(model, make_plan(model))
+    assert plan.coverage() == {"autograd": WIDTH, "embedding": VOCABULARY * WIDTH, "linear": VOCABULARY * WIDTH}
+    capture = Capture(model, plan)
     with capture.installed(), pytest.raises(ModelError, match="one example at a time, got a batch of 4"):
         capture.run(collate(EXAMPLES), mean_loss, Collect())
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_as_many_positions_as_examples_are_not_taken_for_examples(length):
+    model = build(COVERED["expanded_to_positions"])
+    plan = verified_plan(model, EXAMPLES[:2], mean_loss)
+    assert plan.coverage()["replayed"] == WIDTH
+    assert_exact(model, plan, [example([1 + i, 7, 2, 5][:length], i) for i in range(3)])
 
 
 def test_a_forward_pass_that_is_not_deterministic_is_an_error():

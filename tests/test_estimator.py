@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import CONFIGS, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
+from support import CONFIGS, RECURRENT, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
 
 from montessori import InfluenceEstimator
 from montessori.errors import CurvatureWarning, FallbackWarning
@@ -71,6 +71,19 @@ def test_mixtures_of_experts_are_captured_in_batches(name):
     estimator = InfluenceEstimator(model, optimizer, make_rows(2, seed=4))
     assert "autograd" not in estimator.coverage
     assert sum(estimator.coverage.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.filterwarnings("error::montessori.errors.FallbackWarning")
+def test_linear_attention_is_captured_in_batches(name):
+    model = make_model(name, torch.float32)
+    optimizer = warm_optimizer(model)
+    candidates, references = make_rows(6, seed=1), make_rows(3, seed=2)
+    want = slow_influence(model, optimizer, candidates, references, "first_order")
+    for batch_tokens in (12, 4096):
+        got = estimate(model, optimizer, candidates, references, method="first_order", batch_tokens=batch_tokens)
+        # Sums of some 10^4 products in float32; AdamW's root turns rounding of small gradients into more than that.
+        np.testing.assert_allclose(got.influence, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
 def roberta(dtype, **settings):

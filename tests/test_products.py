@@ -66,6 +66,20 @@ def test_a_frozen_model_has_the_same_output_and_input_gradient():
     assert "forward" not in vars(model[0])
 
 
+@pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6)], ids=str)
+def test_a_model_may_change_an_output_in_place(shape):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 9).requires_grad_(False), torch.randn(shape, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).mul_(2).square().sum(), x)
+    seen = []
+    with fast_products(layer):
+        output = layer(x)
+        output.register_hook(seen.append)
+        (got,) = torch.autograd.grad(output.mul_(2).square().sum(), x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(seen[0], 2 * (2 * layer(x)) * 2)
+
+
 @pytest.fixture(params=["high", "medium"])
 def lower_precision(request):
     torch.set_float32_matmul_precision(request.param)

@@ -1,0 +1,205 @@
+"""Per-example gradients of small parameters in whatever calls of torch they are used.
+
+While a model runs forward, every call that takes a *form* (a parameter, or what was computed from parameters alone:
+−exp(A_log), a squeezed kernel) together with an activation is noted. When the gradient of its output arrives, the call
+alone is run again under `torch.vmap`, each example on its own rows with a copy of the parameters of its own, and
+differentiated. The forward pass itself is not touched. Dimensions: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from montessori.rowmap import UnmappableRowsError
+
+# A parameter with more values than this has no gradient [B, *shape] that is held at once.
+MOST_VALUES = 1 << 20
+# Autograd does not look through these either.
+_APART = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A tensor computed from the parameters `names` alone, and the same [B, *shape] from a copy for each example.
+
+    `expanded`, of the shape of `tensor`, is there where that may be one view for each example, as of attention sinks.
+    """
+
+    tensor: Tensor
+    copies: Tensor
+    names: frozenset[str]
+    expanded: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of torch that takes forms: its tensors in order, for each of them the form that it is, if any, and
+    whether it is the same for all examples."""
+
+    func: Any
+    arguments: tuple[Any, Any]
+    forms: list[_Form | None]
+    tensors: list[Tensor]
+    shared: list[bool]
+    size: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset[str]().union(*(form.names for form in self.forms if form is not None))
+
+    def again(self, expanded: bool = False) -> Any:
+        """The call's output [B, …], example by example; raises UnmappableRowsError where that does not go.
+
+        With `expanded`, forms that may be one view for each example are taken as that.
+        """
+        given = zip(self.forms, self.tensors, self.shared, strict=True)
+        own = [self._own(form, tensor, shared, expanded) for form, tensor, shared in given]
+
+        def one(*tensors: Tensor) -> Any:
+            args, kwargs = _with_tensors(self.arguments, iter(tensors))
+            return self.func(*args, **kwargs)
+
+        try:
+            return torch.vmap(one, tuple(None if shared else 0 for shared in self.shared))(*own)
+        except torch.OutOfMemoryError:
+            raise
+        # Whatever a call raises that is not made for one example or not known to vmap.
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise self.unmappable() from error
+
+    def like(self, output: Tensor) -> Tensor:
+        """`again()` where it has the rows of `output`, one example after the other."""
+        may_be_views = any(form is not None and form.expanded is not None for form in self.forms)
+        for expanded in (False, True) if may_be_views else (False,):
+            try:
+                found = self.again(expanded)
+            except UnmappableRowsError:
+                continue
+            if found.dim() > 1 and found.flatten(0, 1).shape == output.shape:
+                return found
+        raise self.unmappable()
+
+    def _own(self, form: _Form | None, tensor: Tensor, shared: bool, expanded: bool) -> Tensor:
+        if form is not None:
+            return form.expanded.unsqueeze(1) if expanded and form.expanded is not None else form.copies
+        if shared:
+            return tensor
+        if tensor.shape[0] % self.size:
+            raise self.unmappable()
+        return tensor.unflatten(0, (self.size, -1))
+
+    def unmappable(self) -> UnmappableRowsError:
+        others = [tensor for tensor, form in zip(self.tensors, self.forms, strict=True) if form is None]
+        shape = tuple(others[0].shape) if others else ()
+        return UnmappableRowsError(min(self.names).rpartition(".")[0], shape, self.size)
+
+
+class ReplayedCalls(TorchFunctionMode):
+    """Active during a forward pass of a batch of `size` examples.
+
+    `watch(names, output, on_gradient)` has `on_gradient` called with the gradient of `output` and gives the output to
+    go on with; `deliver(name, grad)` receives grad [B, *shape], once for every call of `watch` that named it.
+    Raises UnmappableRowsError, with the module of a parameter, where rows cannot be told apart by example.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        size: int,
+        watch: Callable[[Iterable[str], Tensor, Callable[[Tensor], None]], Tensor],
+        deliver: Callable[[str, Tensor], None],
+    ) -> None:
+        super().__init__()
+        self._size, self._watch, self._deliver = size, watch, deliver
+        self._leaves = {
+            name: parameter.detach().expand(size, *parameter.shape).requires_grad_()
+            for name, parameter in parameters.items()
+        }
+        # By identity; a form holds its tensor, so that no other takes its place.
+        self._forms = {
+            id(parameter): _Form(parameter, self._leaves[name], frozenset([name]))
+            for name, parameter in parameters.items()
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = list(_tensors((args, kwargs)))
+        forms = [self._forms.get(id(tensor)) for tensor in given]
+        if not any(forms) or func in _APART or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        versions = [tensor._version for tensor in given]
+        output = func(*args, **kwargs)
+        outputs = list(_tensors(output))
+        if not any(tensor.is_floating_point() for tensor in outputs):
+            return output
+        shared = [
+            form is None and (not tensor.dim() or isinstance(tensor, nn.Parameter))
+            for form, tensor in zip(forms, given, strict=True)
+        ]
+        call = _Call(func, (args, kwargs), forms, [tensor.detach() for tensor in given], shared, self._size)
+        if versions != [tensor._version for tensor in given]:
+            raise call.unmappable()
+        if all(form or same for form, same in zip(forms, shared, strict=True)):
+            for tensor, copies in zip(outputs, _tensors(call.again()), strict=True):
+                self._forms[id(tensor)] = _Form(tensor, copies, call.names, self._expanded(func, forms[0], tensor))
+            return output
+        if not isinstance(output, Tensor):
+            raise call.unmappable()
+        return self._watch(call.names, output, partial(self._met, call, versions))
+
+    def _expanded(self, func: Any, form: _Form | None, output: Tensor) -> Tensor | None:
+        if func is not Tensor.expand or form is None or form.tensor.dim() != output.dim():
+            return None
+        if form.tensor.shape[0] != 1 or output.shape[0] != self._size:
+            return None
+        return form.copies.squeeze(1).expand(output.shape)
+
+    def _met(self, call: _Call, versions: list[int], dy: Tensor) -> None:
+        if versions != [tensor._version for tensor in call.tensors]:
+            raise call.unmappable()
+        with torch.enable_grad():
+            output = call.like(dy)
+        self._send(call.names, output, dy.reshape(output.shape))
+
+    def _send(self, names: Iterable[str], output: Tensor, grad: Tensor) -> None:
+        leaves = {name: self._leaves[name] for name in sorted(names)}
+        if not output.requires_grad:
+            # The call takes no more than a dtype from its form.
+            for name, leaf in leaves.items():
+                self._deliver(name, torch.zeros_like(leaf))
+            return
+        # Forms are used by several calls, so what leads to them is kept.
+        grads = torch.autograd.grad(
+            output, list(leaves.values()), grad, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for name, own in zip(leaves, grads, strict=True):
+            self._deliver(name, own if own.dtype is torch.float64 else own.float())
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+
+
+def _with_tensors(values: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same nesting with `tensors` in the place of its own."""
+    if isinstance(values, Tensor):
+        return next(tensors)
+    if isinstance(values, tuple | list):
+        return type(values)([_with_tensors(value, tensors) for value in values])
+    if isinstance(values, dict):
+        return {key: _with_tensors(value, tensors) for key, value in values.items()}
+    return values
