@@ -14,13 +14,12 @@ import torch.nn.functional as F
 import transformers
 from capturing import EXAMPLES, PADDING, VOCABULARY, WIDTH, Collect, Model, assert_exact, build, example, mean_loss
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from montessori import InfluenceEstimator, cpu, rules
+from montessori import InfluenceEstimator, cpu
 from montessori.batching import collate
 from montessori.capture import Capture
 from montessori.coverage import verified_plan
@@ -78,68 +77,6 @@ class Router(nn.Module):
         else:
             logits = F.linear(h.flatten(0, 1).type(torch.float64), self.weight.type(torch.float64), bias=self.bias)
         return logits.view(*h.shape[:2], -1), logits.argmax(-1)
-
-
-class Sinks(nn.Module):
-    """One value per head beside the logits of attention, as GPT-OSS has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.sinks, self.project = nn.Parameter(torch.zeros(3)), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, h):
-        size, length, _ = h.shape
-        sinks = self.sinks.reshape(1, -1, 1, 1).expand(size, -1, length, -1)
-        logits = torch.cat([self.project(h).view(size, length, 3, 2).transpose(1, 2), sinks], -1)
-        return logits.softmax(-1)[..., :-1].transpose(1, 2).flatten(2)
-
-
-class Gain(nn.Module):
-    def __init__(self, *shape):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(shape))
-
-    def forward(self, x, gate=None):
-        return x * self.gain * (1 if gate is None else torch.sigmoid(gate))
-
-
-class TiedByHand(Model):
-    def __init__(self):
-        super().__init__()
-        del self.head
-
-    def forward(self, ids):
-        return F.linear(torch.tanh(self.middle(self.embed(ids))), self.embed.weight)
-
-
-class Convolved(nn.Conv1d):
-    """Looks back two tokens."""
-
-    def forward(self, x):
-        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
-
-
-class Decay(nn.Module):
-    """What linear attention does with its small parameters: chains of them meet activations, a kernel meets a scan."""
-
-    def __init__(self):
-        super().__init__()
-        self.log, self.shift = nn.Parameter(torch.zeros(WIDTH, 2)), nn.Parameter(torch.zeros(WIDTH))
-        self.kernel = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH)
-
-    def forward(self, h):
-        rows = F.pad(h.transpose(1, 2), (2, 0))
-        mixed = F.conv1d(rows, self.kernel.weight.squeeze(1).unsqueeze(1), bias=self.kernel.bias, groups=WIDTH)
-        decay = -self.log.double().exp()[None, :, None, :] * F.softplus(mixed + self.shift[:, None]).unsqueeze(-1)
-        first, second = torch.chunk(self.log + self.shift[:, None], 2, dim=1)
-        return decay.exp().sum(-1).transpose(1, 2) * (first * second).view(-1) + h
-
-
-class Stretched(Gain):
-    """Its vector is expanded to one copy for each position, of which there may be as many as examples."""
-
-    def forward(self, x):
-        return x * self.gain[None].expand(x.shape[1], -1)
 
 
 def expert_stack(**flags) -> nn.Module:
@@ -209,16 +146,6 @@ COVERED = {
     "norm_of_one_plus_weight": lambda: Model(middle=PlusOneNorm()),
     "router": lambda: Model(lambda m, h, ids: h * m.middle(h)[0].sum(-1, keepdim=True), Router(by_hand=False)),
     "router_by_hand": lambda: Model(lambda m, h, ids: h * m.middle(h)[0].sum(-1, keepdim=True), Router(by_hand=True)),
-    "attention_sinks": lambda: Model(middle=Sinks()),
-    "scalar_parameter": lambda: Model(middle=Gain()),
-    "matrix_of_its_own": lambda: Model(middle=Gain(1, WIDTH)),
-    "two_inputs": lambda: Model(lambda m, h, ids: m.middle(h, h.flip(-1)), Gain(WIDTH)),
-    "convolution": lambda: Model(middle=Convolved(WIDTH, WIDTH, 3)),
-    "decay_and_kernel": lambda: Model(middle=Decay()),
-    "expanded_to_positions": lambda: Model(middle=Stretched(WIDTH)),
-    "weight_used_behind_its_modules_back": lambda: Model(lambda m, h, ids: m.middle(h) @ m.middle.weight),
-    "head_tied_by_hand": TiedByHand,
-    "weight_norm": lambda: Model(middle=weight_norm(nn.Linear(WIDTH, WIDTH))),
     "experts": lambda: mixture(**MIXTRAL),
     "experts_transposed_with_biases": lambda: mixture(**GPT_OSS),
     "experts_used_twice": lambda: mixture(repeat=2, **GPT_OSS),
@@ -313,35 +240,6 @@ def test_what_no_rule_captures_is_named_and_still_exact(make, left):
     assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("most", "left"), [(WIDTH, set()), (WIDTH - 1, {"middle.gain"})])
-def test_a_gradient_for_each_example_is_held_of_small_parameters_only(monkeypatch, most, left):
-    monkeypatch.setattr(rules, "MOST_VALUES", most)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FallbackWarning)
-        plan = verified_plan(build(COVERED["matrix_of_its_own"]), EXAMPLES[:2], mean_loss)
-    assert plan.fallback == left
-
-
-def test_a_plan_with_a_fallback_keeps_the_other_rules_and_takes_one_example_at_a_time(monkeypatch):
-    monkeypatch.setattr(rules, "MOST_VALUES", 1)
-    model = build(COVERED["matrix_of_its_own"])
-    with pytest.warns(FallbackWarning, match=r"middle\.gain: no capture rule holds for 1 parameter"):
-        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
-    assert plan.fallback == {"middle.gain"}
-    assert plan.coverage() == {"autograd": WIDTH, "embedding": VOCABULARY * WIDTH, "linear": VOCABULARY * WIDTH}
-    capture = Capture(model, plan)
-    with capture.installed(), pytest.raises(ModelError, match="one example at a time, got a batch of 4"):
-        capture.run(collate(EXAMPLES), mean_loss, Collect())
-
-
-@pytest.mark.parametrize("length", [2, 3, 4])
-def test_as_many_positions_as_examples_are_not_taken_for_examples(length):
-    model = build(COVERED["expanded_to_positions"])
-    plan = verified_plan(model, EXAMPLES[:2], mean_loss)
-    assert plan.coverage()["replayed"] == WIDTH
-    assert_exact(model, plan, [example([1 + i, 7, 2, 5][:length], i) for i in range(3)])
-
-
 def test_a_forward_pass_that_is_not_deterministic_is_an_error():
     model = build(lambda: Model(lambda m, h, ids: m.middle(h + torch.randn_like(h))))
     with pytest.raises(ModelError, match="not deterministic in eval mode"):
@@ -364,7 +262,7 @@ def moe() -> Model:
     return Model(routed, nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
 
 
-class NeedsThree(Gain):
+class NeedsThree(PlusOneNorm):
     def forward(self, x):
         return super().forward(x).transpose(1, 2).transpose(1, 2)
 
@@ -380,7 +278,7 @@ HOLES = {
     "mixing_not_seen_with_one_example": (LEFT["mean_over_the_batch"][0], EXAMPLES[:1], EXAMPLES),
     "padding_not_seen_with_equal_lengths": (LEFT["padding_is_seen"][0], [EXAMPLES[1]] * 2, EXAMPLES),
     "expert_not_reached_by_the_check": (moe, to_zero, [example([0, 2, 6]), to_zero[0]]),
-    "local_module_that_wants_three_dimensions": (lambda: Model(middle=NeedsThree(WIDTH)), EXAMPLES[:2], EXAMPLES),
+    "local_module_that_wants_three_dimensions": (lambda: Model(middle=NeedsThree()), EXAMPLES[:2], EXAMPLES),
     "local_module_with_an_unused_parameter": (lambda: Model(middle=PartlyUsed()), EXAMPLES[:2], EXAMPLES),
 }
 
