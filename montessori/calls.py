@@ -27,17 +27,13 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._module: Any = module
         self._active = False
-        # Each parameter of the module, with casts or views of it as they come.
-        self._forms: dict[str, list[Tensor]] = {}
 
     def start(self) -> None:
-        self._forms = {name: [parameter] for name, parameter in self._module.named_parameters(recurse=False)}
         self._active = torch.is_grad_enabled()
         if self._active:
             self.__enter__()
 
     def stop(self) -> None:
-        self._forms = {}
         if self._active:
             self._active = False
             self.__exit__(None, None, None)
@@ -73,10 +69,20 @@ class ProductCalls(_Calls):
     def __init__(self, module: nn.Module, called: Callable[[tuple[str, ...], Tensor | None, Tensor], Tensor]) -> None:
         super().__init__(module)
         self._called = called
+        # Each parameter of the module, with casts of it as they come.
+        self._casts: dict[str, list[Tensor]] = {}
+
+    def start(self) -> None:
+        self._casts = {name: [parameter] for name, parameter in self._module.named_parameters(recurse=False)}
+        super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        self._casts = {}
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if func in _CASTS:
-            for casts in self._forms.values():
+            for casts in self._casts.values():
                 if _among(args[0], casts) and isinstance(output, Tensor):
                     casts.append(output)
         elif func is F.linear:
@@ -91,14 +97,14 @@ class ProductCalls(_Calls):
         return output
 
     def _is(self, name: str, tensor: Any) -> bool:
-        return _among(tensor, self._forms.get(name, []))
+        return _among(tensor, self._casts.get(name, []))
 
     def _is_transposed_weight(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and any(
             tensor.data_ptr() == weight.data_ptr()
             and tensor.shape == weight.shape[::-1]
             and tensor.stride() == weight.stride()[::-1]
-            for weight in self._forms.get("weight", [])
+            for weight in self._casts.get("weight", [])
         )
 
 

@@ -2,7 +2,7 @@
 
 A weight that is also used behind its module's back, a module that mixes the examples of a batch or a
 layer whose rows cannot be told apart would score wrong without a word. Such parameters are found here
-and left to per-example autograd.
+and captured in another way (`Plan.leave`).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _norm(tensor: Tensor) -> float:
 def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
     """A plan whose captured gradients equal autograd's on windows of `examples` (one or two).
 
-    Parameters that fail, and those that none of the examples reaches, are moved to the fallback, with one
-    FallbackWarning that names them.
+    Parameters that fail are captured by replayed calls; those that fail so too or are too large for it, and those that
+    none of the examples reaches, are moved to the fallback, with one FallbackWarning that names them.
     """
     plan = make_plan(model)
     parameters = plan.trainable

@@ -1,7 +1,7 @@
 """Which rule captures the per-example gradient of which parameter.
 
-A rule covers a parameter only when it is known to hold for every module that owns it; the rest falls
-back to plain autograd, one example at a time. Nothing is left out in silence.
+A rule covers a parameter only when it is known to hold for every module that owns it; of the rest, small parameters
+have their calls replayed, and others go to plain autograd, one example at a time. Nothing is left out in silence.
 """
 
 from __future__ import annotations

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from montessori.batching import Example, collate
 from montessori.capture import Capture
+from montessori.coverage import verified_plan
+from montessori.errors import FallbackWarning
 from montessori.uses import example_gradient
 
 VOCABULARY, WIDTH, PADDING = 12, 6, 3
@@ -96,3 +100,14 @@ def build(make) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def assert_captured_in_batches(model) -> dict[str, int]:
+    """Every gradient is autograd's, none of them by the fallback; the scalars per rule, which add up to all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
+    assert_exact(model, plan)
+    assert "autograd" not in plan.coverage()
+    assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return plan.coverage()

@@ -12,7 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from capturing import EXAMPLES, PADDING, VOCABULARY, WIDTH, Collect, Model, assert_exact, build, example, mean_loss
+from capturing import (
+    EXAMPLES,
+    PADDING,
+    VOCABULARY,
+    WIDTH,
+    Collect,
+    Model,
+    assert_captured_in_batches,
+    assert_exact,
+    build,
+    example,
+    mean_loss,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -164,13 +176,7 @@ COVERED = {
 
 @pytest.mark.parametrize("make", [make for name, make in COVERED.items() if name != "unused"])
 def test_captured_gradients_are_autograds(make):
-    model = build(make)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
-        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
-    assert_exact(model, plan)
-    assert "autograd" not in plan.coverage()
-    assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "replayed" not in assert_captured_in_batches(build(make))
 
 
 @pytest.mark.parametrize("sample", [1.0, 0.5])

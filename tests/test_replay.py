@@ -7,7 +7,18 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from capturing import EXAMPLES, VOCABULARY, WIDTH, Collect, Model, assert_exact, build, example, mean_loss
+from capturing import (
+    EXAMPLES,
+    VOCABULARY,
+    WIDTH,
+    Collect,
+    Model,
+    assert_captured_in_batches,
+    assert_exact,
+    build,
+    example,
+    mean_loss,
+)
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -96,13 +107,7 @@ REPLAYED = {
 
 @pytest.mark.parametrize("make", REPLAYED.values(), ids=REPLAYED)
 def test_replayed_gradients_are_autograds(make):
-    model = build(make)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
-        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
-    assert_exact(model, plan)
-    assert plan.coverage()["replayed"] > 0
-    assert sum(plan.coverage().values()) == sum(p.numel() for p in model.parameters())
+    assert assert_captured_in_batches(build(make))["replayed"] > 0
 
 
 @pytest.mark.parametrize(("most", "left"), [(WIDTH, set()), (WIDTH - 1, {"middle.gain"})])
