@@ -4,9 +4,10 @@
         --set data.seeds=seed_tasks_175.jsonl --set data.reference=reference_256.jsonl
 
 Two runs for each seed, alike but for `teacher_mode`, in directories of their own below `--work`: a finished one is only
-read, an interrupted one goes on. Compared are the real influence of fresh instructions of both teachers (method
-"exact", measured within the tuned run) and the held-out loss of the student of each, row by row. Each seed leaves a
-JSON file of its own, so seeds can come from different machines; `benchmarks.results` pools those that are there.
+read, an interrupted one goes on. A variation of a preset takes a `--name`. Compared are the real influence of fresh
+rows of both teachers (method "exact", measured within the tuned run) and the held-out loss of the student of each, row
+by row. Each seed leaves a JSON file of its own, so seeds can come from different machines; `benchmarks.results` pools
+those that are there.
 """
 
 from __future__ import annotations
@@ -101,11 +102,14 @@ def _validated(step: dict[str, Any]) -> bool:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--preset", choices=PRESETS, default="small")
+    options.add_argument("--name", help="of the JSON files: effect_NAME_SEED; the preset's unless given")
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE")
-    options.add_argument("--work", type=Path, default=Path("out/effect"), help="directory of the runs")
+    options.add_argument("--work", type=Path, help="directory of the runs; out/effect, with a name out/effect_NAME")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = options.parse_args()
+    if arguments.work is None:
+        arguments.work = Path("out") / (f"effect_{arguments.name}" if arguments.name else "effect")
     torch.set_num_threads(arguments.threads)
     numbers, found = arguments.seeds, []
     for seed in numbers:
@@ -122,7 +126,7 @@ def write_seed(arguments: argparse.Namespace, seed: int, found: dict[str, Any]) 
     """One JSON of one seed; data files go by name, wherever they lie."""
     assignments = [_without_folder(assignment) for assignment in arguments.assignments]
     settings = argparse.Namespace(**{**vars(arguments), "assignments": assignments, "seeds": [seed]})
-    return write_result(f"effect_{arguments.preset}_{seed}", settings, found)
+    return write_result(f"effect_{arguments.name or arguments.preset}_{seed}", settings, found)
 
 
 def _without_folder(assignment: str) -> str:

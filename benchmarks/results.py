@@ -17,6 +17,7 @@ from montessori.errors import ArgumentError
 
 PAGE = Path(__file__).parent / "RESULTS.md"
 OURS = "montessori"
+EFFECTS = {"small": "responses tuned", "instructions": "instructions tuned instead"}
 TITLES = {"smollm2": "SmolLM2-135M", "tiny": "four layers, random weights"}
 
 HEAD = """# Results against peers, naive loops and real steps
@@ -91,7 +92,8 @@ def setting(record: dict[str, Any], command: str) -> str:
     named = ["candidates", "reference", "model", "scored", "num_references", "batch_size", "max_length", "threads"]
     given = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in named if name in options)
     if "seeds" in options:
-        given += f" --preset {options['preset']} --seeds {' '.join(map(str, options['seeds']))}"
+        given += f" --preset {options['preset']}" + (f" --name {options['name']}" if options.get("name") else "")
+        given += f" --seeds {' '.join(map(str, options['seeds']))}"
         given += "".join(f" --set {assignment}" for assignment in options["assignments"])
     machines = dict.fromkeys(map(_machine, record.get("machines", [record.get("machine")])))
     return f"{'; '.join(machines)}.\n\n    python -m benchmarks.{command} {given}\n"
@@ -254,9 +256,9 @@ def loop(record: dict[str, Any]) -> str:
     return table(["stage", "time", "share", "tokens"], [*rows, ["all", f"{whole:.0f} s", "100%", ""]])
 
 
-def pooled_effect(preset: str) -> dict[str, Any] | None:
+def pooled_effect(name: str) -> dict[str, Any] | None:
     """The seeds of `benchmarks.effect` that have been run, as one record, in the order of their numbers."""
-    paths = RESULTS.glob(f"effect_{preset}_*.json")
+    paths = RESULTS.glob(f"effect_{name}_*.json")
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     if not records:
         return None
@@ -266,7 +268,7 @@ def pooled_effect(preset: str) -> dict[str, Any] | None:
         settings = record["settings"]
         if settings["assignments"] != first["assignments"]:
             raise ArgumentError(
-                f"effect_{preset}: expected the settings of seed {first['seeds'][0]}, {first['assignments']}, in seed "
+                f"effect_{name}: expected the settings of seed {first['seeds'][0]}, {first['assignments']}, in seed "
                 f"{settings['seeds'][0]} too, found {settings['assignments']}: run it again"
             )
     return {
@@ -336,8 +338,9 @@ def main() -> None:
     parts += section("truth_precisions", title, "truth --precisions", precisions)
     parts += section("truth_tiny", "A small model, by setting", "truth", truth_sweeps)
     parts += ["## The loop\n", *section("loop_demo", "One round of the preset `demo`", "loop --preset demo", loop)]
-    title = "Tuned teacher against Self-Instruct, preset `small`"
-    parts += render_section(pooled_effect("small"), title, "effect", effect)
+    for name, title in EFFECTS.items():
+        title = f"Tuned teacher against Self-Instruct, preset `small`, {title}"
+        parts += render_section(pooled_effect(name), title, "effect", effect)
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 

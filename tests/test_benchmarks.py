@@ -230,11 +230,11 @@ def test_seeds_of_an_effect_are_pooled_without_mixing_their_values():
     assert overall["share_of_scoring"] == pytest.approx(0.2)
 
 
-def write_seed(folder, seed, assignments=("data.evaluation_rows=128",)):
-    settings = {"preset": "small", "seeds": [seed], "assignments": list(assignments)}
+def write_seed(folder, seed, assignments=("data.evaluation_rows=128",), name=None):
+    settings = {"preset": "small", "name": name, "seeds": [seed], "assignments": list(assignments)}
     machine = {"cpu": f"maker {seed}", "versions": {"torch": "2", "transformers": "5"}}
     record = {"settings": settings, "machine": machine, **effect_of_seed(0.5 * seed, 0.01 * seed, 0.01)}
-    (folder / f"effect_small_{seed}.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / f"effect_{name or 'small'}_{seed}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def test_seeds_from_several_machines_are_pooled_in_the_order_of_their_numbers(tmp_path, monkeypatch):
@@ -247,6 +247,15 @@ def test_seeds_from_several_machines_are_pooled_in_the_order_of_their_numbers(tm
     assert "influence +3.00e+00" in text and "one-sided p = 0.0" in text
     assert "maker 2, torch 2, transformers 5; maker 10, torch 2, transformers 5." in text
     assert "--preset small --seeds 2 10 --set data.evaluation_rows=128" in text
+
+
+def test_a_named_variation_of_a_preset_has_seeds_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    write_seed(tmp_path, 1)
+    write_seed(tmp_path, 2, assignments=["tune.beta=0.2"], name="strong")
+    named = results.pooled_effect("strong")
+    assert named["settings"]["seeds"] == [2] and results.pooled_effect("small")["settings"]["seeds"] == [1]
+    assert "--preset small --name strong --seeds 2 --set tune.beta=0.2" in results.setting(named, "effect")
 
 
 def test_seeds_of_different_settings_are_not_pooled(tmp_path, monkeypatch):
