@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -13,11 +14,12 @@ import torch
 from loop_support import make_generated
 from support import make_text_rows, plain_loss, slow_influence
 
+from montessori.capture import example_losses
 from montessori.checkpoints import read_state
 from montessori.data import Rows
 from montessori.encoding import encode_rows
-from montessori.errors import ArgumentError, DataError
-from montessori.loop import evaluate
+from montessori.errors import ArgumentError, DataError, StateError
+from montessori.loop import evaluate, heldout
 from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_mt_bench
 from montessori.loop.config import read_config
 from montessori.loop.engines import EngineSettings, Sampling, open_engine
@@ -101,11 +103,44 @@ def test_an_evaluation_repeats_and_leaves_no_journal_of_steps(student, files, tm
     measure(student, files, tmp_path / "two", **settings)
     one, two = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("one", "two"))
     assert one == two and json.loads(one) == json.loads(json.dumps(found))
-    assert not list((tmp_path / "one").glob("*tuned.journal*"))
+    assert not list((tmp_path / "one").glob("*.journal*"))
     rows = json.loads((tmp_path / "one" / "alpaca_eval_student.json").read_text())
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in EVALUATION[:2]]
     assert all(row.keys() == {"dataset", "instruction", "output", "generator"} for row in rows)
     assert rows[0]["generator"] == "student"
+
+
+def test_a_killed_evaluation_goes_on_with_the_losses_it_lacks(student, files, tmp_path, monkeypatch):
+    expected = measure(student, files, tmp_path / "unbroken", sample=1)
+    calls = []
+
+    def counted(*arguments, stop_after=None):
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return example_losses(*arguments)
+
+    monkeypatch.setattr(heldout, "make_batches", lambda examples, _: [[example] for example in examples])
+    monkeypatch.setattr(heldout, "example_losses", partial(counted, stop_after=7))
+    with pytest.raises(KeyboardInterrupt):
+        measure(student, files, tmp_path / "killed", sample=1)
+    monkeypatch.setattr(heldout, "example_losses", counted)
+    found = measure(student, files, tmp_path / "killed", sample=1)
+    # Student and base, each row once.
+    assert len(calls) == 2 * len(EVALUATION)
+    for name, losses in expected["held_out"]["models"].items():
+        np.testing.assert_allclose(found["held_out"]["models"][name]["rows"], losses["rows"], rtol=1e-6)
+
+
+def test_losses_of_another_model_are_not_taken_over(student, tmp_path):
+    evaluate.held_out({"student": student}, EVALUATION, seed=0, out=tmp_path)
+    model, tokenizer = load_model(student)
+    with torch.no_grad():
+        next(model.parameters()).mul_(0.5)
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(StateError, match="holds an unfinished run with other model"):
+        evaluate.held_out({"student": tmp_path / "other"}, EVALUATION, seed=0, out=tmp_path)
 
 
 class Judge:

@@ -62,12 +62,15 @@ def held_out(
     resamples: int = 10_000,
     max_length: int | None = None,
     chat_template: str | None = None,
+    out: Path | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Loss of each named model on the evaluation rows, and how far the first is below each other.
 
     Returns {"models": {name: {"loss": interval, "rows": losses}}, "below": {name: interval}}: losses are
     mean token losses in nats, weighted alike per row; intervals are by bootstrap over the rows. "below" is
     the loss of `name` minus that of the first model, row by row: positive says that the first is better.
+    Finished batches are kept below `out`, so that a killed run goes on.
     """
     rows = load_rows(evaluation, name="evaluation")
     losses: dict[str, np.ndarray] = {}
@@ -75,7 +78,8 @@ def held_out(
         model, tokenizer = load_model(source)
         model.to(_device())
         examples = encode_heldout(rows, model, tokenizer, max_length=max_length, chat_template=chat_template)
-        losses[name] = row_losses(model, examples)
+        journal = None if out is None else ScoreJournal(out / _journal_of_losses(name))
+        losses[name] = row_losses(model, examples, journal=journal, progress=progress)
     options = {"seed": seed, "resamples": resamples}
     first, *others = losses
     return {
@@ -134,7 +138,7 @@ def fresh_influence(
     for name, file in files.items():
         chosen = sample_rows(load_rows(file), sample, seed)
         rows = student_rows(file)
-        journal = ScoreJournal(out / f"{name}.journal.jsonl")
+        journal = ScoreJournal(out / _journal_of_steps(name))
         scores = estimator.score([rows[index] for index in chosen], progress=progress, journal=journal)
         influence = scores.influence.reshape(len(scores), -1).mean(axis=1)
         values[name] = influence[scores.status == OK]
@@ -206,7 +210,9 @@ def run(
     """
     text = {key: options[key] for key in ("max_length", "chat_template") if key in options}
     repeat: dict[str, Any] = {"seed": seed, "resamples": settings.resamples}
-    content: dict[str, Any] = {"held_out": held_out({"student": student, "base": base}, evaluation, **repeat, **text)}
+    models = {"student": student, "base": base}
+    found = held_out(models, evaluation, out=out, progress=progress, **repeat, **text)
+    content: dict[str, Any] = {"held_out": found}
     if settings.sample:
         content["influence"] = fresh_influence(
             warm_student, reference, files, out, sample=settings.sample, progress=progress, **repeat, **options
@@ -223,9 +229,17 @@ def run(
     if settings.tasks:
         content["harness"] = harness(student, settings.tasks)
     write_json(out / EVALUATION_FILE, content)
-    for name in files:
-        ScoreJournal(out / f"{name}.journal.jsonl").remove()
+    for journal in [*map(_journal_of_losses, models), *map(_journal_of_steps, files)]:
+        ScoreJournal(out / journal).remove()
     return content
+
+
+def _journal_of_losses(name: str) -> str:
+    return f"held_out_{name}.journal.jsonl"
+
+
+def _journal_of_steps(name: str) -> str:
+    return f"{name}.journal.jsonl"
 
 
 def _device() -> str:

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from montessori.batching import Example, collate, make_batches
 from montessori.capture import evaluation_mode, example_losses
 from montessori.data import Rows
 from montessori.encoding import encode_rows
 from montessori.errors import DataError
+from montessori.fingerprint import examples_digest, model_digest
+from montessori.journal import ScoreJournal
 from montessori.losses import response_loss
 from montessori.options import default_max_length
 
@@ -35,13 +38,33 @@ def encode_heldout(
 
 
 @torch.no_grad()
-def row_losses(model: Any, examples: list[Example], batch_tokens: int = 4096) -> np.ndarray:
-    """Mean token loss of each example, float64 [N], in the order of `examples`; nats per token."""
+def row_losses(
+    model: Any,
+    examples: list[Example],
+    batch_tokens: int = 4096,
+    journal: ScoreJournal | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Mean token loss of each example, float64 [N], in the order of `examples`; nats per token.
+
+    `journal` keeps finished batches, so that a killed run goes on.
+    """
     device = next(model.parameters()).device
     longest = max(example.num_tokens for example in examples)
+    batches = make_batches(examples, max(batch_tokens, longest))
     losses: dict[int, float] = {}
-    with evaluation_mode(model):
-        for batch in make_batches(examples, max(batch_tokens, longest)):
-            values = example_losses(model, collate(batch).to(device), response_loss)
-            losses.update(zip((example.index for example in batch), values.tolist(), strict=True))
+    if journal is not None:
+        journal.open({"model": model_digest(model), "rows": examples_digest(examples), "batches": len(batches)})
+        for record in journal.records:
+            losses.update(zip(record["index"], record["loss"], strict=True))
+    total = sum(example.num_tokens for example in examples)
+    with evaluation_mode(model), tqdm(total=total, unit="tok", desc="held-out loss", disable=not progress) as bar:
+        for batch in batches:
+            index = [example.index for example in batch]
+            if not losses.keys() >= set(index):
+                values = example_losses(model, collate(batch).to(device), response_loss).tolist()
+                losses.update(zip(index, values, strict=True))
+                if journal is not None:
+                    journal.append({"index": index, "loss": values})
+            bar.update(sum(example.num_tokens for example in batch))
     return np.array([losses[example.index] for example in examples])
