@@ -118,6 +118,12 @@ def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "ca
     return batches
 
 
+def one_by_one_beyond(batches: Sequence[list[Example]], length: int) -> list[list[Example]]:
+    """`batches`, those with an example of more than `length` tokens taken apart."""
+    taken = [[batch] if batch[0].num_tokens <= length else [[example] for example in batch] for batch in batches]
+    return [batch for group in taken for batch in group]
+
+
 def _joins(batch: Sequence[Example], real: int, example: Example, batch_tokens: int) -> bool:
     """Whether `example` still goes into `batch`, which has `real` tokens and begins with its longest."""
     padded = (len(batch) + 1) * batch[0].num_tokens
@@ -126,7 +132,7 @@ def _joins(batch: Sequence[Example], real: int, example: Example, batch_tokens: 
 
 
 def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Iterator[Example]:
-    """Examples from rows that carry `input_ids`, `labels` and, optionally, `attention_mask`.
+    """Examples from rows that carry `input_ids`, `labels` and, optionally, `attention_mask` and `position_ids`.
 
     Padding named by the attention mask, on either side, is cut off.
     """
@@ -145,14 +151,21 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
                 f"{where}: expected input_ids, labels and attention_mask of one length, got shapes "
                 f"{list(input_ids.shape)}, {list(labels.shape)} and {list(mask.shape)}"
             )
-        if input_ids.numel() and input_ids.is_floating_point():
-            raise DataError(f"{where}: expected integer input_ids, got {input_ids.dtype}")
-        kept = mask.nonzero().flatten()
+        for key, ids in columns.items():
+            if ids.numel() and (ids.is_floating_point() or ids.dtype is torch.bool):
+                raise DataError(f"{where}: expected integer {key}, got {ids.dtype}")
+        kept = mask.to(torch.bool).nonzero().flatten()
         if kept.numel() == 0:
             raise DataError(f"{where}: no token (input_ids is empty or attention_mask is all 0)")
         span = slice(int(kept[0]), int(kept[-1]) + 1)
         if kept.numel() != span.stop - span.start:
             raise DataError(f"{where}: attention_mask has a hole; expected padding at the ends only")
+        positions = torch.as_tensor(row["position_ids"]) if row.get("position_ids") is not None else None
+        if positions is not None and (positions.shape != mask.shape or (positions[span].diff() != 1).any()):
+            raise DataError(
+                f"{where}: expected position_ids that count up by 1, or none; packed texts are not kept apart, give "
+                "each a row of its own"
+            )
         yield Example(input_ids[span].to(torch.int64).cpu(), labels[span].to(torch.int64).cpu(), index)
 
 

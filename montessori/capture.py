@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from montessori.batching import Batch
 from montessori.calls import EmbeddingCalls, ProductCalls
-from montessori.errors import ModelError
+from montessori.errors import ModelError, UntrainedLossError
 from montessori.experts import ExpertStack, chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
 from montessori.local import local_gradients, sum_per_example
@@ -340,7 +340,7 @@ def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ModelError(f"the loss function must return one value per example [{batch.size}], got {got}")
     if torch.is_grad_enabled() and not losses.requires_grad:
-        raise ModelError("the loss does not depend on any trainable parameter: nothing to score")
+        raise UntrainedLossError("the loss does not depend on any trainable parameter: nothing to score")
     return losses
 
 

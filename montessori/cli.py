@@ -18,7 +18,7 @@ from montessori.encoding import TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
 from montessori.loop.training_commands import STAGE_COMMANDS
-from montessori.models import load_model
+from montessori.models import check_token_ids, load_model
 from montessori.options import METHODS, REFERENCE_DTYPES, default_max_length
 from montessori.referenceset import WEIGHTINGS
 from montessori.runs import DTYPES, ScoreSettings
@@ -122,6 +122,7 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     model, tokenizer = load_model(student)
     text["max_length"] = text["max_length"] or default_max_length(model)
     encoded = encode_rows(rows, tokenizer, name="data", **text)
+    check_token_ids(model, encoded.examples, rows)
     return run_warmup(model, tokenizer, encoded.examples, out, **training)
 
 
@@ -171,7 +172,7 @@ def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> No
     scores = runs.score_to_file(_settings(values), out, fresh=not resume, audit=audit, progress=not quiet)
     console = Console()
     inspection.print_summary(console, scores)
-    console.print(f"wrote {out}", soft_wrap=True)
+    console.print(f"scores: {out}", soft_wrap=True, markup=False)
     if audit:
         console.print(runs.read_audit_table(out))
 

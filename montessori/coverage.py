@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
 from montessori.capture import Capture, evaluation_mode, example_losses
-from montessori.errors import FallbackWarning, ModelError
+from montessori.errors import FallbackWarning, ModelError, UntrainedLossError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head
 from montessori.losses import LossFunction, response_loss
 from montessori.oracle import example_gradients
@@ -215,6 +215,12 @@ def _disagreeing(
         if not names - plan.fallback:
             raise
         return names, True
+    except UntrainedLossError:
+        # No hook saw any of them used.
+        names = plan.trainable.keys() - plan.fallback
+        if not names:
+            raise
+        return set(names), True
     if sink.wrong and sink.wrong <= plan.fallback:
         raise ModelError(
             f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example; "

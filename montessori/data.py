@@ -262,6 +262,7 @@ def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str) ->
 def _text(row: Mapping, column: str, where: str) -> str:
     if not isinstance(row[column], str):
         raise DataError(f"{where}: expected a text in column {column}, got {short(row[column])}")
+    _check_unicode(row[column], f"{where}: column {column}")
     return row[column]
 
 
@@ -284,8 +285,18 @@ def _check_message(message: object, where: str) -> None:
         raise DataError(f"{where}: expected a role of {', '.join(ROLES)}, got {short(role)}")
     if not isinstance(content, str):
         raise DataError(f"{where}: expected a text as content, got {short(content)}")
+    _check_unicode(content, where)
     if role == "assistant" and not content.strip():
         raise DataError(f"{where}: expected a non-empty answer of the assistant, got {short(content)}")
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start} is half of a surrogate pair, a character cut in two; remove it"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -31,5 +31,9 @@ class ModelError(MontessoriError):
     """The model cannot be scored or loaded; the message names the model or the parameter."""
 
 
+class UntrainedLossError(ModelError):
+    """The loss depends on no parameter that is trained."""
+
+
 class ResourceError(MontessoriError):
     """Memory, disk or a batch budget ran out; the message says how much was asked for."""

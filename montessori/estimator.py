@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from montessori import ops, processes
-from montessori.agreement import Agreement
-from montessori.batching import Example, make_batches, spread
+from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.checkpoints import read_optimizer
 from montessori.coverage import proved_loss, proved_references, verified_plan
 from montessori.data import load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, full_precision, real_drift
-from montessori.fingerprint import examples_digest, model_digest, sets_digest
+from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
 from montessori.journal import ScoreJournal
+from montessori.live import fixed_parts, moving_parts, own_precision
 from montessori.losses import LossFunction, response_loss
-from montessori.models import validate_model
+from montessori.models import check_token_ids, validate_model
 from montessori.optim_state import AdamWState
-from montessori.options import Options, check_sampling, default_max_length, floating_dtype
+from montessori.options import Options, check_sampling, default_max_length, floating_dtype, steady_length
 from montessori.referenceset import ReferenceSets
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer
@@ -53,9 +54,10 @@ class InfluenceEstimator:
 
     Args:
         model: causal LM (any `nn.Module` with a `loss_fn`); only parameters with `requires_grad` count.
-            It is put back bit for bit after every call.
+            It is put back bit for bit after every call, and computes in its own dtype whatever autocast is on.
         optimizer: the state that the step starts from: a live `torch.optim.AdamW`, `Adam` or `SGD`, a
-            checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`.
+            checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`. A live one may go on training
+            between calls: every call scores the step that it would take now.
         reference: rows, a dataset or a path; or a dict of several, scored together as K named sets.
         method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
         backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`.
@@ -108,7 +110,7 @@ class InfluenceEstimator:
             pilot=pilot,
             max_grad_norm=max_grad_norm,
             reference_weighting=reference_weighting,
-            max_length=max_length or default_max_length(model),
+            max_length=default_max_length(model) if max_length is None else max_length,
             truncation=truncation,
             chat_template=chat_template,
             sample=sample,
@@ -118,16 +120,20 @@ class InfluenceEstimator:
             check_sampling(model, backend)
         self._tokenizer = tokenizer
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
+        self._optimizer, self._lr = optimizer, lr
         self.state = read_optimizer(optimizer, model, lr)
+        self._fixed, self._moving = fixed_parts(model), moving_parts(model, optimizer)
         self._named = isinstance(reference, Mapping) and not {"input_ids", "instruction"} & set(reference)
         named = reference if self._named else {"reference": reference}
-        self.references = ReferenceSets(
-            {str(name): self._encode_reference(rows, str(name)) for name, rows in named.items()},
-            reference_weighting,
-            # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
-            # precision of checks, their sums must not depend on what shares a batch.
-            None if floating_dtype(model) is torch.float64 else reference_batch_tokens,
-        )
+        if not named:
+            raise ArgumentError("reference={}: expected at least one named set of rows, got none")
+        sets = {str(name): self._encode_reference(rows, str(name)) for name, rows in named.items()}
+        self._steady = steady_length(model)
+        longest = max(example.num_tokens for examples in sets.values() for example in examples)
+        # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
+        # precision of checks, their sums must not depend on what shares a batch.
+        apart = floating_dtype(model) is torch.float64 or (self._steady is not None and longest > self._steady)
+        self.references = ReferenceSets(sets, reference_weighting, None if apart else reference_batch_tokens)
         self._plan: Plan | None = None
         self._rows_proved = False
         self._expansions: dict[str, Expansion] = {}
@@ -135,7 +141,8 @@ class InfluenceEstimator:
     @property
     def coverage(self) -> dict[str, int]:
         """Trainable scalars per capture rule; `autograd` counts those left to the per-example fallback."""
-        return self._verified_plan().coverage()
+        with self._at_work():
+            return self._verified_plan().coverage()
 
     def prepare(self, candidates: Any) -> None:
         """Compute what is shared by all candidates now: the proof of the capture, the anchor and q.
@@ -143,7 +150,8 @@ class InfluenceEstimator:
         `score` does it on its own; the result is kept as long as the pilot examples stay the same.
         """
         pilot = spread(self._encode(candidates, "candidates").examples, self.options.pilot)
-        self._prepare(self.options.method, pilot)
+        with self._at_work():
+            self._prepare(self.options.method, pilot)
 
     def score(
         self,
@@ -168,7 +176,10 @@ class InfluenceEstimator:
         batches = make_batches(encoded.examples, size)
         if self.options.method == "exact":
             batches = [[example] for batch in batches for example in batch]
-        return self._score(encoded, batches, self.options.method, progress, journal, distributed=distributed)
+        elif self._steady is not None:
+            batches = one_by_one_beyond(batches, self._steady)
+        with self._at_work():
+            return self._score(encoded, batches, self.options.method, progress, journal, distributed=distributed)
 
     def audit(self, candidates: Any, k: int = 16, *, progress: bool = False) -> Audit:
         """Predictions for `k` candidates against real float32 steps on the same ones.
@@ -182,19 +193,27 @@ class InfluenceEstimator:
         part = Encoded(sample, {}, [], encoded.num_rows)
         singles = [[example] for example in sample]
         pilot = spread(encoded.examples, self.options.pilot)
-        predicted = self._score(part, singles, self.options.method, progress, None, pilot)
-        real = self._score(part, singles, "exact", progress, None)
-        rows = np.array(sorted(example.index for example in sample))
-        both = [scores.influence.reshape(len(scores), -1)[rows] for scores in (predicted, real)]
-        centred = [scores.centred.reshape(len(scores), -1)[rows] for scores in (predicted, real)]
-        names = self.references.names
-        return Audit(
-            index=rows,
-            predicted=both[0],
-            real=both[1],
-            agreement={name: Agreement.of(both[0][:, i], both[1][:, i]) for i, name in enumerate(names)},
-            centred_agreement={name: Agreement.of(centred[0][:, i], centred[1][:, i]) for i, name in enumerate(names)},
-        )
+        with self._at_work():
+            predicted = self._score(part, singles, self.options.method, progress, None, pilot)
+            real = self._score(part, singles, "exact", progress, None)
+        return Audit.of(predicted, real, [example.index for example in sample])
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Everything in the weights' own precision; what was computed before the owner trained on is forgotten."""
+        with own_precision(self.model):
+            fixed = fixed_parts(self.model)
+            if fixed != self._fixed:
+                self._plan, self._fixed = None, fixed
+            if self._moving != moving_parts(self.model, self._optimizer):
+                validate_model(self.model)
+                if not isinstance(self._optimizer, str | os.PathLike):
+                    self.state = read_optimizer(self._optimizer, self.model, self._lr)
+                self._expansions.clear()
+            try:
+                yield
+            finally:
+                self._moving = moving_parts(self.model, self._optimizer)
 
     def _score(
         self,
@@ -211,10 +230,25 @@ class InfluenceEstimator:
         if distributed:
             # The longest stand first, so that every process gets long and short ones.
             batches = batches[processes.rank() :: processes.world_size()]
-        done: list[dict[str, Any]] = []
-        if journal is not None:
-            journal.open(self._fingerprint(encoded, batches))
-            done = journal.records
+        if journal is None:
+            records, summary = self._pending(batches, method, progress, None, pilot)
+        else:
+            with journal.opened(self._fingerprint(encoded, batches)):
+                records, summary = self._pending(batches, method, progress, journal, pilot)
+        if distributed:
+            records = [record for part in processes.from_all(records) for record in part]
+        return self._collect(encoded, records, summary, method)
+
+    def _pending(
+        self,
+        batches: Sequence[Sequence[Example]],
+        method: str,
+        progress: bool,
+        journal: ScoreJournal | None,
+        pilot: Sequence[Example],
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Records of all batches, scored now unless they stand in the `journal`, and the summary."""
+        done = [] if journal is None else journal.records
         finished = {index for record in done for index in record.get("index", [])}
         pending = [batch for batch in batches if batch[0].index not in finished]
         records = [record for record in done if "index" in record]
@@ -225,9 +259,7 @@ class InfluenceEstimator:
             if journal is not None and summary not in done:
                 journal.append(summary)
             records += self._run(prepared.scorer, pending, progress, journal)
-        if distributed:
-            records = [record for part in processes.from_all(records) for record in part]
-        return self._collect(encoded, records, summary, method)
+        return records, summary
 
     def _run(
         self,
@@ -352,12 +384,15 @@ class InfluenceEstimator:
             "reference": sets_digest(self.references.sets),
             "candidates": examples_digest(encoded.examples),
             "batches": [[example.index for example in batch] for batch in batches],
+            "loss": function_digest(self._loss),
+            "reference loss": function_digest(self._reference_loss),
             "torch": torch.__version__,
             "float32 products": torch.get_float32_matmul_precision(),
         }
 
     def _verified_plan(self) -> Plan:
         if self._plan is None:
+            self.references.check_shortest(self.model, self._reference_loss)
             self._plan = verified_plan(self.model, self.references.shortest(), self._loss)
         return self._plan
 
@@ -375,20 +410,12 @@ class InfluenceEstimator:
             name=name,
         )
         if not encoded.examples:
-            raise DataError(f"{rows.source}: no row has a label token that the model could learn from")
-        self._check_vocabulary(encoded.examples, rows)
+            reasons = sorted(set(encoded.skipped.values()) - {"no_label_tokens"})
+            also = f"; others are skipped as {', '.join(reasons)}" if reasons else ""
+            raise DataError(f"{rows.source}: no row has a label token that the model could learn from{also}")
+        # What labels are is up to a loss of the user's own.
+        check_token_ids(self.model, encoded.examples, rows, labels=self._loss is response_loss)
         return encoded
-
-    def _check_vocabulary(self, examples: Sequence[Example], rows: Any) -> None:
-        table = getattr(self.model, "get_input_embeddings", lambda: None)()
-        size = getattr(table, "num_embeddings", None)
-        for example in examples:
-            highest, lowest = int(example.input_ids.max()), int(example.input_ids.min())
-            if size is not None and not (lowest >= 0 and highest < size):
-                raise DataError(
-                    f"{rows.where(example.index)}: token id {highest if highest >= size else lowest} is outside "
-                    f"the model's vocabulary of {size}; the tokenizer belongs to another model"
-                )
 
     def _encode_reference(self, source: Any, name: str) -> list[Example]:
         encoded = self._encode(source, name)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import nn
 
 from montessori.batching import Example
+from montessori.errors import ArgumentError
 
 
 def examples_digest(examples: Iterable[Example]) -> str:
@@ -33,4 +40,54 @@ def sets_digest(sets: Mapping[str, Iterable[Example]]) -> str:
     digest = hashlib.sha256()
     for name, examples in sets.items():
         digest.update(f"{name}={examples_digest(examples)};".encode())
+    return digest.hexdigest()
+
+
+def function_digest(function: Callable[..., Any]) -> str:
+    """Name of a function or of a callable's class, and a hash of its code and the numbers and texts it holds."""
+    held: list[Any] = []
+    while isinstance(function, partial):
+        held += [*function.args, *function.keywords.items()]
+        function = function.func
+    held += getattr(function, "__defaults__", None) or ()
+    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    named: Any = function if hasattr(function, "__qualname__") else type(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    digest = hashlib.sha256(repr([value for value in held if isinstance(value, int | float | str | tuple)]).encode())
+    for part in _code_parts(code) if code is not None else ():
+        digest.update(part)
+    return f"{named.__module__}.{named.__qualname__}:{digest.hexdigest()}"
+
+
+def _code_parts(code: CodeType) -> Iterator[bytes]:
+    yield code.co_code
+    yield repr(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_parts(constant)
+        else:
+            # A set's order changes from process to process.
+            yield repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant).encode()
+
+
+def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Hash of the columns and values of all rows, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, or of the names and contents of all files below a directory."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    if not files:
+        raise ArgumentError(f"{path}: expected a file, or a directory that holds files")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path) if file != path else ''}|{file.stat().st_size}|".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -43,14 +43,15 @@ def print_summary(console: Console, scores: Scores) -> None:
         centred = select(scores, "centred", name)[scores.ok]
         console.print(
             f"  {name}: loss {loss[k]:.4f}, drift {drift[k]:+.3e}, positive influence "
-            f"{np.mean(values > 0):.0%}, positive centred influence {np.mean(centred > 0):.0%}"
+            f"{np.mean(values > 0):.0%}, positive centred influence {np.mean(centred > 0):.0%}",
+            markup=False,
         )
 
 
 def print_histogram(console: Console, values: np.ndarray, title: str, bins: int = 16) -> None:
     """Counts per bin as bars of text; `values` float [n], all finite."""
     counts, edges = np.histogram(values, bins=bins)
-    console.print(f"[bold]{title}[/bold]")
+    console.print(Text(title, style="bold"))
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR * count / max(counts.max(), 1)) or ("▏" if count else "")
         console.print(Text(f"{low:+.2e} … {high:+.2e} {count:5d} {bar}"))
@@ -110,7 +111,7 @@ def agreement_table(title: str, agreements: Mapping[str, Agreement]) -> Table:
         table.add_column(column, justify="left" if column == "reference" else "right")
     for name, a in agreements.items():
         table.add_row(
-            name,
+            Text(name),
             str(a.num_examples),
             f"{a.pearson:.6f}",
             f"{a.spearman:.4f}",
@@ -126,9 +127,9 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _one_line(row: Mapping) -> str:
-    if "messages" in row:
+    if row.get("messages") is not None:
         parts = [str(message.get("content", "")) for message in row["messages"]]
     else:
         keys = ("instruction", "prompt", "response", "completion")
-        parts = [str(row[key]) for key in keys if key in row]
+        parts = [str(row[key]) for key in keys if row.get(key) is not None]
     return " → ".join(" ".join(part.split()) for part in parts)

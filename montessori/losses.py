@@ -46,6 +46,11 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = logits.reshape(-1, logits.shape[-1])[rows]
     targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE_INDEX]
     logits = logits.reshape(-1, logits.shape[-1])
+    if logits.shape[0] != targets.numel():
+        raise ModelError(
+            f"{type(model).__name__} returned logits for {logits.shape[0]} positions where {targets.numel()} have "
+            "labels: a model that adds positions of its own (prompt tuning) needs loss_fn= and reference_loss_fn="
+        )
     wide = logits if logits.dtype is torch.float64 else logits.float()
     token_loss = F.cross_entropy(wide, targets, reduction="none").double()
     example = rows // batch.labels.shape[1]

@@ -8,13 +8,16 @@ import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from montessori.errors import ModelError
+from montessori.batching import IGNORE_INDEX, Example
+from montessori.data import Rows
+from montessori.errors import DataError, ModelError
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_NAMES = frozenset({"smollm2-135m", DEMO_MODEL})
@@ -41,21 +44,29 @@ def load_model(
     Raises ModelError when the model or the tokenizer cannot be loaded whole.
     """
     name = str(name_or_path)
+    check_checkpoint(name)
     if _is_demo(name):
         return _load_pretrained(checkpoint_name(name, cache_dir), dtype)
     directory = Path(name).expanduser()
+    if (directory / "adapter_config.json").is_file():
+        return _load_adapter(directory, dtype, cache_dir)
+    return _load_pretrained(str(directory) if directory.is_dir() else name, dtype)
+
+
+def check_checkpoint(name_or_path: str | os.PathLike[str]) -> None:
+    """Raise ModelError for a path where no checkpoint is; what may be a name on the hub is not looked up."""
+    name = str(name_or_path)
+    directory = Path(name).expanduser()
+    if _is_demo(name):
+        return
     if directory.is_dir():
-        if (directory / "adapter_config.json").is_file():
-            return _load_adapter(directory, dtype, cache_dir)
-        if not _is_checkpoint(directory):
+        if not _is_checkpoint(directory) and not (directory / "adapter_config.json").is_file():
             raise ModelError(
                 f"{directory}: no config.json or adapter_config.json: expected a checkpoint directory; "
                 "name the checkpoint inside it"
             )
-        return _load_pretrained(str(directory), dtype)
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+    elif name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise ModelError(f"{name}: expected a checkpoint directory, none is there: check the path")
-    return _load_pretrained(name, dtype)
 
 
 def checkpoint_name(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> str:
@@ -91,6 +102,23 @@ def validate_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter.detach()):
             raise ModelError(f"{name} has NaN or Inf: expected finite weights; use an earlier checkpoint")
+
+
+def check_token_ids(model: nn.Module, examples: Sequence[Example], rows: Rows, labels: bool = True) -> None:
+    """Raise DataError naming the row unless ids, and `labels` but -100, are in the model's vocabulary."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(table, "num_embeddings", None)
+    if size is None:
+        return
+    for example in examples:
+        written = example.labels[example.labels != IGNORE_INDEX] if labels else example.labels[:0]
+        for name, ids in (("token id", example.input_ids), ("label", written)):
+            wrong = ids[(ids < 0) | (ids >= size)]
+            if wrong.numel():
+                raise DataError(
+                    f"{rows.where(example.index)}: {name} {int(wrong[0])} is outside the model's vocabulary of {size}; "
+                    f"{'the tokenizer belongs to another model' if name == 'token id' else 'expected -100 or an id'}"
+                )
 
 
 def _is_quantised(model: nn.Module) -> bool:

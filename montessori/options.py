@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +33,11 @@ class Options:
     reference_dtype: str
 
     def __post_init__(self) -> None:
+        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
+            raise ArgumentError(f"max_length={self.max_length!r}: expected a positive number of tokens, or None")
         if self.method not in METHODS:
             raise ArgumentError(f"method={self.method!r}: expected one of {', '.join(METHODS)}")
-        if self.pilot < 0:
+        if not isinstance(self.pilot, int) or self.pilot < 0:
             raise ArgumentError(f"pilot={self.pilot}: expected a number of examples, 0 for the step with g = 0")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ArgumentError(f"max_grad_norm={self.max_grad_norm}: expected a positive number, or None")
@@ -72,3 +75,22 @@ def default_max_length(model: nn.Module) -> int:
     """2048 tokens, or the model's own limit if that is smaller."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(DEFAULT_MAX_LENGTH, limit) if isinstance(limit, int) else DEFAULT_MAX_LENGTH
+
+
+def steady_length(model: nn.Module) -> int | None:
+    """Tokens up to which rotary embeddings do not depend on the length of the batch; None where they never do.
+
+    "longrope" takes other frequencies once a batch is longer than the original context.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return None
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(rope, dict):
+        return None
+    # A model may have one set of parameters for each kind of layer.
+    sets = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]
+    moving = [entry for entry in sets if entry.get("rope_type", entry.get("type")) == "longrope"]
+    limits = [entry.get("original_max_position_embeddings") or config.max_position_embeddings for entry in moving]
+    return min(limits, default=None)

@@ -55,6 +55,18 @@ class ReferenceSets:
         return by_length[:1] + (longer or by_length[1:2])
 
     @torch.no_grad()
+    def check_shortest(self, model: nn.Module, loss: LossFunction) -> None:
+        """Raise ModelError naming the row if the loss of one of `shortest` is not finite."""
+        device = next(model.parameters()).device
+        shortest = self.shortest()
+        with evaluation_mode(model):
+            for name, examples in self.sets.items():
+                for example in examples:
+                    if any(example is one for one in shortest):
+                        batch = collate([example]).to(device)
+                        _check_finite(example_losses(model, batch, loss), batch, name)
+
+    @torch.no_grad()
     def loss(self, model: nn.Module, loss: LossFunction, require_finite: bool = True) -> Tensor:
         """L(θ) per set, float64 [K] on the CPU.
 

@@ -19,6 +19,7 @@ from montessori.agreement import Agreement
 from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError, ResourceError
 from montessori.estimator import InfluenceEstimator
+from montessori.fingerprint import content_digest, rows_digest
 from montessori.inspection import agreement_table
 from montessori.journal import ScoreJournal
 from montessori.models import load_model
@@ -102,11 +103,15 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
     config_path = out.with_name(out.name + ".config.json")
     own = f".{processes.rank()}" if processes.rank() else ""
     journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
-    config = {"command": "score", "settings": asdict(settings), "versions": versions()}
     if fresh:
         journal.remove()
-        out.unlink(missing_ok=True)
-    if processes.from_main(out.exists() and not journal.path.exists()):
+    # Read before anything else: a mistyped path must not cost what is there.
+    config = processes.from_main(
+        {"command": "score", "settings": asdict(settings), "inputs": _inputs(settings), "versions": versions()}
+        if processes.is_main()
+        else None
+    )
+    if not fresh and processes.from_main(out.exists() and not journal.path.exists()):
         return _finished(out, config_path, config)
     _check_writable(out)
     bench = open_workbench(settings)
@@ -118,10 +123,12 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
         distributed=True,
     )
     if processes.is_main():
+        # An audit of other scores must not stand beside these.
+        _audit_path(out).unlink(missing_ok=True)
         write_json(config_path, config)
         if audit:
             result = bench.estimator.audit(bench.candidates, k=audit, progress=progress)
-            write_json(out.with_name(out.name + ".audit.json"), audit_record(result))
+            write_json(_audit_path(out), audit_record(result))
         scores.save(out)
     processes.wait_for_all()
     journal.remove()
@@ -134,6 +141,7 @@ def audit_record(audit: Audit) -> dict[str, Any]:
         "index": audit.index.tolist(),
         "predicted": audit.predicted.tolist(),
         "real": audit.real.tolist(),
+        "skipped": list(audit.skipped),
         "agreement": {name: agreement.to_dict() for name, agreement in audit.agreement.items()},
         "centred_agreement": {name: agreement.to_dict() for name, agreement in audit.centred_agreement.items()},
     }
@@ -141,13 +149,17 @@ def audit_record(audit: Audit) -> dict[str, Any]:
 
 def read_audit_table(out: Path) -> Table:
     """The agreement with real steps that was saved beside the scores `out`."""
-    path = out.with_name(out.name + ".audit.json")
+    path = _audit_path(out)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: no audit was saved with these scores; pass --fresh --audit N") from error
     agreements = {name: Agreement(**values) for name, values in record["agreement"].items()}
     return agreement_table("influence: predicted against real steps", agreements)
+
+
+def _audit_path(out: Path) -> Path:
+    return out.with_name(out.name + ".audit.json")
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -185,6 +197,12 @@ def _finished(out: Path, config_path: Path, config: dict[str, Any]) -> Scores:
         raise ArgumentError(
             f"{out}: exists and was not written with these settings; choose another --out or pass --fresh"
         )
+    before = json.loads(config_path.read_text(encoding="utf-8")).get("inputs", {})
+    changed = sorted(name for name, digest in config["inputs"].items() if before.get(name) != digest)
+    if changed:
+        raise ArgumentError(
+            f"{out}: exists, and {', '.join(changed)} changed since; choose another --out or pass --fresh"
+        )
     print(f"{out} is complete; pass --fresh to score again", file=sys.stderr)
     return Scores.load(out)
 
@@ -199,18 +217,31 @@ def _check_writable(out: Path) -> None:
         raise ResourceError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
+def _inputs(settings: ScoreSettings) -> dict[str, str]:
+    """Digests of what the settings name: a file that changed under its name is another one."""
+    references = _load_references(settings)
+    sets = references if isinstance(references, dict) else {"reference": references}
+    models = {"student": settings.student, "optimizer": settings.optimizer}
+    return {
+        "candidates": rows_digest(load_rows(settings.candidates, split=settings.split, name="candidates")),
+        **{f"reference {name}": rows_digest(rows) for name, rows in sets.items()},
+        **{name: content_digest(path) for name, path in models.items() if Path(path).is_dir()},
+    }
+
+
 def _load_references(settings: ScoreSettings) -> Any:
+    """Rows of each named set; those alone where there is one set without a name."""
     named: dict[str, Rows] = {}
     for entry in settings.reference:
         name, found, path = entry.partition("=")
-        if not found:
-            name, path = Path(entry).stem, entry
+        if not found or Path(entry).exists():
+            name, found, path = Path(entry).stem, "", entry
         if name in named:
             raise ArgumentError(f"--reference {entry}: the name {name!r} is taken; give name=path")
         named[name] = load_rows(path, split=settings.split, name=name)
     if not named:
         raise ArgumentError("--reference: expected at least one file, directory or hub name")
-    return next(iter(named.values())) if len(named) == 1 else named
+    return next(iter(named.values())) if len(named) == 1 and not found else named
 
 
 def _device(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from montessori.agreement import Agreement
-from montessori.errors import DataError, ResourceError
+from montessori.errors import ArgumentError, DataError, ResourceError
 
 if TYPE_CHECKING:
     import datasets
@@ -149,7 +150,8 @@ class Scores:
 class Audit:
     """Predicted and real influence of a sample of candidates; see `InfluenceEstimator.audit`.
 
-    `index`: int64 [k], row numbers of the sample. `predicted`, `real`: float64 [k, K]. `agreement`: one
+    `index`: int64 [k], row numbers of the sample. `predicted`, `real`: float64 [k, K]. `skipped`: row numbers that the
+    sample lost because one of the two is not finite. `agreement`: one
     Agreement per reference set, `centred_agreement` the same after subtracting each side's own drift.
     `pearson`, `spearman`, `sign_agreement`, `median_relative_error` are those of the first set.
     """
@@ -159,6 +161,24 @@ class Audit:
     real: np.ndarray
     agreement: dict[str, Agreement]
     centred_agreement: dict[str, Agreement]
+    skipped: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, predicted: Scores, real: Scores, rows: Sequence[int]) -> Audit:
+        """The audit of `rows`, scored in both ways. Raises ArgumentError when fewer than two have finite influence."""
+        index = np.array(sorted(rows))
+        both = [scores.influence.reshape(len(scores), -1)[index] for scores in (predicted, real)]
+        centred = [scores.centred.reshape(len(scores), -1)[index] for scores in (predicted, real)]
+        kept = np.isfinite(both[0]).all(axis=1) & np.isfinite(both[1]).all(axis=1)
+        if kept.sum() < 2:
+            raise ArgumentError(
+                f"audit: expected at least 2 candidates with finite influence, got {kept.sum()} of {len(index)}"
+            )
+        first, second = (
+            {name: Agreement.of(a[kept, i], b[kept, i]) for i, name in enumerate(predicted.names)}
+            for a, b in (both, centred)
+        )
+        return cls(index[kept], both[0][kept], both[1][kept], first, second, tuple(index[~kept].tolist()))
 
     @property
     def pearson(self) -> float:

@@ -65,6 +65,7 @@ def warmup(
     """
     path = Path(output_dir)
     _check_inputs(model, examples, batch_size, per_device_train_batch_size)
+    _check_schedule(learning_rate, num_train_epochs, max_steps, max_grad_norm)
     settings: dict[str, Any] = {
         "learning_rate": learning_rate,
         "per_device_train_batch_size": per_device_train_batch_size,
@@ -101,6 +102,15 @@ def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int
                 f"{name}: expected trainable weights in float32, got {parameter.dtype}: "
                 "load the model with dtype=torch.float32"
             )
+
+
+def _check_schedule(learning_rate: float, epochs: float, max_steps: int, max_grad_norm: float | None) -> None:
+    positive = {"learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
+    if max_steps <= 0:
+        positive["num_train_epochs"] = epochs
+    for name, value in positive.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ArgumentError(f"{name}={value}: expected a positive number")
 
 
 def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) -> Any:

@@ -145,6 +145,58 @@ def test_finished_scores_are_not_overwritten_by_other_settings(run, student, fil
     assert status == 0 and Scores.load(out).method == "first_order"
 
 
+def test_finished_scores_are_not_given_for_data_that_changed(run, student, files, tmp_path):
+    words = [*options(student, files), "--out", tmp_path / "scores.parquet", "--quiet"]
+    assert run("score", *words)[0] == 0
+    assert run("score", *words)[0] == 0
+    write(files["candidates"], "".join(json.dumps(row) + "\n" for row in make_text_rows(12, seed=7)))
+    status, _, error = run("score", *words)
+    assert status == 2 and "candidates changed since" in error and "--fresh" in error
+
+
+def test_an_audit_belongs_to_the_scores_beside_it(run, student, files, tmp_path):
+    out = tmp_path / "scores.parquet"
+    words = [*options(student, files), "--out", out, "--quiet"]
+    assert run("score", *words, "--audit", 4)[0] == 0
+    assert run("score", *words, "--fresh", "--lr", 1e-9)[0] == 0
+    status, _, error = run("score", *words, "--lr", 1e-9, "--audit", 4)
+    assert status == 2 and "no audit was saved with these scores" in error
+
+
+def test_a_fresh_start_that_fails_leaves_what_was_there(run, student, files, tmp_path):
+    out = tmp_path / "scores.parquet"
+    assert run("score", *options(student, files), "--out", out, "--quiet")[0] == 0
+    before = out.read_bytes()
+    words = options(student, files, candidates=tmp_path / "typo.jsonl")
+    assert run("score", *words, "--out", out, "--quiet", "--fresh")[0] == 2
+    assert out.read_bytes() == before
+
+
+def test_one_set_keeps_the_name_it_was_given(run, student, files, tmp_path):
+    (tmp_path / "run=3").mkdir()
+    path = tmp_path / "run=3" / "reference.jsonl"
+    path.write_bytes(files["reference"].read_bytes())
+    for reference, name in ((f"[en]={path}", "[en]"), (path, "reference")):
+        out = tmp_path / f"{name}.parquet"
+        assert run("score", *options(student, files, reference=reference), "--out", out, "--quiet")[0] == 0
+        assert Scores.load(out).names == (name,)
+        status, shown, _ = run("inspect", out, "--set", name)
+        assert status == 0 and f"influence on {name}" in shown
+
+
+def test_rows_of_several_kinds_are_shown(run, student, files, tmp_path):
+    messages = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "hello b"}]
+    rows = [
+        {"instruction": "say c", "response": "hello d", "messages": None},
+        {"instruction": None, "response": None, "messages": messages},
+    ]
+    write(files["candidates"], "".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "scores.parquet"
+    assert run("score", *options(student, files), "--out", out, "--quiet")[0] == 0
+    status, shown, _ = run("inspect", out, "--candidates", files["candidates"])
+    assert status == 0 and "say a → hello" in shown and "say c → hello" in shown
+
+
 def test_inspect_refuses_what_is_not_a_scores_file(run, files):
     status, _, error = run("inspect", files["candidates"])
     assert status == 2 and "not a readable Parquet file" in error

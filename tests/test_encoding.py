@@ -394,3 +394,12 @@ def test_labels_of_the_student_are_those_of_trl(tmp_path):
     example = one({"messages": TURNS}, smollm2)
     assert text(example, smollm2) == smollm2.apply_chat_template(TURNS, tokenize=False)
     assert runs(example, smollm2) == ["It is four.<|im_end|>", "Six.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{**ROW, "response": "cut \ud83d here"}, {"messages": [USER, {"role": "assistant", "content": "cut \ud83d"}]}],
+)
+def test_a_character_cut_in_two_names_its_row(row):
+    with pytest.raises(DataError, match=r"candidates, row 1: .*half of a surrogate pair"):
+        encode_rows([ROW, row], None, max_length=64)

@@ -130,3 +130,20 @@ def test_a_step_too_large_for_a_linear_prediction_is_named():
     with pytest.warns(CurvatureWarning, match="reference: .* apart, expected less than 10%"):
         large = estimate(model, optimizer, candidates, references, lr=1.0)
     assert 0.1 < large.info["curvature"][0] <= 1
+
+
+def test_frequencies_that_follow_the_length_of_a_batch_are_those_of_each_example():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0,
+        rope_parameters={**rope, "original_max_position_embeddings": 16},
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    optimizer = warm_optimizer(model)
+    candidates, references = make_rows(8, seed=1, longest=24), make_rows(4, seed=2, longest=24)
+    assert min(len(row["input_ids"]) for row in candidates) < 16 < max(len(row["input_ids"]) for row in candidates)
+    got = estimate(model, optimizer, candidates, references, method="first_order", max_length=64)
+    want = slow_influence(model, optimizer, candidates, references, "first_order")
+    np.testing.assert_allclose(got.influence, want, rtol=1e-6)

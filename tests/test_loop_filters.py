@@ -85,6 +85,20 @@ def test_rouge_ignores_case_and_punctuation_and_takes_other_scripts():
     assert index.is_close("something else", others=["Something, else"])
 
 
+@pytest.mark.parametrize(
+    ("text", "close", "far"),
+    [
+        ("请写一首关于春天的诗", "请写一首关于春天的诗吧", "列出五种健康的早餐"),
+        ("春についての詩を書いてください", "春についての詩を書いて", "健康的な朝食を五つ挙げてください"),
+        ("เขียนบทกวีเกี่ยวกับฤดูใบไม้ผลิ", "เขียนบทกวีเกี่ยวกับฤดูใบไม้ผลิสั้น", "ห้าเมนูอาหารเช้า"),
+        ("naïve café", "nai\u0308ve cafe\u0301", "naive cafe"),
+    ],
+)
+def test_rouge_sees_texts_without_blanks_and_composed_otherwise(text, close, far):
+    index = RougeIndex(0.7, [text])
+    assert index.is_close(close) and not index.is_close(far)
+
+
 def test_instructions_are_found_between_the_marks():
     chat = f"I choose birds.\n{OPEN} Name a bird.\nOne word. {CLOSE}"
     assert find_instruction(chat, "chat") == "Name a bird.\nOne word."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -31,14 +32,18 @@ class Speller:
 
     tokenizer = make_word_tokenizer()
 
-    def __init__(self, dies_after=None, text=None):
+    def __init__(self, dies_after=None, text=None, refuses=lambda prompt: False):
         self.calls, self.dies_after, self.text, self.prompts = 0, dies_after, text, []
+        self.refuses = refuses
 
     def load(self, model):
         pass
 
     def release(self):
         pass
+
+    def fits(self, prompt):
+        return not self.refuses(prompt)
 
     def batches(self, requests):
         return [list(requests[start : start + 3]) for start in range(0, len(requests), 3)]
@@ -92,6 +97,20 @@ def test_later_prompts_hold_examples_of_their_own_kind(tmp_path):
     seeds = [sum(f"{OPEN}{seed}{CLOSE}" in prompt for seed in SEEDS) for prompt in prompts]
     assert own[:2] == [0, 0] and seeds[:2] == [5, 5]
     assert set(own[2:]) == {2} and set(seeds[2:]) == {3}
+
+
+def test_a_prompt_that_does_not_fit_takes_other_examples(tmp_path):
+    engine = Speller(refuses=lambda prompt: SEEDS[0] in prompt)
+    write_final(recipe(own_examples=0), 20, engine, tmp_path, progress=False)
+    assert not any(SEEDS[0] in prompt for prompt in engine.prompts)
+
+
+def test_an_instruction_too_long_to_answer_is_rejected_and_counted(tmp_path):
+    long = re.compile(r"\bw1\d\b")
+    engine = Speller(refuses=lambda prompt: not prompt.endswith(OPEN) and long.search(prompt) is not None)
+    made = write_final(recipe(), 20, engine, tmp_path, progress=False)
+    assert made.counts["too_long_to_answer"] > 0
+    assert len(made.rows) >= 20 and not any(long.search(row["instruction"]) for row in made.rows)
 
 
 @pytest.mark.parametrize("calls", [0, 1, 4, 9])

@@ -8,7 +8,7 @@ from loop_models import make_teacher, make_word_tokenizer
 
 from montessori.errors import DataError
 from montessori.loop.engines import Sample
-from montessori.loop.judge import Judge, JudgeSettings, open_judge
+from montessori.loop.judge import Judge, JudgeSettings, open_judge, read_choice, read_grade
 
 
 class Replies:
@@ -41,6 +41,43 @@ def test_grades_are_read_from_replies(tmp_path):
     rows = [{"instruction": f"I {text}", "response": text} for text in ("7", "Grade: 10/10.", "none", "11", "3 of 10")]
     found = judge(lambda prompt: prompt.partition("Answer:\n")[2].partition("\n")[0], tmp_path).grade(rows)
     np.testing.assert_equal(found, [7, 10, np.nan, np.nan, 3])
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        ("8/10", 8),
+        ("**7**", 7),
+        ("8.5", 8.5),
+        ("Grade: 8. The answer has 2 mistakes.", 8),
+        ("On a scale of 1 to 10, I give this a 8.", 8),
+        ("It has 2 mistakes in 3 lines.", np.nan),
+        ("-3", np.nan),
+        ("42", np.nan),
+    ],
+)
+def test_a_scale_is_no_grade(reply, grade):
+    np.testing.assert_equal(read_grade(reply), grade)
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("A", 1),
+        ("**B**", 0),
+        ("Answer A is better than B.", 1),
+        ("A is better", 1),
+        ("B\n\nA is wrong.", 0),
+        ("A better answer is B.", 0),
+        ("I choose B over A", 0),
+        ("A tie.", 0.5),
+        ("Both A and B are equal: tie", 0.5),
+        ("A and B are equal", np.nan),
+        ("A nice question", np.nan),
+    ],
+)
+def test_an_article_is_no_verdict(reply, value):
+    np.testing.assert_equal(read_choice(reply), value)
 
 
 def test_preferences_are_ours_in_both_orders(tmp_path):

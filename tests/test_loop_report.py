@@ -92,7 +92,7 @@ def test_the_numbers_of_the_round_and_the_costs(finished):
     numbers = dict(report.headline(finished))
     assert numbers["preference pairs"] == "5"
     assert numbers["validation pairs in the right order"] == "75%"
-    assert numbers["tuned above untuned by"].endswith("one-sided p = 0.0123")
+    assert numbers["tuned teacher above untuned teacher by"].endswith("one-sided p = 0.0123")
     assert numbers["win rate against base, length-controlled"] == "61.0%"
     assert all(name in page for name in numbers)
     assert report.cost_rows(COSTS) == [

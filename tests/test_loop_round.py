@@ -20,7 +20,7 @@ from support import make_text_rows
 from transformers import PreTrainedModel
 
 from montessori.cli import cli
-from montessori.errors import ArgumentError, DataError
+from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.loop import round as loop
 from montessori.loop.config import Config
 from montessori.loop.files import write_jsonl
@@ -176,6 +176,71 @@ def test_until_stops_and_single_stages_go_on(settings, finished, tmp_path):
     assert (tmp_path / "a" / pairs).read_bytes() == (finished[0] / pairs).read_bytes()
     with pytest.raises(ArgumentError, match="expected a finished stage"):
         loop.run(config(settings), tmp_path / "a", only="train", progress=False)
+
+
+def test_a_stage_can_be_redone_with_what_comes_after_it(settings, finished, tmp_path):
+    path, _ = finished
+    shutil.copytree(path, tmp_path / "run")
+    fewer = config(settings, pairs={"rule": "difference", "per_prompt": 1})
+    with pytest.raises(ArgumentError, match=r"another pairs\.per_prompt.* montessori run --from pairs"):
+        loop.run(fewer, tmp_path / "run", progress=False)
+    loop.run(fewer, tmp_path / "run", since="pairs", progress=False)
+    whole = loop.run(fewer, tmp_path / "whole", progress=False)
+    assert whole is not None and outputs(tmp_path / "run") == outputs(tmp_path / "whole")
+
+
+def test_a_single_stage_redone_leaves_nothing_made_from_the_old_one(settings, finished, tmp_path):
+    path, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(path, out)
+    with pytest.raises(ArgumentError, match="another seed"):
+        loop.run(config(settings, seed=7), out, only="pairs", fresh=True, progress=False)
+    assert outputs(out) == outputs(path)
+    fewer = config(settings, pairs={"rule": "difference", "per_prompt": 1})
+    loop.run(fewer, out, only="pairs", fresh=True, progress=False)
+    assert sorted(entry.name for entry in (out / "round_1").iterdir()) == ["generate", "pairs", "score", "warmup"]
+    loop.run(fewer, out, until="tune", progress=False)
+
+
+def test_a_fresh_run_keeps_nothing_of_the_one_before(settings, finished, tmp_path, monkeypatch):
+    path, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(path, out)
+    shutil.copytree(path / "round_1", out / "round_2")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Round, "warmup", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(config(settings, rounds=2), out, fresh=True, progress=False)
+    assert sorted(entry.name for entry in out.glob("round_*/*")) == ["generate", "warmup"]
+    loop.run(config(settings), out, until="pairs", progress=False)
+
+
+def test_a_judge_of_the_win_rate_alone_does_not_undo_the_pairs(settings, finished, tmp_path):
+    path, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(path, out)
+    judged = config(settings, judge={"model": settings["teacher"]})
+    loop.run(judged, out, since="evaluate", progress=False)
+    assert outputs(out / "round_1/tune") == outputs(path / "round_1/tune")
+
+
+@pytest.mark.parametrize("key", ["student", "judge", "opponent"])
+def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_written(key, settings, tmp_path):
+    absent = str(tmp_path / "absent")
+    changes = {
+        "student": {"student": absent},
+        "judge": {"judge": {"model": absent}},
+        "opponent": {"evaluate": {"answers": {"count": 1, "opponent": absent}}},
+    }[key]
+    with pytest.raises(ModelError, match="absent: expected a checkpoint directory"):
+        loop.run(config(settings, **changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_rows_in_the_reference_are_refused(settings, tmp_path):
+    data = {**settings["data"], "evaluation": settings["data"]["reference"]}
+    with pytest.raises(DataError, match=r"5 of 9 evaluation rows are also in the reference"):
+        loop.run(config(settings, data=data), tmp_path / "run", progress=False)
 
 
 def test_the_untuned_baseline_has_no_tuning_stages(settings, tmp_path):

@@ -5,25 +5,52 @@ from __future__ import annotations
 import pytest
 
 from montessori.errors import ArgumentError, ResourceError
-from montessori.loop.rundir import RunDirectory, content_digest
+from montessori.fingerprint import content_digest
+from montessori.loop import rundir
+from montessori.loop.rundir import RunDirectory
 
 
 def work(path, inputs, tokens=0, fresh=False, fail=False):
     """Run a stage that writes its inputs; returns whether it worked."""
-    with RunDirectory(path) as run, run.stage("round_1/pairs", inputs, fresh) as stage:
-        if stage.done:
-            return False
-        (stage.path / "out.txt").write_text(str(inputs))
-        if fail:
-            raise KeyError("pulled plug")
-        stage.tokens = tokens
-        return True
+    with RunDirectory(path) as run:
+        if fresh:
+            run.drop("round_1/pairs")
+        with run.stage("round_1/pairs", inputs) as stage:
+            if stage.done:
+                return False
+            (stage.path / "out.txt").write_text(str(inputs))
+            if fail:
+                raise KeyError("pulled plug")
+            stage.tokens = tokens
+            return True
+
+
+def stop_unless_absent(path, **_):
+    if path.exists():
+        raise KeyboardInterrupt
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path):
     assert work(tmp_path, {"a": {"b": 1}})
     assert not work(tmp_path, {"a": {"b": 1}})
     assert work(tmp_path, {"a": {"b": 1}}, fresh=True)
+
+
+def test_a_kill_while_a_stage_is_dropped_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    work(tmp_path, {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir.shutil, "rmtree", stop_unless_absent)
+        with pytest.raises(KeyboardInterrupt):
+            work(tmp_path, {"a": 2}, fresh=True)
+    assert not RunDirectory(tmp_path).is_done("round_1/pairs")
+    assert work(tmp_path, {"a": 2})
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_folders_that_only_begin_like_a_round_are_none(tmp_path):
+    for name in ("round_10", "round_2", "round_1_old"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in RunDirectory(tmp_path).rounds()] == ["round_2", "round_10"]
 
 
 def test_changed_inputs_are_named(tmp_path):

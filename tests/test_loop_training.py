@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from loop_support import make_generated, make_signal
 from support import make_text_rows
 
 from montessori.encoding import encode_continuations
-from montessori.errors import ArgumentError, DataError, ResourceError
+from montessori.errors import DataError, ResourceError
 from montessori.loop import fit, pairs, train, tune
 from montessori.loop.files import write_jsonl
 from montessori.loop.train import TrainSettings
@@ -136,6 +137,24 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(tuned, student, pairs_file, t
         assert (tmp_path / name).read_bytes() == (tuned[0] / name).read_bytes(), name
 
 
+def test_a_kill_while_checkpoints_are_dropped_costs_nothing(tuned, student, pairs_file, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def half(path, **options):
+        if Path(path).name == fit.CHECKPOINTS:
+            next(Path(path).rglob("*.arrow")).unlink()
+            raise KilledError
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(KilledError):
+            tune.run(TuneSettings(**TUNE), student, pairs_file, tmp_path, seed=0, progress=False)
+    monkeypatch.setattr(tune, "load_model", None)
+    assert tune.run(TuneSettings(**TUNE), student, pairs_file, tmp_path, seed=0, progress=False) == tuned[1]
+    assert not (tmp_path / fit.CHECKPOINTS).exists()
+
+
 def test_lora_is_merged_and_leaves_embeddings_alone(student, pairs_file, tmp_path):
     settings = TuneSettings(**{**TUNE, "learning_rate": 1e-2}, lora=LoraSettings(r=2))
     tune.run(settings, student, pairs_file, tmp_path, seed=0, progress=False)
@@ -243,12 +262,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(student, final_file, tmp_pa
     train.run(settings, student, final_file, tmp_path / "cut", seed=0, progress=False)
     for name in ("metrics.jsonl", "student/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-def test_a_batch_that_does_not_divide_is_refused(student, final_file, tmp_path):
-    settings = TrainSettings(batch_size=6, per_device_train_batch_size=4)
-    with pytest.raises(ArgumentError, match="batch_size=6: expected a multiple of 4"):
-        train.run(settings, student, final_file, tmp_path, seed=0, progress=False)
 
 
 def test_a_full_disk_is_an_error_of_one_line(student, tmp_path, monkeypatch):

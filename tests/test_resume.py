@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import resource
 import signal
 import subprocess
 import sys
@@ -85,14 +85,39 @@ def test_a_journal_of_another_run_is_refused_by_what_differs(warm, tmp_path):
     assert path.read_bytes() == content
 
 
-def test_a_full_disk_keeps_what_was_written(warm, tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
+def test_a_full_disk_keeps_what_was_written(tmp_path):
     path = tmp_path / "journal.jsonl"
-    path.symlink_to("/dev/full")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = ScoreJournal(path)
-    with pytest.raises(ResourceError, match=r"journal\.jsonl: cannot be written .*space"):
-        journal.append({"index": [1]})
+    journal.open({"model": "a"})
+    journal.append({"index": [0]})
+    # The next record does not fit as a whole.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"journal\.jsonl: cannot be written .*large"):
+            journal.append({"index": [1]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal.open({"model": "a"})
+    assert journal.records == [{"index": [0]}]
+
+
+def test_a_journal_has_one_writer_and_says_when_it_is_damaged(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    first, second = ScoreJournal(path), ScoreJournal(path)
+    with first.opened({"model": "a"}):
+        first.append({"index": [0]})
+        with pytest.raises(StateError, match=r"journal\.jsonl: another process writes it"):
+            second.open({"model": "a"})
+    with second.opened({"model": "a"}):
+        assert second.records == [{"index": [0]}]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][4:] + lines[1])
+    with pytest.raises(StateError, match=r"line 2: is damaged"):
+        first.open({"model": "a"})
+    path.write_bytes(lines[1])
+    with pytest.raises(StateError, match=r"line 1: is damaged"):
+        first.open({"model": "a"})
 
 
 def test_kill_9_during_the_command_and_the_same_command_again(student, tmp_path):

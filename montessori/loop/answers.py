@@ -48,24 +48,26 @@ def answer(
     """
     engine.load(model)
     journal = ScoreJournal(folder / f"answers.{name}.jsonl")
-    journal.open({"questions": str(derive_seed(*(turn for turns in questions for turn in turns)))})
-    memory = SampleMemory(journal)
-    answers: list[list[str]] = [[] for _ in questions]
-    for turn in range(max(map(len, questions), default=0)):
-        open_ones = [index for index, turns in enumerate(questions) if turn < len(turns)]
-        requests = [
-            Request(
-                f"{index}-{turn}",
-                prompts.converse(
-                    engine.tokenizer, _messages(questions[index][: turn + 1], answers[index]), settings.chat_template
-                ),
-                derive_seed(name, index, turn),
-            )
-            for index in open_ones
-        ]
-        samples = memory.complete(engine, requests, settings.sampling)
-        for index, sample in zip(open_ones, samples, strict=True):
-            answers[index].append(sample.text)
+    with journal.opened({"questions": str(derive_seed(*(turn for turns in questions for turn in turns)))}):
+        memory = SampleMemory(journal)
+        answers: list[list[str]] = [[] for _ in questions]
+        for turn in range(max(map(len, questions), default=0)):
+            open_ones = [index for index, turns in enumerate(questions) if turn < len(turns)]
+            requests = [
+                Request(
+                    f"{index}-{turn}",
+                    prompts.converse(
+                        engine.tokenizer,
+                        _messages(questions[index][: turn + 1], answers[index]),
+                        settings.chat_template,
+                    ),
+                    derive_seed(name, index, turn),
+                )
+                for index in open_ones
+            ]
+            samples = memory.complete(engine, requests, settings.sampling)
+            for index, sample in zip(open_ones, samples, strict=True):
+                answers[index].append(sample.text)
     engine.release()
     return answers
 

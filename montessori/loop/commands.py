@@ -39,14 +39,15 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("run")
 @config_options
 @click.option("--until", type=click.Choice(STAGES), help="Stop after this stage of the last round.")
+@click.option("--from", "since", type=click.Choice(STAGES), help="Redo this stage and what comes after it.")
 def run_command(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path, resume: bool,
-                quiet: bool, until: str | None) -> None:  # fmt: skip
+                quiet: bool, until: str | None, since: str | None) -> None:  # fmt: skip
     """Run the whole loop: the teacher writes, the student learns, the teacher is tuned, the student is trained.
 
     CONFIG is a YAML file; a finished stage is skipped, and an interrupted run goes on with the same command.
     """
     settings = read_run_config(config, preset, assignments, out)
-    carry_out(settings, out, until=until, fresh=not resume, progress=not quiet)
+    carry_out(settings, out, until=until, since=since, fresh=not resume, progress=not quiet)
 
 
 @click.command("generate")

@@ -58,7 +58,8 @@ class Config(Section):
     the teacher is tuned to write better: instructions, or responses.
     """
 
-    seed: int = 42
+    # What torch's and numpy's generators both take.
+    seed: int = Field(default=42, ge=0, lt=2**32)
     rounds: int = Field(default=1, ge=1)
     teacher: str
     student: str

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from montessori.loop.cache import read_prompts
-from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, prompt_ids
+from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
 from montessori.models import free_models, load_model
 
 # A sorted copy of a whole vocabulary costs more than the model's own step; this many tokens nearly always
@@ -39,6 +39,9 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = self._model.to(device)
+
+    def fits(self, prompt: str) -> bool:
+        return leaves_room(self.tokenizer, prompt, self._limit())
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Prompts of like length together, equal prompts side by side."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from montessori.errors import ModelError, ResourceError
 from montessori.loop.decoding import cut_at_stop
-from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, prompt_ids
+from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, leaves_room, prompt_ids
 from montessori.models import checkpoint_name, load_tokenizer
 
 _DEFAULT_LIMIT = 4096
@@ -40,6 +40,9 @@ class EndpointEngine:
 
     def load(self, model: str | os.PathLike[str]) -> None:
         self.tokenizer = load_tokenizer(checkpoint_name(model))
+
+    def fits(self, prompt: str) -> bool:
+        return leaves_room(self.tokenizer, prompt, self.settings.max_length or _DEFAULT_LIMIT)
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         size = self.settings.batch_size

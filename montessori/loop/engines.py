@@ -92,6 +92,9 @@ class Engine(Protocol):
     def load(self, model: str | os.PathLike[str]) -> None:
         """Generate with the checkpoint `model` from now on, whatever was loaded before."""
 
+    def fits(self, prompt: str) -> bool:
+        """Whether `prompt` leaves room for output in the context of the model."""
+
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """The calls of `generate` that `requests` take: what is kept on disk before the next one starts."""
 
@@ -167,6 +170,11 @@ def prompt_ids(tokenizer: Any, requests: Sequence[Request], limit: int) -> list[
                 f"share {limit}: use fewer or shorter examples, or raise engine.max_length"
             )
     return encoded
+
+
+def leaves_room(tokenizer: Any, prompt: str, limit: int) -> bool:
+    """Whether `prompt_ids` would take `prompt`."""
+    return 0 < len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) < limit
 
 
 def context_length(config: Any, max_length: int | None) -> int:

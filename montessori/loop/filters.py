@@ -22,7 +22,11 @@ BLOCKED_WORDS = (
     "link", "url", "click", "download", "upload", "go to", "watch", "listen",
 )  # fmt: skip
 
-_WORD = re.compile(r"\w+")
+# Scripts that put no blanks between words: Thai, Lao, Khmer, Burmese, kana, Han. Each character counts as a word.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # Code points that no other part of Unicode's text uses are not needed: any distinct ones serve.
 _FIRST_CODE, _LAST_CODE = 0x10000, 0x10FFFF
 
@@ -65,8 +69,9 @@ class RougeIndex:
     """Texts that a new one must differ from.
 
     ROUGE-L F of two texts of m and n words is 2·LCS/(m + n), which is the normalised Indel similarity of
-    the word sequences. Words are runs of letters and digits, without regard to case. Each distinct word
-    becomes one character, so that a whole text is compared as one short string.
+    the word sequences. Words are runs of letters and digits, without regard to case or to how Unicode composes them,
+    and single characters in scripts without blanks. Each distinct word becomes one character, so that a whole text is
+    compared as one short string.
     """
 
     def __init__(self, threshold: float, texts: Iterable[str] = ()) -> None:
@@ -93,7 +98,7 @@ class RougeIndex:
         return 0.0 if found is None else found[1]
 
     def _encode(self, text: str) -> str:
-        return "".join(self._code(word) for word in _WORD.findall(text.casefold()))
+        return "".join(self._code(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
     def _code(self, word: str) -> str:
         code = self._codes.get(word)

@@ -6,6 +6,7 @@ written by the first.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -13,10 +14,10 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import nn
 
@@ -61,6 +62,24 @@ class FitSettings(Section):
     bf16: bool = False
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.batch_size % self.per_device_train_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}: expected a multiple of "
+                f"per_device_train_batch_size={self.per_device_train_batch_size}"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate:g}: expected at most learning_rate={self.learning_rate:g}"
+            )
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction:g} and decay_fraction={self.decay_fraction:g}: expected at "
+                "most 1 together"
+            )
+        return self
 
 
 def training_arguments(
@@ -195,6 +214,17 @@ def finish(
         # Last, so that a run killed before goes on from them.
         shutil.rmtree(out / CHECKPOINTS)
     processes.wait_for_all()
+
+
+def finished(target: Path) -> dict[str, Any] | None:
+    """The summary that `finish` wrote beside `target`, None where it did not come so far; drops what it left."""
+    out = target.parent
+    file = out / SUMMARY_FILE
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    summary = processes.from_main(summary)
+    if summary is not None and processes.is_main():
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    return summary
 
 
 def save_model(model: Any, tokenizer: Any, target: Path) -> None:

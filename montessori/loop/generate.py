@@ -24,6 +24,8 @@ from montessori.loop.section import Section
 from montessori.runs import write_json
 
 SAMPLES_FILE = "samples.jsonl"
+# Examples are drawn again this often where a prompt would not fit into the teacher's context.
+_DRAWS = 16
 COUNTS_FILE = "counts.json"
 REJECTED_FILE = "rejected.jsonl"
 _REJECTED_SHOWN = 5
@@ -173,9 +175,11 @@ def _write(recipe: Recipe, engine: Engine, needed: int, out: Path, progress: boo
             f"{len(recipe.seeds)}: give more seeds, or use fewer examples in a prompt"
         )
     journal = ScoreJournal(out / SAMPLES_FILE)
-    journal.open({"seed": recipe.seed, "label": recipe.label})
-    writer = _Writer(recipe, engine, SampleMemory(journal), usable)
-    with tqdm(total=needed, desc=out.name, unit="row", disable=not progress) as bar:
+    with (
+        journal.opened({"seed": recipe.seed, "label": recipe.label}),
+        tqdm(total=needed, desc=out.name, unit="row", disable=not progress) as bar,
+    ):
+        writer = _Writer(recipe, engine, SampleMemory(journal), usable)
         for kept in writer.waves(needed):
             bar.update(min(kept, needed) - bar.n)
     made = writer.made
@@ -236,16 +240,24 @@ class _Writer:
 
     def _prompt(self, number: int) -> tuple[str, str, list[str]]:
         """Id, text and examples of a prompt."""
-        settings = self.recipe.generate
         prompt_id = f"{self.recipe.label}-{number:06d}"
         generator = random.Random(derive_seed(self.recipe.seed, prompt_id, "examples"))
+        for _ in range(_DRAWS):
+            prompt, examples = self._draw(generator)
+            if self.engine.fits(prompt):
+                break
+        return prompt_id, prompt, examples
+
+    def _draw(self, generator: random.Random) -> tuple[str, list[str]]:
+        """Text and examples of a prompt."""
+        settings = self.recipe.generate
         own = settings.own_examples if len(self.kept) >= settings.own_examples else 0
         examples = generator.sample(self.seeds, settings.seed_examples + settings.own_examples - own)
         examples += generator.sample(self.kept, own)
         tokenizer = self.engine.tokenizer
         if settings.style == "completion":
-            return prompt_id, prompts.completion_prompt(tokenizer, examples), examples
-        return prompt_id, prompts.chat_prompt(tokenizer, examples, settings.chat_template), examples
+            return prompts.completion_prompt(tokenizer, examples), examples
+        return prompts.chat_prompt(tokenizer, examples, settings.chat_template), examples
 
     def _accept(self, sample: Sample, examples: Sequence[str]) -> str | None:
         settings = self.recipe.generate
@@ -265,17 +277,19 @@ class _Writer:
 
     def _answer(self, accepted: list[tuple[Request, Sample, str]]) -> None:
         settings = self.recipe.responses
+        asked = [(entry, prompts.ask(self.engine.tokenizer, entry[2], settings.chat_template)) for entry in accepted]
+        for (_, _, instruction), prompt in asked:
+            if not self.engine.fits(prompt):
+                self._reject("too_long_to_answer", instruction)
+        asked = [(entry, prompt) for entry, prompt in asked if self.engine.fits(prompt)]
+        accepted = [entry for entry, _ in asked]
         requests = [
-            self._request(
-                f"{request.id}-{number}",
-                prompts.ask(self.engine.tokenizer, instruction, settings.chat_template),
-                "response",
-            )
-            for request, _, instruction in accepted
+            self._request(f"{request.id}-{number}", prompt, "response")
+            for (request, _, _), prompt in asked
             for number in range(settings.samples)
         ]
         answers = self._complete(requests, settings.sampling, ())
-        for place, (asked, answer) in enumerate(zip(requests, answers, strict=True)):
+        for place, (question, answer) in enumerate(zip(requests, answers, strict=True)):
             request, sample, instruction = accepted[place // settings.samples]
             if not answer.text.strip():
                 self._reject("empty_response", instruction)
@@ -285,7 +299,7 @@ class _Writer:
                 self._reject("cut_response", answer.text)
                 continue
             if self.recipe.optimise == "response":
-                row = _row(asked, response, asked.id, instruction, response, answer.finish == "stop")
+                row = _row(question, response, question.id, instruction, response, answer.finish == "stop")
             else:
                 # It ends with the closing mark, which stands in the text.
                 row = _row(request, sample.text, request.id, instruction, response, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -53,12 +54,14 @@ def row_losses(
     longest = max(example.num_tokens for example in examples)
     batches = make_batches(examples, max(batch_tokens, longest))
     losses: dict[int, float] = {}
-    if journal is not None:
-        journal.open({"model": model_digest(model), "rows": examples_digest(examples), "batches": len(batches)})
-        for record in journal.records:
-            losses.update(zip(record["index"], record["loss"], strict=True))
     total = sum(example.num_tokens for example in examples)
-    with evaluation_mode(model), tqdm(total=total, unit="tok", desc="held-out loss", disable=not progress) as bar:
+    with ExitStack() as stack:
+        if journal is not None:
+            fingerprint = {"model": model_digest(model), "rows": examples_digest(examples), "batches": len(batches)}
+            for record in stack.enter_context(journal.opened(fingerprint)).records:
+                losses.update(zip(record["index"], record["loss"], strict=True))
+        stack.enter_context(evaluation_mode(model))
+        bar = stack.enter_context(tqdm(total=total, unit="tok", desc="held-out loss", disable=not progress))
         for batch in batches:
             index = [example.index for example in batch]
             if not losses.keys() >= set(index):

@@ -28,10 +28,39 @@ CHOICE_REQUEST = (
     "correct, more helpful, clearer? Do not prefer an answer for its place or its length. Reply with A, B or tie and "
     "nothing else.\n\nInstruction:\n{instruction}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nBetter answer:"
 )
-_GRADE = re.compile(r"\b(10|[1-9])\b")
-# An article is no verdict.
-_CHOICE = re.compile(r"\b(A|B|[Tt]ie|TIE)\b")
+_NUMBER = r"(10(?:\.0+)?|[1-9](?:\.\d+)?)(?!\.?\d|\w)"
+_FIRST_GRADE = re.compile(r"^[\s*_#\"'(]*(?:(?:grade|score|rating)\b[\s*_:]*)?" + _NUMBER, re.IGNORECASE)
+_GRADE = re.compile(r"(?<![\w.-])" + _NUMBER)
+_SCALE = re.compile(r"\b1\s*(?:to|-|–)\s*10\b|(?:/|\bout of)\s*10\b")
+_VERB = r"(?:is|was|wins|follows|gives|has|because|as|since)\b"
+_FIRST_CHOICE = re.compile(rf"^\W*(?:[Aa]nswer\W+|[Rr]esponse\W+)?(A|B|(?i:tie))\b(?:\W*$|[^\w\n]*\n|\W+{_VERB})")
+_NAMED_CHOICE = re.compile(
+    r"(?:answer|better|prefer|choose|choice|verdict|winner)\b(?:\W+is)?\W+(A|B)\b", re.IGNORECASE
+)
+_TIE = re.compile(r"\btie\b", re.IGNORECASE)
+# An article is no verdict: the letter before a word in small letters is one.
+_CHOICE = re.compile(r"\b(A(?! (?!and\b|or\b)[a-z])|B)\b")
 _PREFERENCE = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+def read_grade(reply: str) -> float:
+    """The grade that a reply begins with, else its only one; NaN where it gives none or several."""
+    reply = _SCALE.sub(" ", reply)
+    first = _FIRST_GRADE.match(reply)
+    found = {float(first[1])} if first else {float(grade) for grade in _GRADE.findall(reply)}
+    return found.pop() if len(found) == 1 else np.nan
+
+
+def read_choice(reply: str) -> float:
+    """1 for A, 0 for B, 0.5 for a tie, NaN where the reply has no verdict or several."""
+    first = _FIRST_CHOICE.match(reply)
+    if first:
+        return _PREFERENCE[first[1].lower()]
+    if _TIE.search(reply):
+        return 0.5
+    named = {choice.upper() for choice in _NAMED_CHOICE.findall(reply)}
+    found = named if len(named) == 1 else set(_CHOICE.findall(reply))
+    return _PREFERENCE[found.pop().lower()] if len(found) == 1 else np.nan
 
 
 class JudgeSettings(Section):
@@ -74,8 +103,7 @@ class Judge:
         Raises DataError when the judge gave no grade at all.
         """
         contents = [GRADE_REQUEST.format(instruction=row["instruction"], response=row["response"]) for row in rows]
-        found = [_GRADE.search(reply) for reply in self._ask("grade", contents)]
-        grades = np.array([float(match[1]) if match else np.nan for match in found])
+        grades = np.array([read_grade(reply) for reply in self._ask("grade", contents)])
         self._check(grades, "a grade from 1 to 10")
         return grades
 
@@ -93,8 +121,7 @@ class Judge:
             for answers in shown
             for instruction, first, second in zip(instructions, *answers, strict=True)
         ]
-        found = [_CHOICE.search(reply) for reply in self._ask(name, contents)]
-        values = np.array([_PREFERENCE[match[1].lower()] if match else np.nan for match in found])
+        values = np.array([read_choice(reply) for reply in self._ask(name, contents)])
         self._check(values, "A, B or tie")
         values = np.where(np.isnan(values), 0.5, values)
         size = len(instructions)
@@ -110,8 +137,8 @@ class Judge:
             for number, content in enumerate(contents)
         ]
         journal = ScoreJournal(self.folder / f"judge.{part}.jsonl")
-        journal.open({"judge": self.settings.model, "requests": str(derive_seed(*contents))})
-        samples = SampleMemory(journal).complete(self.engine, requests, self.settings.sampling)
+        with journal.opened({"judge": self.settings.model, "requests": str(derive_seed(*contents))}):
+            samples = SampleMemory(journal).complete(self.engine, requests, self.settings.sampling)
         self.tokens += sum(sample.num_tokens for sample in samples)
         return [sample.text for sample in samples]
 

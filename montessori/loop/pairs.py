@@ -143,6 +143,8 @@ def _signs(values: np.ndarray) -> dict[str, int]:
 def _no_pairs(settings: PairSettings, summary: Mapping[str, Any]) -> str:
     signs = summary["sign_centred" if settings.rule == "centred" else "sign"]
     counts = f"{summary['num_valued']} values in {summary['num_prompts']} prompts"
+    if signs["positive"] == signs["negative"] == 0:
+        return f"pairs: none from {counts}: all values are the same: use another signal, or another judge"
     if settings.rule == "sign" and 0 in (signs["positive"], signs["negative"]):
         sign = "negative" if signs["negative"] else "positive"
         return (

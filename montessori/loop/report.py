@@ -18,6 +18,7 @@ from montessori.data import load_rows
 from montessori.errors import ArgumentError, ResourceError
 from montessori.loop.evaluate import EVALUATION_FILE
 from montessori.loop.fit import METRICS_FILE, SUMMARY_FILE
+from montessori.loop.rundir import RunDirectory
 from montessori.scores import Scores
 
 REPORT_FILE = "report.html"
@@ -39,7 +40,7 @@ def run(directory: Path, costs: Mapping[str, Mapping[str, Any]]) -> Path:
     `costs`: seconds and tokens by stage, as `RunDirectory.costs` gives them. Stages that have not been run
     are left out. Raises ArgumentError when the directory holds no round.
     """
-    folders = _round_folders(directory)
+    folders = RunDirectory(directory).rounds()
     if not folders:
         raise ArgumentError(f"{directory}: expected the directory of a run, with round_1 in it")
     rounds = [_describe(folder, directory) for folder in folders]
@@ -71,14 +72,8 @@ def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def headline(directory: Path) -> list[tuple[str, str]]:
     """The numbers of the last round that has any, as name and text, for the terminal."""
-    found = [_numbers(folder) for folder in _round_folders(directory)]
+    found = [_numbers(folder) for folder in RunDirectory(directory).rounds()]
     return next((numbers for numbers in reversed(found) if numbers), [])
-
-
-def _round_folders(directory: Path) -> list[Path]:
-    # Our pictures have names that begin in the same way.
-    found = [path for path in directory.glob("round_*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
 
 
 def _describe(folder: Path, directory: Path) -> _Round:
@@ -105,19 +100,20 @@ def _numbers(folder: Path) -> list[tuple[str, str]]:
         if last:
             numbers.append(("validation pairs in the right order", f"{last['eval_rewards/accuracies']:.0%}"))
     evaluation = _json(folder / "evaluate" / EVALUATION_FILE)
-    return numbers + (_evaluation_numbers(evaluation) if evaluation else [])
+    before = "untuned teacher" if folder.name == "round_1" else "teacher of the round before"
+    return numbers + (_evaluation_numbers(evaluation, before) if evaluation else [])
 
 
-def _evaluation_numbers(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _evaluation_numbers(evaluation: Mapping[str, Any], before: str) -> list[tuple[str, str]]:
     numbers = []
     influence = evaluation.get("influence", {})
-    for name in ("untuned", "tuned"):
+    for name, teacher in (("untuned", before), ("tuned", "tuned teacher")):
         if name in influence:
-            numbers.append((f"real influence, {name} teacher", _interval(influence[name]["mean"], "{:+.2e}")))
+            numbers.append((f"real influence, {teacher}", _interval(influence[name]["mean"], "{:+.2e}")))
     if "comparison" in influence:
         compared = influence["comparison"]
         text = f"{_interval(compared['difference'], '{:+.2e}')}, one-sided p = {compared['p']:.4f}"
-        numbers.append(("tuned above untuned by", text))
+        numbers.append((f"tuned teacher above {before} by", text))
     for name, entry in evaluation["held_out"]["models"].items():
         numbers.append((f"held-out loss, {name}", _interval(entry["loss"], "{:.4f}")))
     for name, entry in evaluation["held_out"]["below"].items():

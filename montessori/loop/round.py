@@ -15,6 +15,7 @@ from typing import Any
 from montessori import processes
 from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError
+from montessori.fingerprint import content_digest
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
 from montessori.loop.config import Config, data_path, write_config
 from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
@@ -22,9 +23,9 @@ from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
 from montessori.loop.judge import open_judge
 from montessori.loop.prompts import instruction_text
-from montessori.loop.rundir import RunDirectory, content_digest
+from montessori.loop.rundir import RunDirectory
 from montessori.loop.signals import around_median, from_scores
-from montessori.models import free_models
+from montessori.models import check_checkpoint, free_models
 from montessori.runs import versions, write_json
 from montessori.scores import Scores
 
@@ -68,20 +69,23 @@ def run(
     *,
     until: str | None = None,
     only: str | None = None,
+    since: str | None = None,
     fresh: bool = False,
     progress: bool = True,
 ) -> Path | None:
     """Work through all rounds of `config` in the directory `path`; return the report once all is done.
 
     What is finished there is kept, what was cut short goes on. `until`: last stage of the last round.
-    `only`: that stage alone, in the first round that lacks it, from what the stages before it left.
-    `fresh`: redo the stages that are run, whatever is there.
+    `only`: that stage alone, in the first round that lacks it, else the last, from what the stages before it left.
+    `since`: redo that stage, in the last round that has it, and go on. `fresh`: redo what is run, whatever is there.
+    What comes after a stage that is redone is deleted: it was made from what is no longer there.
     Raises MontessoriError: one line.
     """
     names = stages_of(config)
-    for option, name in (("--until", until), ("stage", only)):
+    for option, name in (("--until", until), ("--from", since), ("stage", only)):
         if name is not None and name not in names:
             raise ArgumentError(f"{option} {name}: expected one of {', '.join(names)}")
+    _check_models(config)
     if {until, only} <= {None, "evaluate"}:
         evaluate.check(config.evaluate)
     with ExitStack() as stack:
@@ -90,16 +94,24 @@ def run(
         engine = open_engine(config.engine)
         stack.callback(engine.release)
         rounds = [Round(config, directory, material, n, engine, progress) for n in range(1, config.rounds + 1)]
-        if not fresh:
-            for current in rounds:
-                current.check()
+        first = only if fresh else since
+        current = next((one for one in rounds if only and not one.is_done(only)), rounds[-1])
+        if since is not None:
+            current = next((one for one in reversed(rounds) if one.exists(since)), rounds[0])
+        if first is not None or not fresh:
+            # Before anything is deleted.
+            for one in rounds[: current.number if first is not None else None]:
+                if not one.check(first if one is current else None):
+                    break
+        if first is not None or fresh:
+            _forget(directory, current if first is not None else None, first)
         _start(config, directory, material)
         if only is not None:
-            next((one for one in rounds if not one.is_done(only)), rounds[-1]).work(only, fresh)
+            current.work(only)
             return None
         for current in rounds:
             for name in names:
-                current.work(name, fresh)
+                current.work(name)
                 if name == until and current is rounds[-1]:
                     return None
         return report.run(path, directory.costs()) if processes.is_main() else None
@@ -122,6 +134,7 @@ class _Material:
         if data.evaluation is not None:
             evaluation = load_rows(data_path(data.evaluation), name="evaluation")
             rows = evaluation.rows
+            _check_apart(evaluation, reference.rows[:used], config.split.leakage)
         else:
             evaluation, rows = reference, reference.rows[used:]
         rows = rows[: data.evaluation_rows]
@@ -143,6 +156,25 @@ class _Material:
         return instruction_text(self.reference) + instruction_text(self.evaluation)
 
 
+def _check_models(config: Config) -> None:
+    """Raise ModelError for a checkpoint that a later stage would look for in vain."""
+    judge = None if config.judge is None else config.judge.model
+    for name in (config.teacher, config.student, judge, config.evaluate.answers.opponent):
+        if name is not None:
+            check_checkpoint(name)
+
+
+def _check_apart(evaluation: Rows, reference: Sequence[dict[str, Any]], leakage: str) -> None:
+    """Raise DataError when evaluation rows are also reference rows, which the teacher is tuned for, unless allowed."""
+    known = {json.dumps(row, sort_keys=True, default=str) for row in reference}
+    shared = [i for i, row in enumerate(evaluation) if json.dumps(row, sort_keys=True, default=str) in known]
+    if shared and leakage == "refuse":
+        raise DataError(
+            f"{evaluation.where(shared[0])}: {len(shared)} of {len(evaluation)} evaluation rows are also in the "
+            "reference, which the teacher is tuned for: use other rows, or set split.leakage=allow"
+        )
+
+
 class Round:
     """The stages of round `number`, each a method of its name: it reads what earlier stages wrote to disk."""
 
@@ -156,19 +188,28 @@ class Round:
     def is_done(self, stage: str) -> bool:
         return self.run.is_done(f"{self.name}/{stage}")
 
-    def check(self) -> None:
-        """Raise ArgumentError if a stage that is there was made from other inputs than it would be now."""
+    def exists(self, stage: str) -> bool:
+        return self.run.exists(f"{self.name}/{stage}")
+
+    def check(self, until: str | None = None) -> bool:
+        """Whether all stages, those before `until` if given, are done.
+
+        Raises ArgumentError if one that is there was made from other inputs than it would be now.
+        """
         for name in stages_of(self.config):
-            if not self.run.exists(f"{self.name}/{name}"):
-                break
+            if name == until:
+                return True
+            if not self.exists(name):
+                return False
             self.run.check(f"{self.name}/{name}", self.inputs(name))
             if not self.is_done(name):
-                break
+                return False
+        return True
 
-    def work(self, name: str, fresh: bool = False) -> None:
+    def work(self, name: str) -> None:
         """Run the stage `name` unless it is done."""
         stage: Callable[[Path], dict[str, Any]] = getattr(self, name)
-        with self.run.stage(f"{self.name}/{name}", self.inputs(name), fresh) as work:
+        with self.run.stage(f"{self.name}/{name}", self.inputs(name)) as work:
             if not work.done and (processes.is_main() or name in SHARED_STAGES):
                 if self.progress and processes.is_main():
                     print(f"{self.name}/{name}", file=sys.stderr)
@@ -188,6 +229,12 @@ class Round:
                 inputs["teacher"] = self.run.digest(f"round_{self.number - 1}/tune")
         if "student" in settings:
             inputs["student"] = _identity(self.config.student)
+        judge = settings.get("judge")
+        if judge and stage == "pairs" and self.config.signal.kind != "judge":
+            inputs["judge"] = None
+        elif judge:
+            judge["engine"] = {key: value for key, value in judge["engine"].items() if key not in UNSEEN}
+            judge["model"] = _identity(judge["model"])
         if "engine" in settings:
             inputs["engine"] = {key: value for key, value in settings["engine"].items() if key not in UNSEEN}
         if stage in ("generate", "regenerate"):
@@ -310,6 +357,17 @@ class Round:
         )
 
 
+def _forget(run: RunDirectory, first_round: Round | None, first: str | None) -> None:
+    """Delete the stages of a round from `first` on, and all later rounds; all rounds where none is given."""
+    kept = 0 if first_round is None else first_round.number
+    if first_round is not None and first is not None:
+        for name in STAGES[STAGES.index(first) :]:
+            run.drop(f"{first_round.name}/{name}")
+    for folder in run.rounds():
+        if int(folder.name.removeprefix("round_")) > kept:
+            run.drop(folder.name)
+
+
 def _start(config: Config, run: RunDirectory, material: _Material) -> None:
     """Write config, versions and the rows of reference and evaluation."""
     if processes.is_main():
@@ -322,7 +380,8 @@ def _start(config: Config, run: RunDirectory, material: _Material) -> None:
 
 def _identity(model: str) -> str:
     """A digest of a local checkpoint, or the name of a model elsewhere."""
-    return content_digest(model) if Path(model).is_dir() else model
+    folder = Path(model).expanduser()
+    return content_digest(folder) if folder.is_dir() else model
 
 
 def _text_digest(content: Sequence[Any]) -> str:

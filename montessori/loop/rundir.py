@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from montessori.errors import ArgumentError, ResourceError
 from montessori.runs import write_json
 
 DONE, INPUTS, COST, LOG = "DONE", "inputs.json", "cost.json", "log.txt"
+_DROPPED = ".dropped_"
 LOGGER = logging.getLogger("montessori.loop")
 
 
@@ -72,6 +74,8 @@ class RunDirectory:
             raise ArgumentError(
                 f"{self.path}: another run works in this directory; wait for it, or choose another --out"
             ) from None
+        for dropped in self.path.glob(f"{_DROPPED}*"):
+            shutil.rmtree(dropped)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,8 +83,23 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
+    def drop(self, name: str) -> None:
+        """Delete the stage or round `name`; a kill in the midst of it leaves nothing that looks finished."""
+        path = self.path / name
+        if processes.is_main() and path.exists():
+            dropped = self.path / f"{_DROPPED}{name.replace('/', '_')}"
+            shutil.rmtree(dropped, ignore_errors=True)
+            os.rename(path, dropped)
+            shutil.rmtree(dropped)
+        processes.wait_for_all()
+
+    def rounds(self) -> list[Path]:
+        """The folders of the rounds, in their order."""
+        found = [path for path in self.path.glob("round_*") if re.fullmatch(r"round_\d+", path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
+
     def is_done(self, name: str) -> bool:
-        return (self.path / name / DONE).is_file()
+        return self.exists(name) and (self.path / name / DONE).is_file()
 
     def exists(self, name: str) -> bool:
         """Whether the stage `name` has been started."""
@@ -98,26 +117,24 @@ class RunDirectory:
             raise ArgumentError(f"{self.path / name}: expected a finished stage; run it first") from error
 
     @contextmanager
-    def stage(self, name: str, inputs: Mapping[str, Any], fresh: bool = False) -> Iterator[Stage]:
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator[Stage]:
         """Work on the stage `name`, a path below the run; `inputs` is everything that its output depends on.
 
         `inputs` holds plain values and digests, never times or paths of the machine. Leaving the context
         without an error marks the stage DONE. A stage that was cut short keeps its files and is entered
-        again; a finished one has `done` set. `fresh` deletes what is there.
+        again; a finished one has `done` set.
 
         Raises ArgumentError naming the inputs that differ from those of what is there.
         """
         path = self.path / name
         flat = _flatten(json.loads(json.dumps(inputs)))
         if processes.is_main():
-            if fresh and path.exists():
-                shutil.rmtree(path)
             if self.exists(name):
                 _compare(path, flat)
             else:
                 write_json(path / INPUTS, flat)
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
-        stage = Stage(name, path, digest, processes.from_main((path / DONE).is_file()))
+        stage = Stage(name, path, digest, processes.from_main(self.is_done(name)))
         if stage.done:
             yield stage
             return
@@ -143,24 +160,10 @@ class RunDirectory:
         """cost.json of every stage that has one, by stage name in order of first start."""
         found = {
             str(file.parent.relative_to(self.path)): json.loads(file.read_text(encoding="utf-8"))
-            for file in self.path.glob(f"round_*/*/{COST}")
+            for folder in self.rounds()
+            for file in folder.glob(f"*/{COST}")
         }
         return dict(sorted(found.items(), key=lambda item: item[1]["started"]))
-
-
-def content_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, or of the names and contents of all files below a directory."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
-    if not files:
-        raise ArgumentError(f"{path}: expected a file, or a directory that holds files")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(path) if file != path else ''}|{file.stat().st_size}|".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _compare(path: Path, flat: dict[str, Any]) -> None:
@@ -171,7 +174,7 @@ def _compare(path: Path, flat: dict[str, Any]) -> None:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise ArgumentError(
             f"{path}: was made with another {key} ({before.get(key)!r}, now {flat.get(key)!r}){more}; "
-            "use the same, another --out, or --fresh to redo it"
+            f"use the same, another --out, or redo it and what comes after it: montessori run --from {path.name}"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori.encoding import encode_rows
-from montessori.loop.fit import FitSettings, check_float32, finish, fit_examples
+from montessori.loop.fit import FitSettings, check_float32, finish, finished, fit_examples
 from montessori.loop.rows import student_rows
 from montessori.models import load_model
 from montessori.options import default_max_length
@@ -31,6 +31,8 @@ def run(
     those cut at `max_length`, those left out without a token to learn, and the tokens of an epoch. Killed
     and called again it goes on from its last checkpoint. On several processes every process calls it.
     """
+    if (before := finished(out / STUDENT)) is not None:
+        return before
     rows = student_rows(data)
     model, tokenizer = load_model(student)
     check_float32(model)

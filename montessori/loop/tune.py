@@ -23,6 +23,7 @@ from montessori.loop.fit import (
     FitSettings,
     check_float32,
     finish,
+    finished,
     fit_examples,
     metrics_of,
     run_trainer,
@@ -70,6 +71,8 @@ def run(
     On several processes (torchrun) every process calls it.
     Raises DataError when no pair can be trained on, ModelError unless the weights are float32.
     """
+    if (before := finished(out / TEACHER)) is not None:
+        return {key: value for key, value in before.items() if key != "validation_prompts"}
     rows = load_rows(pairs)
     model, tokenizer = load_model(teacher)
     check_float32(model)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from montessori.errors import ModelError
-from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, prompt_ids
+from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
 from montessori.models import checkpoint_name
 
 # A call keeps the engine busy for this many rounds of its sequences; finished calls survive a kill.
@@ -55,6 +55,9 @@ class VllmEngine:
         self._asleep = False
         # It holds keys and values of the weights before.
         self._llm.reset_prefix_cache()
+
+    def fits(self, prompt: str) -> bool:
+        return leaves_room(self.tokenizer, prompt, self._limit)
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Long calls in the order given, in which siblings stand side by side and share their prompt's cache."""

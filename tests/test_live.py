@@ -1,0 +1,173 @@
+"""A model and an optimizer that their owner goes on using: contexts of mixed precision, training between calls."""
+
+from __future__ import annotations
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from support import make_model, make_rows, plain_loss, slow_influence, warm_optimizer
+
+from montessori import InfluenceEstimator, ScoreJournal
+from montessori.errors import ArgumentError, DataError, ModelError, StateError
+from montessori.losses import response_loss
+
+METHODS = ["first_order", "anchored", "exact"]
+
+
+def estimator(model, optimizer, **settings):
+    return InfluenceEstimator(model, optimizer, make_rows(3, seed=2), **settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_and_switched_off_gradients_do_not_enter_the_scores(method):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    candidates = make_rows(5, seed=1)
+    want = estimator(model, optimizer, method=method).score(candidates)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = estimator(model, optimizer, method=method).score(candidates)
+    np.testing.assert_array_equal(got.influence, want.influence)
+    with torch.inference_mode():
+        got = estimator(model, optimizer, method=method).score(candidates)
+    np.testing.assert_array_equal(got.influence, want.influence)
+
+
+@pytest.fixture
+def accelerator():
+    """Of bfloat16; its settings are those of the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_prepared_for_mixed_precision_is_scored_in_its_own_and_left_prepared(method, accelerator):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    candidates = make_rows(5, seed=1)
+    want = estimator(model, optimizer, method=method).score(candidates)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    forward = prepared.forward
+    found = estimator(prepared, wrapped, method=method)
+    np.testing.assert_array_equal(found.score(candidates).influence, want.influence)
+    assert prepared.forward is forward
+    if method == "first_order":
+        assert found.audit(candidates, k=4).agreement["reference"].pearson > 0.99
+
+
+def train(model, optimizer):
+    for row in make_rows(4, seed=9):
+        optimizer.zero_grad()
+        plain_loss(model, row).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_call_scores_the_step_that_the_optimizer_would_take_now(method):
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    candidates, references = make_rows(5, seed=1), make_rows(3, seed=2)
+    found = estimator(model, optimizer, method=method, pilot=5)
+    before = found.score(candidates)
+    np.testing.assert_array_equal(found.score(candidates).influence, before.influence)
+    train(model, optimizer)
+    want = slow_influence(model, optimizer, candidates, references, method, pilot=range(5))
+    np.testing.assert_allclose(found.score(candidates).influence, want, rtol=1e-9)
+    optimizer.param_groups[0]["lr"] /= 100
+    want = slow_influence(model, optimizer, candidates, references, method, pilot=range(5))
+    np.testing.assert_allclose(found.score(candidates).influence, want, rtol=1e-7)
+    assert np.abs(want).max() < 0.1 * np.abs(before.influence).max()
+
+
+def test_what_does_not_change_is_computed_once(monkeypatch):
+    model = make_model("llama_tied")
+    found = estimator(model, warm_optimizer(model))
+    candidates = make_rows(5, seed=1)
+    found.score(candidates)
+    monkeypatch.setattr("montessori.estimator.expand_at_anchor", None)
+    found.score(candidates)
+    found.audit(candidates, k=4)
+
+
+def test_an_unfrozen_parameter_counts_from_then_on():
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    found = estimator(model, optimizer, method="first_order")
+    found.score(make_rows(2, seed=1))
+    model.model.norm.weight.requires_grad_(False)
+    candidates, references = make_rows(2, seed=1), make_rows(3, seed=2)
+    want = slow_influence(model, optimizer, candidates, references, "first_order")
+    np.testing.assert_allclose(found.score(candidates).influence, want, rtol=1e-9)
+
+
+def test_a_journal_of_another_loss_is_refused(tmp_path):
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+
+    def scaled(factor):
+        return lambda model, batch: factor * response_loss(model, batch)
+
+    def score(loss):
+        estimator(model, optimizer, loss_fn=loss).score(make_rows(5), journal=ScoreJournal(tmp_path / "journal"))
+
+    score(scaled(2.0))
+    score(scaled(2.0))
+    for other in (scaled(3.0), response_loss):
+        with pytest.raises(StateError, match="unfinished run with other loss"):
+            score(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": [-100, 4, 5, 500]}, "row 2: label 500 is outside the model's vocabulary of 61"),
+        ({"labels": [-100, 4, 5, -1]}, "row 2: label -1 is outside"),
+        ({"labels": [-100.0, 4.7, 5.0, 6.0]}, "expected integer labels, got torch.float32"),
+        ({"labels": [True, False, True, True]}, "expected integer labels, got torch.bool"),
+        ({"position_ids": [0, 1, 0, 1]}, "packed texts are not kept apart"),
+    ],
+)
+def test_ids_and_labels_that_would_mean_something_else_name_their_row(changes, message):
+    model = make_model("llama_tied")
+    row = {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6], **changes}
+    with pytest.raises(DataError, match=message):
+        estimator(model, warm_optimizer(model)).score([*make_rows(2), row])
+
+
+def test_ids_of_any_integer_type_and_positions_that_count_up_are_taken():
+    model = make_model("llama_tied")
+    row = {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]}
+    narrow = {"input_ids": np.array([3, 4, 5, 6], np.uint16), "labels": np.array([-100, 4, 5, 6], np.int16)}
+    padded = {"input_ids": [0, *row["input_ids"]], "labels": [-100, *row["labels"]]}
+    padded |= {"attention_mask": [0, 1, 1, 1, 1], "position_ids": [1, 0, 1, 2, 3]}
+    influence = estimator(model, warm_optimizer(model)).score([row, narrow, padded]).influence
+    np.testing.assert_allclose(influence, influence[0], rtol=1e-9)
+
+
+def broken_loss(model, batch):
+    """Not finite for an example with token 7."""
+    broken = (batch.input_ids == 7).any(dim=1)
+    return response_loss(model, batch) + torch.zeros(batch.size).masked_fill(broken, torch.inf)
+
+
+def without_seven(rows):
+    return [{key: [9 if token == 7 else token for token in ids] for key, ids in row.items()} for row in rows]
+
+
+def test_rows_without_a_finite_score_leave_the_audit_and_are_named():
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    broken = {"input_ids": [9, 7, 9, 7], "labels": [9, 7, 9, 7]}
+    candidates = [*without_seven(make_rows(5, seed=1)), broken]
+    options = {"loss_fn": broken_loss, "reference_loss_fn": broken_loss, "method": "first_order"}
+    references = without_seven(make_rows(3, seed=2))
+    audit = InfluenceEstimator(model, optimizer, references, **options).audit(candidates, k=6)
+    assert audit.skipped == (5,) and audit.index.tolist() == [0, 1, 2, 3, 4]
+    assert np.isfinite(audit.agreement["reference"].pearson)
+    with pytest.raises(ArgumentError, match="at least 2 candidates with finite influence, got 1 of 2"):
+        InfluenceEstimator(model, optimizer, references, **options).audit(candidates[4:], k=2)
+    with pytest.raises(ModelError, match="reference reference row 0: its loss is"):
+        InfluenceEstimator(model, optimizer, [broken, *references], **options).score(candidates[:2])
