@@ -79,7 +79,21 @@ def test_greedy_text_is_that_of_transformers(teacher, penalty, monkeypatch):
         whole = model.generate(ids, do_sample=False, max_new_tokens=15, repetition_penalty=penalty, pad_token_id=0)
         expected = whole[0, ids.shape[1] :]
         assert sample.text == engine.tokenizer.decode(expected, skip_special_tokens=True)
-        assert sample.num_tokens == len(expected)
+        assert sample.ids == expected.tolist() and sample.num_tokens == len(expected)
+
+
+def test_ids_hold_the_token_that_ended_the_text(teacher):
+    engine = opened(teacher)
+    asked, sampling = requests(PROMPTS, siblings=4), Sampling(max_new_tokens=10)
+    longest = max(write_all(engine, asked, sampling), key=lambda sample: sample.num_tokens)
+    # The generation config names a second token that ends a text, as those of many instruct models do.
+    end = longest.ids[len(longest.ids) // 2]
+    assert end != engine.tokenizer.eos_token_id
+    engine._model.generation_config.eos_token_id = [engine.tokenizer.eos_token_id, end]
+    samples = write_all(engine, asked, sampling)
+    ends = [sample.ids[-1] for sample in samples if sample.finish == "stop"]
+    assert end in ends and set(ends) <= {engine.tokenizer.eos_token_id, end}
+    assert all(sample.num_tokens == len(sample.ids) == 10 for sample in samples if sample.finish == "length")
 
 
 ARCHITECTURES = {

@@ -164,6 +164,7 @@ def test_responses_that_reach_the_limit_are_kept_or_dropped_or_end_with_a_senten
     class Cut(Speller):
         def sample(self, request, stop):
             sample = super().sample(request, stop)
+            sample = replace(sample, ids=[1, 2])
             return sample if stop or request.seed % 2 else replace(sample, text=text, finish="length")
 
     kept = write_final(recipe(), 16, Cut(), tmp_path / "keep", progress=False)
@@ -179,6 +180,11 @@ def test_responses_that_reach_the_limit_are_kept_or_dropped_or_end_with_a_senten
     ended = sum(row["response"] == "A whole one." for row in trimmed.rows)
     assert trimmed.counts["cut_responses_trimmed"] == ended > 0
     assert trimmed.counts["cut_response"] == 0
+    # The ids of what a teacher may be tuned on are those of its text: of a trimmed one they would say more.
+    answers = write_final(replace(trimming, optimise="response"), 16, Cut(), tmp_path / "answers", progress=False)
+    assert {tuple(row["completion_ids"] or ()) for row in answers.rows} == {(), (1, 2)}
+    for row in answers.rows:
+        assert (row["completion_ids"] is None) == (row["completion"] == "A whole one.")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from montessori.loop import round as loop
 from montessori.loop.config import Config
 from montessori.loop.files import write_jsonl
 from montessori.loop.rundir import RunDirectory
+from montessori.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,10 @@ def test_responses_can_be_optimised(settings, tmp_path):
     loop.run(config(settings, **changes), tmp_path, until="tune", progress=False)
     rows = [json.loads(line) for line in (tmp_path / "round_1/pairs/pairs.jsonl").read_text().splitlines()]
     assert rows and all(row["prompt"].endswith("<|im_start|> assistant ") for row in rows)
+    _, tokenizer = load_model(settings["teacher"])
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            assert tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True) == row[side]
 
 
 def test_seeds_in_the_evaluation_set_are_refused(settings, tmp_path):

@@ -186,6 +186,16 @@ def test_prompt_ids_are_those_of_generation(student):
         assert pair["chosen_ids"] == chosen + ([tokenizer.eos_token_id] if row.get("chosen_ends") else [])
 
 
+def test_the_teacher_learns_the_tokens_that_it_wrote(student):
+    """Not those that its text would be cut into, which need not be the same, nor end with the same token."""
+    _, tokenizer = load_model(student)
+    row = make_generated(1)[0] | {"chosen": "blue red", "rejected": "red", "chosen_ends": True, "rejected_ends": True}
+    row |= {"chosen_ids": [9, 8, 3], "rejected_ids": None}
+    (pair,) = tune.encode_pairs([row], tokenizer)
+    red = tokenizer("red", add_special_tokens=False)["input_ids"]
+    assert (pair["chosen_ids"], pair["rejected_ids"]) == ([9, 8, 3], [*red, tokenizer.eos_token_id])
+
+
 def bpe_tokenizer(prepend: str | None):
     """A byte-level tokenizer, or one that puts a word boundary before every text; both add a bos token."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers

@@ -50,7 +50,7 @@ def test_texts_follow_their_seeds(engine):
     assert first == engine.generate(asked(), sampling)
     assert len({sample.text for sample in first}) == 6
     assert first != engine.generate(asked(seed=1), sampling)
-    assert all(0 < sample.num_tokens <= 16 for sample in first)
+    assert all(0 < sample.num_tokens == len(sample.ids) <= 16 for sample in first)
 
 
 def test_prompts_that_do_not_fit_into_one_step_are_read_whole(engine):

@@ -219,7 +219,7 @@ class _Writer:
 
     def sample(self) -> Sample:
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        return Sample(cut_at_stop(text, self.stop), len(self.ids), self.finish or "length")
+        return Sample(cut_at_stop(text, self.stop), len(self.ids), self.finish or "length", self.ids)
 
     def _stopped(self) -> bool:
         if not self.stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
@@ -77,11 +78,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """`text` up to and with its stop string; `finish` is "stop", or "length" where the limit cut it."""
+    """`text` up to and with its stop string; `finish` is "stop", or "length" where the limit cut it.
+
+    `ids`: what the model wrote, with the token that ended it; None where the engine does not tell.
+    """
 
     text: str
     num_tokens: int
     finish: str
+    ids: list[int] | None = None
 
 
 class Engine(Protocol):
@@ -139,7 +144,7 @@ class SampleMemory:
             if not all(request.id in self.samples for request in batch):
                 samples = engine.generate(batch, sampling, stop)
                 rows = [
-                    {"id": request.id, "text": sample.text, "num_tokens": sample.num_tokens, "finish": sample.finish}
+                    {"id": request.id, **dataclasses.asdict(sample)}
                     for request, sample in zip(batch, samples, strict=True)
                 ]
                 self.journal.append({"samples": rows})
@@ -148,7 +153,7 @@ class SampleMemory:
 
     def _take(self, record: dict[str, Any]) -> None:
         for row in record["samples"]:
-            self.samples[row["id"]] = Sample(row["text"], row["num_tokens"], row["finish"])
+            self.samples[row["id"]] = Sample(**{name: value for name, value in row.items() if name != "id"})
 
 
 def derive_seed(*parts: object) -> int:

@@ -7,7 +7,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -299,10 +299,12 @@ class _Writer:
                 self._reject("cut_response", answer.text)
                 continue
             if self.recipe.optimise == "response":
-                row = _row(question, response, question.id, instruction, response, answer.finish == "stop")
+                # Of a trimmed answer the ids say more than the text.
+                written = answer if response == answer.text else replace(answer, text=response, ids=None)
+                row = _row(question, written, instruction, response, answer.finish == "stop")
             else:
                 # It ends with the closing mark, which stands in the text.
-                row = _row(request, sample.text, request.id, instruction, response, False)
+                row = _row(request, sample, instruction, response, False)
             self.made.rows.append(row)
 
     def _uncut(self, answer: Sample) -> str | None:
@@ -348,15 +350,16 @@ def whole_sentences(text: str) -> str | None:
     return text[: ends[-1]].rstrip() if ends else None
 
 
-def _row(request: Request, completion: str, name: str, instruction: str, response: str, ends: bool) -> dict[str, Any]:
-    """`ends`: whether the teacher ended the completion with its end-of-text token."""
-    prompt_id, _, sibling = name.rpartition("-")
+def _row(request: Request, written: Sample, instruction: str, response: str, ends: bool) -> dict[str, Any]:
+    """`ends`: whether the teacher ended the completion with an end-of-text token, which stands in its ids."""
+    prompt_id, _, sibling = request.id.rpartition("-")
     return {
-        "id": name,
+        "id": request.id,
         "prompt_id": prompt_id,
         "sibling": int(sibling),
         "prompt": request.prompt,
-        "completion": completion,
+        "completion": written.text,
+        "completion_ids": written.ids,
         "ends": ends,
         "instruction": instruction,
         "response": response,

@@ -125,7 +125,9 @@ def _pair(rows: Sequence[Mapping[str, Any]], values: np.ndarray, better: int, wo
         "rejected_id": rejected["id"],
         "chosen_value": float(values[better]),
         "rejected_value": float(values[worse]),
-        # Whether the teacher ended its text there itself, which its training must then show it.
+        # What the teacher wrote, token for token; where that is unknown, whether it ended its text there itself.
+        "chosen_ids": chosen.get("completion_ids"),
+        "rejected_ids": rejected.get("completion_ids"),
         "chosen_ends": bool(chosen.get("ends", False)),
         "rejected_ends": bool(rejected.get("ends", False)),
     }

@@ -105,7 +105,9 @@ def run(
 def encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     """Token ids of the pairs: `prompt_ids` as generation fed them, `chosen_ids`, `rejected_ids`.
 
-    A side that the teacher ended with its end-of-text token (`chosen_ends`, `rejected_ends`) ends with it.
+    A side is what the teacher wrote, token for token, where the row holds that. Otherwise its text is tokenised
+    on its own, and ends with the tokenizer's end-of-text token if the teacher ended it (`chosen_ends`,
+    `rejected_ends`).
     """
     texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     encoded = iter(encode_continuations(texts, tokenizer, "pairs"))
@@ -115,7 +117,7 @@ def encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict
         for side in ("chosen", "rejected"):
             prompt, completion = next(encoded)
             end = [tokenizer.eos_token_id] if row.get(f"{side}_ends") else []
-            pair |= {"prompt_ids": prompt, f"{side}_ids": completion + end}
+            pair |= {"prompt_ids": prompt, f"{side}_ids": row.get(f"{side}_ids") or completion + end}
         pairs.append(pair)
     return pairs
 

@@ -84,7 +84,12 @@ class VllmEngine:
         inputs = [{"prompt_token_ids": prompt} for prompt in ids]
         outputs = [output.outputs[0] for output in self._llm.generate(inputs, parameters, use_tqdm=False)]
         return [
-            Sample(output.text, len(output.token_ids), "length" if output.finish_reason == "length" else "stop")
+            Sample(
+                output.text,
+                len(output.token_ids),
+                "length" if output.finish_reason == "length" else "stop",
+                list(output.token_ids),
+            )
             for output in outputs
         ]
 
