@@ -140,10 +140,10 @@ def show(numbers: list[int], seeds: list[dict[str, Any]]) -> None:
         table.add_column(column)
     for number, found in zip(numbers, seeds, strict=True):
         below = np.mean(np.subtract(found["held_out"]["untuned"], found["held_out"]["tuned"]))
-        cells = [f"{found['difference']:+.2e}", f"{found['p']:.4f}", f"{below:+.4f}"]
+        cells = [f"{found['difference']:+.2e}", f"{found['p']:.2g}", f"{below:+.4f}"]
         table.add_row(str(number), str(found["num_pairs"]), *cells)
     overall = summarise(seeds)
-    cells = [f"{overall['difference']['mean']:+.2e}", f"{overall['p']:.4f}"]
+    cells = [f"{overall['difference']['mean']:+.2e}", f"{overall['p']:.2g}"]
     table.add_row("all", "", *cells, f"{overall['below_self_instruct']['mean']:+.4f}")
     Console().print(table)
 

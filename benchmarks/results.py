@@ -284,7 +284,7 @@ def effect(record: dict[str, Any]) -> str:
     for number, found in zip(record["settings"]["seeds"], record["seeds"], strict=True):
         means = [np.mean(found["held_out"][name]) for name in ("tuned", "untuned", "base")]
         accuracy = found["validation_accuracy"]
-        cells = [f"{found['difference']:+.2e}", f"{found['p']:.4f}", *(f"{mean:.4f}" for mean in means)]
+        cells = [f"{found['difference']:+.2e}", f"{found['p']:.2g}", *(f"{mean:.4f}" for mean in means)]
         rows.append([str(number), str(found["num_pairs"]), "–" if accuracy is None else f"{accuracy:.0%}", *cells])
     columns = ["seed", "pairs", "held-out pairs ranked right", "influence, tuned − untuned", "p"]
     columns += [f"held-out loss, {name}" for name in ("tuned", "Self-Instruct", "untrained student")]
@@ -293,7 +293,7 @@ def effect(record: dict[str, Any]) -> str:
     return (
         table(columns, rows)
         + f"\nAll seeds: influence {difference['mean']:+.2e} ({difference['low']:+.2e} to {difference['high']:+.2e}), "
-        f"one-sided p = {overall['p']:.4f}; held-out loss below that of the Self-Instruct student by "
+        f"one-sided p = {overall['p']:.2g}; held-out loss below that of the Self-Instruct student by "
         f"{below['mean']:+.4f} ({below['low']:+.4f} to {below['high']:+.4f}). Scoring takes "
         f"{overall['share_of_scoring']:.0%} of a round.\n"
     )
