@@ -164,7 +164,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     if chat_template is None:
         if not tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template; pass chat_template= or --chat-template plain (for base "
+                "the tokenizer has no chat template; set chat_template (--chat-template) to plain (for base "
                 "models), chatml, a Jinja template or a path to a .jinja file"
             )
         return tokenizer.get_chat_template()

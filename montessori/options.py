@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from montessori import cpu
+from montessori.data import one_line
 from montessori.encoding import TRUNCATIONS
 from montessori.errors import ArgumentError
 
@@ -64,6 +65,20 @@ def check_sampling(model: nn.Module, backend: str) -> None:
     reason = cpu.unsupported(*model.parameters())
     if reason is not None:
         raise ArgumentError(f"sample < 1 needs the compiled CPU kernels: {reason}; pass sample=1")
+
+
+def resolve_device(name: str = "auto", option: str = "device") -> str:
+    """`name`, or for "auto" the GPU if there is one, else the CPU. Raises ArgumentError for what is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    # A build of torch without the device raises AssertionError.
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(
+            f"{option}={name}: expected auto, cpu or another device that torch can use here ({one_line(error)})"
+        ) from error
+    return name
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:

@@ -23,6 +23,7 @@ from montessori.fingerprint import content_digest, rows_digest
 from montessori.inspection import agreement_table
 from montessori.journal import ScoreJournal
 from montessori.models import load_model
+from montessori.options import resolve_device
 from montessori.scores import Audit, Scores
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -72,7 +73,7 @@ def open_workbench(settings: ScoreSettings) -> Workbench:
     if settings.dtype not in DTYPES:
         raise ArgumentError(f"dtype={settings.dtype!r}: expected one of {', '.join(DTYPES)}")
     model, tokenizer = load_model(settings.student, dtype=DTYPES[settings.dtype])
-    model = model.to(_device(settings.device))
+    model = model.to(resolve_device(settings.device, "--device"))
     estimator = InfluenceEstimator(
         model,
         settings.optimizer,
@@ -242,9 +243,3 @@ def _load_references(settings: ScoreSettings) -> Any:
     if not named:
         raise ArgumentError("--reference: expected at least one file, directory or hub name")
     return next(iter(named.values())) if len(named) == 1 and not found else named
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name

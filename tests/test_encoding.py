@@ -265,7 +265,7 @@ def test_a_template_is_a_name_a_text_or_a_file_and_comes_before_the_tokenizers_o
 
 def test_a_missing_or_unknown_template_is_an_error_that_helps(tmp_path, tokenizer):
     message = fault([ROW], byte_level(template=None))
-    assert message.startswith("the tokenizer has no chat template; pass chat_template= or --chat-template plain")
+    assert message.startswith("the tokenizer has no chat template; set chat_template (--chat-template) to plain")
     message = fault([ROW], tokenizer, ArgumentError, chat_template="chatlm")
     assert message.startswith("chat_template='chatlm': expected chatml, plain, a Jinja template")
     assert "expected a str" in fault([ROW], tokenizer, ArgumentError, chat_template=5)

@@ -24,6 +24,7 @@ from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.loop import round as loop
 from montessori.loop.config import Config
 from montessori.loop.files import write_jsonl
+from montessori.loop.preflight import check_config
 from montessori.loop.rundir import RunDirectory
 from montessori.models import load_model
 
@@ -236,6 +237,36 @@ def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_written(key
     with pytest.raises(ModelError, match="absent: expected a checkpoint directory"):
         loop.run(config(settings, **changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": {"device": "cuda:99"}}, "score.device=cuda:99: expected auto, cpu"),
+        ({"engine": {"device": "toaster"}}, "engine.device=toaster: expected auto, cpu"),
+        ({"score": {"backend": "abacus"}}, "score.backend: .*abacus"),
+        ({"train": {"chat_template": "nowhere.jinja"}}, "train.chat_template, .*student: .*nowhere.jinja"),
+        ({"responses": {"chat_template": "none"}}, "responses.chat_template, .*teacher: .*expected chatml, plain"),
+    ],
+)
+def test_what_a_late_stage_cannot_use_is_named_before_the_first(changes, message, settings, tmp_path):
+    with pytest.raises(ArgumentError if "nowhere" not in message else DataError, match=message):
+        loop.run(config(settings, **changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_without_a_chat_template_is_found_before_the_first_stage(settings, tmp_path):
+    shutil.copytree(settings["student"], tmp_path / "base")
+    _model, tokenizer = load_model(settings["student"])
+    tokenizer.chat_template = None
+    for file in (tmp_path / "base").glob("*.jinja"):
+        file.unlink()
+    tokenizer.save_pretrained(tmp_path / "base")
+    given = {"student": str(tmp_path / "base")}
+    with pytest.raises(DataError, match=r"warmup\.chat_template, .*base: the tokenizer has no chat template; set"):
+        loop.run(config(settings, **given), tmp_path / "run", progress=False)
+    plain = {name: {**settings.get(name, {}), "chat_template": "plain"} for name in ("warmup", "score", "train")}
+    check_config(config(settings, **given, **plain))
 
 
 def test_evaluation_rows_in_the_reference_are_refused(settings, tmp_path):

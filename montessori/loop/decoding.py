@@ -18,6 +18,7 @@ from torch import Tensor
 from montessori.loop.cache import read_prompts
 from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
 from montessori.models import free_models, load_model
+from montessori.options import resolve_device
 
 # A sorted copy of a whole vocabulary costs more than the model's own step; this many tokens nearly always
 # hold the nucleus, and where they do not the whole vocabulary is sorted.
@@ -35,10 +36,7 @@ class TransformersEngine:
     def load(self, model: str | os.PathLike[str]) -> None:
         self.release()
         self._model, self.tokenizer = load_model(model, dtype=getattr(torch, self.settings.dtype))
-        device = self.settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = self._model.to(device)
+        self._model = self._model.to(resolve_device(self.settings.device, "engine.device"))
 
     def fits(self, prompt: str) -> bool:
         return leaves_room(self.tokenizer, prompt, self._limit())

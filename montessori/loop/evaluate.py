@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from montessori.data import Rows, load_rows
@@ -26,6 +25,7 @@ from montessori.loop.section import Section
 from montessori.loop.statistics import bootstrap_mean, compare_means
 from montessori.loop.winrate import win_rate
 from montessori.models import load_model
+from montessori.options import resolve_device
 from montessori.runs import write_json
 from montessori.scores import OK
 
@@ -76,7 +76,7 @@ def held_out(
     losses: dict[str, np.ndarray] = {}
     for name, source in models.items():
         model, tokenizer = load_model(source)
-        model.to(_device())
+        model.to(resolve_device())
         examples = encode_heldout(rows, model, tokenizer, max_length=max_length, chat_template=chat_template)
         journal = None if out is None else ScoreJournal(out / _journal_of_losses(name))
         losses[name] = row_losses(model, examples, journal=journal, progress=progress)
@@ -130,7 +130,7 @@ def fresh_influence(
     {"difference": interval, "p": one-sided}}, influence in nats per token.
     """
     model, tokenizer = load_model(student)
-    model.to(_device())
+    model.to(resolve_device())
     options = {"truncation": "right", **options}
     estimator = InfluenceEstimator(model, student, reference, method="exact", tokenizer=tokenizer, **options)
     result: dict[str, Any] = {}
@@ -240,7 +240,3 @@ def _journal_of_losses(name: str) -> str:
 
 def _journal_of_steps(name: str) -> str:
     return f"{name}.journal.jsonl"
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,10 +22,11 @@ from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
 from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
 from montessori.loop.judge import open_judge
+from montessori.loop.preflight import check_apart, check_config
 from montessori.loop.prompts import instruction_text
 from montessori.loop.rundir import RunDirectory
 from montessori.loop.signals import around_median, from_scores
-from montessori.models import check_checkpoint, free_models
+from montessori.models import free_models
 from montessori.runs import versions, write_json
 from montessori.scores import Scores
 
@@ -85,7 +86,7 @@ def run(
     for option, name in (("--until", until), ("--from", since), ("stage", only)):
         if name is not None and name not in names:
             raise ArgumentError(f"{option} {name}: expected one of {', '.join(names)}")
-    _check_models(config)
+    check_config(config)
     if {until, only} <= {None, "evaluate"}:
         evaluate.check(config.evaluate)
     with ExitStack() as stack:
@@ -134,7 +135,7 @@ class _Material:
         if data.evaluation is not None:
             evaluation = load_rows(data_path(data.evaluation), name="evaluation")
             rows = evaluation.rows
-            _check_apart(evaluation, reference.rows[:used], config.split.leakage)
+            check_apart(evaluation, reference.rows[:used], config.split.leakage)
         else:
             evaluation, rows = reference, reference.rows[used:]
         rows = rows[: data.evaluation_rows]
@@ -154,25 +155,6 @@ class _Material:
     @cached_property
     def held_out(self) -> list[str]:
         return instruction_text(self.reference) + instruction_text(self.evaluation)
-
-
-def _check_models(config: Config) -> None:
-    """Raise ModelError for a checkpoint that a later stage would look for in vain."""
-    judge = None if config.judge is None else config.judge.model
-    for name in (config.teacher, config.student, judge, config.evaluate.answers.opponent):
-        if name is not None:
-            check_checkpoint(name)
-
-
-def _check_apart(evaluation: Rows, reference: Sequence[dict[str, Any]], leakage: str) -> None:
-    """Raise DataError when evaluation rows are also reference rows, which the teacher is tuned for, unless allowed."""
-    known = {json.dumps(row, sort_keys=True, default=str) for row in reference}
-    shared = [i for i, row in enumerate(evaluation) if json.dumps(row, sort_keys=True, default=str) in known]
-    if shared and leakage == "refuse":
-        raise DataError(
-            f"{evaluation.where(shared[0])}: {len(shared)} of {len(evaluation)} evaluation rows are also in the "
-            "reference, which the teacher is tuned for: use other rows, or set split.leakage=allow"
-        )
 
 
 class Round:

@@ -14,6 +14,7 @@ from montessori.journal import ScoreJournal
 from montessori.loop.rows import student_rows
 from montessori.loop.section import Section
 from montessori.models import load_model
+from montessori.options import resolve_device
 from montessori.runs import audit_record, write_json
 
 SCORES_FILE = "scores.parquet"
@@ -37,12 +38,9 @@ def open_estimator(
     settings: ScoreSettings, checkpoint: Path, reference: Rows, max_grad_norm: float | None
 ) -> InfluenceEstimator:
     """The estimator at the warmed-up student `checkpoint`; gradients clipped as in its warm-up."""
-    import torch
-
     model, tokenizer = load_model(checkpoint)
-    device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     return InfluenceEstimator(
-        model.to(device),
+        model.to(resolve_device(settings.device, "score.device")),
         checkpoint,
         reference,
         settings.method,

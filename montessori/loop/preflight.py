@@ -1,0 +1,76 @@
+"""What can be known to fail a later stage, found before the first one starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from montessori import ops
+from montessori.data import Rows
+from montessori.encoding import resolve_template
+from montessori.errors import ArgumentError, DataError
+from montessori.loop.config import Config
+from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
+from montessori.options import resolve_device
+
+
+def check_config(config: Config) -> None:
+    """Raise ModelError, DataError or ArgumentError for what a later stage would look for in vain.
+
+    Checkpoints that are paths, chat templates of the models that read or write chats, devices, the backend.
+    """
+    judge = None if config.judge is None else config.judge.model
+    for name in (config.teacher, config.student, judge, config.evaluate.answers.opponent):
+        if name is not None:
+            check_checkpoint(name)
+    resolve_device(config.score.device, "score.device")
+    resolve_device(config.engine.device, "engine.device")
+    try:
+        ops.check_impl(config.score.backend)
+    except ArgumentError as error:
+        raise ArgumentError(f"score.backend: {error}") from error
+    tokenizer = cache(_tokenizer)
+    for key, name, template in _chats(config):
+        loaded = tokenizer(name)
+        try:
+            if loaded is not None:
+                resolve_template(loaded, template)
+        except (ArgumentError, DataError) as error:
+            raise type(error)(f"{key}.chat_template, {name}: {error}") from error
+
+
+def check_apart(evaluation: Rows, reference: Sequence[dict[str, Any]], leakage: str) -> None:
+    """Raise DataError when evaluation rows are also reference rows, which the teacher is tuned for, unless allowed."""
+    known = {json.dumps(row, sort_keys=True, default=str) for row in reference}
+    shared = [i for i, row in enumerate(evaluation) if json.dumps(row, sort_keys=True, default=str) in known]
+    if shared and leakage == "refuse":
+        raise DataError(
+            f"{evaluation.where(shared[0])}: {len(shared)} of {len(evaluation)} evaluation rows are also in the "
+            "reference, which the teacher is tuned for: use other rows, or set split.leakage=allow"
+        )
+
+
+def _chats(config: Config) -> Iterator[tuple[str, str, str | None]]:
+    """Section, checkpoint and template of every use of a chat template in this run."""
+    if config.generate.style == "chat":
+        yield "generate", config.teacher, config.generate.chat_template
+    yield "responses", config.teacher, config.responses.chat_template
+    if config.teacher_mode == "tuned":
+        yield "warmup", config.student, config.warmup.chat_template
+    # The held-out losses are read by it in every run.
+    yield "score", config.student, config.score.chat_template
+    yield "train", config.student, config.train.chat_template
+    answers = config.evaluate.answers
+    if answers.count or answers.questions:
+        yield "evaluate.answers", config.student, answers.chat_template
+
+
+def _tokenizer(name: str) -> Any:
+    """The tokenizer of a checkpoint; None for an adapter without one, which has that of a model it names."""
+    directory = Path(name).expanduser()
+    if (directory / "adapter_config.json").is_file() and not (directory / "tokenizer_config.json").is_file():
+        return None
+    return load_tokenizer(str(directory) if directory.is_dir() else checkpoint_name(name))
