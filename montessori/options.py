@@ -86,9 +86,9 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-def default_max_length(model: nn.Module) -> int:
-    """2048 tokens, or the model's own limit if that is smaller."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+def default_max_length(model: Any) -> int:
+    """2048 tokens, or the own limit of the model, or of the model with this config, if that is smaller."""
+    limit = getattr(getattr(model, "config", model), "max_position_embeddings", None)
     return min(DEFAULT_MAX_LENGTH, limit) if isinstance(limit, int) else DEFAULT_MAX_LENGTH
 
 

@@ -255,6 +255,21 @@ def test_what_a_late_stage_cannot_use_is_named_before_the_first(changes, message
     assert not (tmp_path / "run").exists()
 
 
+def test_evaluation_rows_that_do_not_fit_are_named_before_the_first_stage(settings, tmp_path):
+    reference = [json.loads(line) for line in Path(settings["data"]["reference"]).read_text().splitlines()]
+    reference[7]["instruction"] = "a colour " * 60
+    write_jsonl(tmp_path / "reference.jsonl", reference)
+    data = {**settings["data"], "reference": str(tmp_path / "reference.jsonl")}
+    short = {**settings["score"], "max_length": 100}
+    with pytest.raises(DataError, match=r"reference\.jsonl, line 8: no_label_tokens; every held-out row must count"):
+        loop.run(config(settings, data=data, score=short), tmp_path / "run", progress=False)
+    answers = {**settings["evaluate"], "answers": {"count": 3}}
+    engine = {**settings["engine"], "max_length": 100}
+    with pytest.raises(DataError, match=r"reference\.jsonl, line 8: the instruction leaves no room .* 100 tokens"):
+        loop.run(config(settings, data=data, evaluate=answers, engine=engine), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_student_without_a_chat_template_is_found_before_the_first_stage(settings, tmp_path):
     shutil.copytree(settings["student"], tmp_path / "base")
     _model, tokenizer = load_model(settings["student"])

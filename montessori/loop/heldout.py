@@ -23,7 +23,10 @@ from montessori.options import default_max_length
 def encode_heldout(
     rows: Rows, model: Any, tokenizer: Any, *, max_length: int | None = None, chat_template: str | None = None
 ) -> list[Example]:
-    """Examples of all rows, longer ones cut at the end. Raises DataError for a row without a token to predict."""
+    """Examples of all rows, longer ones cut at the end; `model` or its config says how long.
+
+    Raises DataError for a row without a token to predict.
+    """
     encoded = encode_rows(
         rows,
         tokenizer,

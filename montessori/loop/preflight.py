@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from montessori import ops
-from montessori.data import Rows
-from montessori.encoding import resolve_template
-from montessori.errors import ArgumentError, DataError
+from montessori.data import Rows, one_line
+from montessori.encoding import encode_rows, resolve_template
+from montessori.errors import ArgumentError, DataError, ModelError
+from montessori.loop import prompts
 from montessori.loop.config import Config
+from montessori.loop.engines import context_length, leaves_room
+from montessori.loop.heldout import encode_heldout
+from montessori.loop.prompts import instruction_text
 from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
-from montessori.options import resolve_device
+from montessori.options import default_max_length, resolve_device
 
 
 def check_config(config: Config) -> None:
@@ -42,6 +46,28 @@ def check_config(config: Config) -> None:
             raise type(error)(f"{key}.chat_template, {name}: {error}") from error
 
 
+def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:
+    """Raise DataError for a reference or evaluation row that the student's template, or its context, cannot take."""
+    # The limits of an adapter's student are those of a base that only loading it would find.
+    if (Path(config.student).expanduser() / "adapter_config.json").is_file():
+        return
+    tokenizer, own = _tokenizer(config.student), _config(config.student)
+    text: dict[str, Any] = {"max_length": config.score.max_length, "chat_template": config.score.chat_template}
+    encode_heldout(evaluation, own, tokenizer, **text)
+    if config.teacher_mode == "tuned":
+        limit = config.score.max_length or default_max_length(own)
+        encode_rows(reference, tokenizer, max_length=limit, truncation="right", chat_template=text["chat_template"])
+    answers = config.evaluate.answers
+    limit = context_length(own.get_text_config(), config.engine.max_length)
+    asked = Rows(evaluation.rows[: answers.count], evaluation.source, evaluation.unit, evaluation.first)
+    for index, question in enumerate(instruction_text(asked)):
+        if not leaves_room(tokenizer, prompts.ask(tokenizer, question, answers.chat_template), limit):
+            raise DataError(
+                f"{asked.where(index)}: the instruction leaves no room for an answer within {limit} tokens: remove the "
+                "row, or lower evaluate.answers.count"
+            )
+
+
 def check_apart(evaluation: Rows, reference: Sequence[dict[str, Any]], leakage: str) -> None:
     """Raise DataError when evaluation rows are also reference rows, which the teacher is tuned for, unless allowed."""
     known = {json.dumps(row, sort_keys=True, default=str) for row in reference}
@@ -66,6 +92,16 @@ def _chats(config: Config) -> Iterator[tuple[str, str, str | None]]:
     answers = config.evaluate.answers
     if answers.count or answers.questions:
         yield "evaluate.answers", config.student, answers.chat_template
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(checkpoint_name(name), trust_remote_code=False)
+    # The files, the hub client and the configuration raise errors of any class.
+    except Exception as error:
+        raise ModelError(f"{name}: no model config can be loaded ({one_line(error)})") from error
 
 
 def _tokenizer(name: str) -> Any:

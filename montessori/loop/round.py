@@ -22,7 +22,7 @@ from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
 from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
 from montessori.loop.judge import open_judge
-from montessori.loop.preflight import check_apart, check_config
+from montessori.loop.preflight import check_apart, check_config, check_rows
 from montessori.loop.prompts import instruction_text
 from montessori.loop.rundir import RunDirectory
 from montessori.loop.signals import around_median, from_scores
@@ -91,6 +91,7 @@ def run(
         evaluate.check(config.evaluate)
     with ExitStack() as stack:
         material = _Material.read(config)
+        check_rows(config, material.reference, material.evaluation)
         directory = stack.enter_context(RunDirectory(path))
         engine = open_engine(config.engine)
         stack.callback(engine.release)
