@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import click
 from rich.console import Console
 
 from montessori import inspection, processes, runs
-from montessori.data import Rows, load_rows
+from montessori.data import Rows, load_rows, one_line
 from montessori.encoding import TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
@@ -33,6 +34,23 @@ def _use_config(context: click.Context, _option: click.Parameter, path: str | No
         context.default_map = {**(context.default_map or {}), **runs.read_settings(path)}
 
 
+class JsonObject(click.ParamType):
+    """A JSON object, or the dict that one became."""
+
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            read = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError) as error:
+            self.fail(f"expected a JSON object ({one_line(error)})", param, ctx)
+        if not isinstance(read, dict):
+            self.fail(f"expected a JSON object, got {value!r}", param, ctx)
+        return read
+
+
+# Names of the parameters that TEXT_OPTIONS set.
+TEXT_SETTINGS = ("max_length", "truncation", "chat_template", "chat_template_kwargs", "split")
 TEXT_OPTIONS = [
     click.option(
         "--max-length",
@@ -47,6 +65,11 @@ TEXT_OPTIONS = [
         help="What happens to longer examples.",
     ),
     click.option("--chat-template", help="Jinja template, path to one, or chatml / plain. [default: the tokenizer's]"),
+    click.option(
+        "--chat-template-kwargs",
+        type=JsonObject(),
+        help="What all rows tell the template, as JSON: '{\"enable_thinking\": false}'.",
+    ),
     click.option("--split", default="train", show_default=True, help="Split of a dataset that has several."),
 ]
 SCORING_OPTIONS = [
@@ -117,7 +140,7 @@ def _settings(values: dict[str, Any]) -> ScoreSettings:
 
 
 def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = None, **training: Any) -> Path:
-    text = {"max_length": None, "truncation": "error", "chat_template": None, "split": "train", **(text or {})}
+    text = {"max_length": None, "truncation": "error", "split": "train", **(text or {})}
     rows = load_rows(data, split=text.pop("split"), name="data")
     model, tokenizer = load_model(student)
     text["max_length"] = text["max_length"] or default_max_length(model)
@@ -152,10 +175,9 @@ def cli() -> None:
 @click.option("--max-grad-norm", type=float, help="Clip by global norm; score with the same. [default: no clipping]")
 @click.option("--seed", type=int, default=42, show_default=True)
 @_with(TEXT_OPTIONS)
-def warmup(student: str, data: str, out: Path, epochs: float, max_length: int | None, truncation: str,
-           chat_template: str | None, split: str, **training: Any) -> None:  # fmt: skip
+def warmup(student: str, data: str, out: Path, epochs: float, **training: Any) -> None:
     """Fine-tune a student for a few AdamW steps and keep its optimizer state."""
-    text = {"max_length": max_length, "truncation": truncation, "chat_template": chat_template, "split": split}
+    text = {name: training.pop(name) for name in TEXT_SETTINGS}
     checkpoint = _warm_up(student, data, out, text, num_train_epochs=epochs, **training)
     click.echo(f"checkpoint: {checkpoint}")
     click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} …")

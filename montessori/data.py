@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     import datasets
     import pandas
 
+# Arguments of apply_chat_template that say how a text is rendered, not what the template is told.
+_RENDERING = frozenset({
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # In the order in which they are looked for: exact token ids win over the text they came from.
 TOKEN_COLUMNS = ("input_ids", "labels")
@@ -216,16 +222,17 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation of checked messages, dicts with `role` and `content`.
+    """A conversation of checked messages, dicts with `role` and `content`, or `tool_calls` of the assistant.
 
     The assistant's turns from message `first_labelled` on are labelled. `where` is the address of the row
-    for errors, `index` its number.
+    for errors, `index` its number. `variables` are what the row tells its chat template besides.
     """
 
     index: int
     where: str
     messages: list[dict]
     first_labelled: int = 0
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def column_set(row: object, where: str) -> tuple[str, ...]:
@@ -243,20 +250,58 @@ def column_set(row: object, where: str) -> tuple[str, ...]:
 
 
 def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str) -> Chat:
-    """The conversation in `columns`, one of COLUMN_SETS but not the token ids; DataError if malformed."""
+    """The conversation in `columns`, one of COLUMN_SETS but not the token ids; DataError if malformed.
+
+    `chat_template_kwargs` and, of messages, `tools` are read from the columns of these names, as TRL does.
+    """
+    variables = check_template_kwargs(row.get("chat_template_kwargs"), f"{where}: chat_template_kwargs: ")
     if columns == ("messages",):
-        return Chat(index, where, _messages(row, "messages", where, needs_answer=True))
+        messages = _messages(row, "messages", where, needs_answer=True)
+        return Chat(index, where, messages, 0, variables | _tools(row, where))
     question, answer = columns
     if question == "prompt" and (isinstance(row[question], list) or isinstance(row[answer], list)):
         prompt = _messages(row, question, where, needs_answer=False)
-        return Chat(index, where, prompt + _messages(row, answer, where, needs_answer=True), len(prompt))
+        messages = prompt + _messages(row, answer, where, needs_answer=True)
+        return Chat(index, where, messages, len(prompt), variables | _tools(row, where))
     user = _text(row, question, where)
     if question == "instruction" and row.get("input") is not None and _text(row, "input", where).strip():
         user = f"{user}\n\n{row['input']}"
     reply = _text(row, answer, where)
     if not reply.strip():
         raise DataError(f"{where}: expected a non-empty text in column {answer}, got {short(reply)}")
-    return Chat(index, where, [{"role": "user", "content": user}, {"role": "assistant", "content": reply}])
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+    return Chat(index, where, messages, 0, variables)
+
+
+def check_template_kwargs(value: object, where: str = "") -> dict[str, Any]:
+    """What a chat template is told by name, such as {"enable_thinking": False}; nothing for None.
+
+    Names without a value are left out: a table of mixed rows holds None in the fields that a row does not
+    use. Raises DataError, which begins with `where`.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise DataError(f"{where}expected names and values, such as {{'enable_thinking': False}}, got {short(value)}")
+    taken = sorted(_RENDERING & value.keys())
+    if taken:
+        raise DataError(f"{where}{taken[0]} is not a variable of the template: remove it")
+    return {name: entry for name, entry in value.items() if entry is not None}
+
+
+def _tools(row: Mapping, where: str) -> dict[str, Any]:
+    """The functions that the template describes to the model: a list of JSON schemas, or its JSON text."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: expected JSON in column tools ({one_line(error)})") from error
+    if not tools or isinstance(tools, str):
+        return {}
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{where}: expected a list of JSON schemas in column tools, got {short(tools)}")
+    return {"tools": tools}
 
 
 def _text(row: Mapping, column: str, where: str) -> str:
@@ -278,16 +323,34 @@ def _messages(row: Mapping, column: str, where: str, needs_answer: bool) -> list
 
 
 def _check_message(message: object, where: str) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+    if not isinstance(message, dict) or "role" not in message:
         raise DataError(f"{where}: expected a dict with role and content, got {short(message)}")
-    role, content = message["role"], message["content"]
+    role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise DataError(f"{where}: expected a role of {', '.join(ROLES)}, got {short(role)}")
+    calls = called_functions(message, where) if role == "assistant" else []
+    if calls and content is None:
+        return
+    if "content" not in message:
+        raise DataError(f"{where}: expected a dict with role and content, got {short(message)}")
     if not isinstance(content, str):
         raise DataError(f"{where}: expected a text as content, got {short(content)}")
     _check_unicode(content, where)
-    if role == "assistant" and not content.strip():
+    if role == "assistant" and not calls and not content.strip():
         raise DataError(f"{where}: expected a non-empty answer of the assistant, got {short(content)}")
+
+
+def called_functions(message: Mapping[str, Any], where: str) -> list[str]:
+    """Names of the functions in the `tool_calls` of a message, in order; DataError for a call without a name."""
+    names = []
+    calls = message.get("tool_calls") or []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") or call if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise DataError(f"{where}: expected tool_calls, each with the name of a function, got {short(call)}")
+        names.append(name)
+    return names
 
 
 def _check_unicode(text: str, where: str) -> None:

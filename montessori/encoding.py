@@ -10,32 +10,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
-from montessori.data import TOKEN_COLUMNS, Chat, Rows, column_set, one_line, read_chat, short
+from montessori.data import TOKEN_COLUMNS, Chat, Rows, called_functions, column_set, read_chat
 from montessori.errors import ArgumentError, DataError
+from montessori.templates import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATIONS = ("error", "right", "skip")
-BUILT_IN_TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "plain": (
-        "{% for message in messages %}"
-        "{{ message['content'] + (eos_token if message['role'] == 'assistant' else '\n') }}"
-        "{% endfor %}"
-    ),
-}
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Bounds the memory of the tokenizer's own output, which is many times that of the ids.
 ROWS_PER_CALL = 512
@@ -63,25 +50,30 @@ def encode_rows(
     max_length: int,
     truncation: str = "error",
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     name: str = "candidates",
 ) -> Encoded:
     """Token ids and labels of `rows`: a label is the token itself where the assistant wrote it, else -100.
 
     A row holds `input_ids`, `labels` and, optionally, `attention_mask`; or `messages`; or `prompt` and
     `completion` (texts or lists of messages); or `instruction`, optionally `input`, and `response`. The
-    first of these sets that is complete counts. Labels of an assistant's turn end with its last special
-    token; what the template writes after it (often a newline) has no label. Of `prompt` and `completion`
-    as lists of messages only the turns of `completion` are labelled. A template with a {% generation %}
-    block decides itself which tokens are labelled.
+    first of these sets that is complete counts. A row of text may tell its template more: by names and
+    values in `chat_template_kwargs` and, where it has messages, by `tools`, a list of JSON schemas or its
+    JSON text. A message of the assistant holds `content`, `tool_calls`, or both.
+
+    Labels of an assistant's turn end with its last special token; what the template writes after it (often
+    a newline) has no label. Of `prompt` and `completion` as lists of messages only the turns of `completion`
+    are labelled. A template with a {% generation %} block decides itself which tokens are labelled.
 
     `chat_template` is a Jinja template, a path to a .jinja file, or "chatml" or "plain" (for base models:
     instruction, newline, response, end of text); without it the tokenizer's own is used. Special tokens
     come from the template alone; the two built-in ones start with the token that begins a text if this
-    tokenizer puts one there. `max_length` is in tokens; an example beyond it is an error, is cut at the
+    tokenizer puts one there. `chat_template_kwargs`, such as {"enable_thinking": False}, hold for all rows
+    but those that say otherwise. `max_length` is in tokens; an example beyond it is an error, is cut at the
     end ("right") or is left out ("skip"). `name` is how errors call rows without an address.
 
     Raises DataError, naming file and line, for a row or a template that cannot be used; ArgumentError for
-    a wrong `max_length`, `truncation` or `chat_template`.
+    a wrong `max_length`, `truncation`, `chat_template` or `chat_template_kwargs`.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ArgumentError(f"max_length={max_length!r}: expected a positive number of tokens")
@@ -99,7 +91,7 @@ def encode_rows(
     if chats:
         if tokenizer is None:
             raise ArgumentError(f"{table.where(chats[0].index)}: a row of text needs tokenizer=, none was given")
-        template = _Template(tokenizer, resolve_template(tokenizer, chat_template))
+        template = Template.of(tokenizer, chat_template, chat_template_kwargs)
         encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
         examples.update((example.index, example) for example in encode(chats, template))
     return _limit([examples[index] for index in range(len(table))], table, max_length, truncation)
@@ -156,65 +148,10 @@ def _from_tokens(row: Mapping, index: int, where: str) -> Example:
     return replace(example, index=index)
 
 
-# Templates.
-
-
-def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    """The Jinja source that `chat_template` means (see `encode_rows`); DataError or ArgumentError if none."""
-    if chat_template is None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                "the tokenizer has no chat template; set chat_template (--chat-template) to plain (for base "
-                "models), chatml, a Jinja template or a path to a .jinja file"
-            )
-        return tokenizer.get_chat_template()
-    if not isinstance(chat_template, str):
-        raise ArgumentError(f"chat_template: expected a str, got {type(chat_template).__name__}")
-    if chat_template in BUILT_IN_TEMPLATES:
-        if chat_template == "plain" and tokenizer.eos_token is None:
-            raise DataError("chat_template='plain': expected a tokenizer with an eos_token, got None; set one")
-        return _beginning(tokenizer) + BUILT_IN_TEMPLATES[chat_template]
-    if "{{" in chat_template or "{%" in chat_template:
-        return chat_template
-    if chat_template.endswith(".jinja"):
-        try:
-            return Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"chat_template={chat_template!r}: cannot be read ({one_line(error)})") from error
-    raise ArgumentError(
-        f"chat_template={short(chat_template)}: expected {', '.join(BUILT_IN_TEMPLATES)}, a Jinja template "
-        f"or a path to a .jinja file"
-    )
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The bos_token where the tokenizer starts every text with it: the model has seen no text without."""
-    bos = tokenizer.bos_token_id
-    return "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
-
-
-@dataclass(frozen=True)
-class _Template:
-    """A Jinja template with the tokenizer that renders it."""
-
-    tokenizer: PreTrainedTokenizerBase
-    source: str
-
-    def apply(self, chat: Chat, turns: int | None = None, **options):
-        """`apply_chat_template` on the first `turns` messages, its errors made to name the row."""
-        try:
-            return self.tokenizer.apply_chat_template(chat.messages[:turns], chat_template=self.source, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{chat.where}: the chat template fails on this row ({one_line(error)})") from error
-
-    def text(self, chat: Chat, turns: int | None = None, add_generation_prompt: bool = False) -> str:
-        return self.apply(chat, turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
 # Templates that mark the assistant's text with {% generation %}.
 
 
-def _encode_marked(chats: list[Chat], template: _Template) -> Iterator[Example]:
+def _encode_marked(chats: list[Chat], template: Template) -> Iterator[Example]:
     if not template.tokenizer.is_fast:
         raise DataError(
             "the chat template has a {% generation %} block: expected a fast tokenizer, got a slow one; load "
@@ -222,7 +159,9 @@ def _encode_marked(chats: list[Chat], template: _Template) -> Iterator[Example]:
         )
     for chat in chats:
         output = template.apply(
-            chat,
+            chat.messages,
+            chat.where,
+            **chat.variables,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
@@ -240,10 +179,10 @@ def _encode_marked(chats: list[Chat], template: _Template) -> Iterator[Example]:
         yield Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
 
 
-def _prompt_length(chat: Chat, template: _Template) -> int:
+def _prompt_length(chat: Chat, template: Template) -> int:
     """Characters of the rendered prompt."""
-    prompt = template.text(chat, chat.first_labelled)
-    if not template.text(chat).startswith(prompt):
+    prompt = _text(chat, template, chat.first_labelled)
+    if not _text(chat, template).startswith(prompt):
         raise DataError(
             f"{chat.where}: the chat template rewrites the prompt once the completion follows; give a "
             f"template that does not, or a prompt without turns of the assistant"
@@ -254,7 +193,7 @@ def _prompt_length(chat: Chat, template: _Template) -> int:
 # Templates that mark nothing: the text is cut where the generation prompt ends.
 
 
-def _encode_cut(chats: list[Chat], template: _Template) -> Iterator[Example]:
+def _encode_cut(chats: list[Chat], template: Template) -> Iterator[Example]:
     pieces = _Pieces.of(template.tokenizer)
     for start in range(0, len(chats), ROWS_PER_CALL):
         group = chats[start : start + ROWS_PER_CALL]
@@ -265,7 +204,12 @@ def _encode_cut(chats: list[Chat], template: _Template) -> Iterator[Example]:
             yield Example(input_ids, torch.tensor([*chain(*labels)], dtype=torch.int64), chat.index)
 
 
-def _cut(chat: Chat, template: _Template, pieces: _Pieces) -> list[str]:
+def _text(chat: Chat, template: Template, turns: int | None = None, **options: Any) -> str:
+    """The rendered first `turns` messages."""
+    return template.text(chat.messages[:turns], chat.where, **chat.variables, **options)
+
+
+def _cut(chat: Chat, template: Template, pieces: _Pieces) -> list[str]:
     """The rendered text, cut: what the model reads at even places and what it writes at odd ones."""
     texts: list[str] = []
     done, read = "", ""
@@ -274,19 +218,19 @@ def _cut(chat: Chat, template: _Template, pieces: _Pieces) -> list[str]:
             continue
         if turn == 0:
             raise DataError(f"{chat.where}: expected another message before the assistant's first, got none")
-        before, after = template.text(chat, turn, add_generation_prompt=True), template.text(chat, turn + 1)
+        before, after = _text(chat, template, turn, add_generation_prompt=True), _text(chat, template, turn + 1)
         if not before.startswith(done):
             raise _uncuttable(chat, turn, "rewrites earlier turns")
         if not after.startswith(before):
             raise _uncuttable(chat, turn, "does not go on from its generation prompt or rewrites earlier turns")
         written = after[len(before) :]
         _check_written(chat, turn, written, template)
-        end = pieces.label_end(written, message["content"])
+        end = pieces.label_end(written, message.get("content") or "")
         texts += [read + before[len(done) :], written[:end]]
         done, read = after, written[end:]
     if chat.messages[-1]["role"] == "assistant":
         return [*texts, read]
-    whole = template.text(chat)
+    whole = _text(chat, template)
     if not whole.startswith(done):
         raise _uncuttable(chat, len(chat.messages) - 1, "rewrites earlier turns")
     return [*texts, read + whole[len(done) :]]
@@ -299,12 +243,14 @@ def _uncuttable(chat: Chat, turn: int, fault: str) -> DataError:
     )
 
 
-def _check_written(chat: Chat, turn: int, written: str, template: _Template) -> None:
-    content = chat.messages[turn]["content"].strip()
+def _check_written(chat: Chat, turn: int, written: str, template: Template) -> None:
+    message = chat.messages[turn]
+    content = (message.get("content") or "").strip()
+    ends = [*content.split()[-1:], *called_functions(message, chat.where)]
     # A template may take the content apart (thoughts, answer), but it does not drop the end of it, except
     # one for images and text, which finds no content in a plain text.
-    if content.split()[-1] not in written:
-        raise _uncuttable(chat, turn, "does not write the content")
+    if any(end not in written for end in ends):
+        raise _uncuttable(chat, turn, "does not write the content, or a function that is called,")
     if "add_generation_prompt" not in template.source and not written.lstrip().startswith(content):
         raise _uncuttable(chat, turn, "has no add_generation_prompt and writes text before the content")
 

@@ -65,7 +65,7 @@ class InfluenceEstimator:
         tokenizer: needed for rows of text; rows with `input_ids` and `labels` do without.
         max_length: tokens an example may have; by default 2048 or the model's own limit if smaller.
         truncation: what happens to longer ones: "error", "right" (cut the end) or "skip".
-        chat_template: see `montessori.encoding.encode_rows`.
+        chat_template, chat_template_kwargs: see `montessori.encoding.encode_rows`.
         pilot: number of candidates whose mean step is the anchor; 0 anchors at the step with g = 0.
             They are chosen by content, so the order of the candidates does not matter.
         sample: share of each weight's tiles to score, 1 for all. Less is faster and gives unbiased estimates
@@ -93,6 +93,7 @@ class InfluenceEstimator:
         max_length: int | None = None,
         truncation: str = "error",
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         pilot: int = 8,
         sample: float = 1.0,
         max_grad_norm: float | None = None,
@@ -113,6 +114,7 @@ class InfluenceEstimator:
             max_length=default_max_length(model) if max_length is None else max_length,
             truncation=truncation,
             chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
             sample=sample,
             reference_dtype=reference_dtype,
         )
@@ -407,6 +409,7 @@ class InfluenceEstimator:
             max_length=self.options.max_length,
             truncation=self.options.truncation,
             chat_template=self.options.chat_template,
+            chat_template_kwargs=self.options.chat_template_kwargs,
             name=name,
         )
         if not encoded.examples:

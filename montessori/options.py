@@ -30,6 +30,7 @@ class Options:
     max_length: int
     truncation: str
     chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
     sample: float
     reference_dtype: str
 

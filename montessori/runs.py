@@ -51,6 +51,7 @@ class ScoreSettings:
     max_length: int | None = None
     truncation: str = "error"
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     dtype: str = "float32"
     device: str = "auto"
     split: str = "train"
@@ -85,6 +86,7 @@ def open_workbench(settings: ScoreSettings) -> Workbench:
         max_length=settings.max_length,
         truncation=settings.truncation,
         chat_template=settings.chat_template,
+        chat_template_kwargs=settings.chat_template_kwargs,
         pilot=settings.pilot,
         sample=settings.sample,
         max_grad_norm=settings.max_grad_norm,

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from support import make_text_rows
+from support import CHATML, make_text_rows
 
 from montessori import Scores, cli
 
@@ -62,6 +62,21 @@ def test_score_inspect_and_replay(run, student, files, tmp_path):
     status, _, _ = run("score", "--config", f"{out}.config.json", "--out", replay, "--quiet")
     assert status == 0
     assert replay.read_bytes() == out.read_bytes()
+
+
+def test_what_the_template_is_told_is_kept_and_replayed(run, student, files, tmp_path):
+    told = "{% if loud is defined %}say {% endif %}" + CHATML
+    template = tmp_path / "told.jinja"
+    template.write_text(told)
+    common = [*options(student, files, chat_template=template), "--quiet", "--out"]
+    plain, loud, again = (tmp_path / f"{name}.parquet" for name in ("plain", "loud", "again"))
+    assert run("score", *common, plain)[0] == 0
+    assert run("score", *common, loud, "--chat-template-kwargs", '{"loud": true}')[0] == 0
+    assert run("score", "--config", f"{loud}.config.json", "--out", again, "--quiet")[0] == 0
+    tokens = [Scores.load(path).num_tokens.sum() for path in (plain, loud, again)]
+    assert tokens[0] < tokens[1] == tokens[2]
+    status, _, error = run("score", *common, plain, "--chat-template-kwargs", "{loud}")
+    assert status == 2 and "expected a JSON object" in error
 
 
 def test_several_reference_sets_by_name(run, student, files, tmp_path):

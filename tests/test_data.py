@@ -280,6 +280,18 @@ def test_token_ids_come_before_text():
     assert column_set(row, "data.jsonl, line 2") == ("input_ids", "labels")
 
 
+@pytest.mark.parametrize("call", [{}, {"function": {}}, {"function": "add"}, "add", {"name": ""}])
+def test_a_call_without_the_name_of_a_function_is_an_error(call):
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    message = malformed({"messages": [USER, answer]})
+    assert message.startswith("message 1 of column messages: expected tool_calls, each with the name of a function")
+
+
+@pytest.mark.parametrize("tools", ["[{", ["add"], {"name": "add"}, "[1]"])
+def test_tools_that_are_no_list_of_schemas_are_an_error(tools):
+    assert "in column tools" in malformed({"messages": TURNS, "tools": tools})
+
+
 def test_missing_columns_are_named():
     message = malformed({"instruction": "a", "answer": "b"})
     expected = "input_ids + labels or messages or prompt + completion or instruction + response"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import random
 
@@ -14,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 import montessori.encoding
 from montessori.data import Rows, load_rows
-from montessori.encoding import BUILT_IN_TEMPLATES, encode_rows
+from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError
+from montessori.templates import BUILT_IN_TEMPLATES
 
 CHATML = BUILT_IN_TEMPLATES["chatml"]
 MARKED = (
@@ -278,7 +280,7 @@ def test_a_missing_or_unknown_template_is_an_error_that_helps(tmp_path, tokenize
 @pytest.mark.parametrize("body", ["raise_exception('a\\nb')", "messages[0].a.b", "1 + 'a'", "1 +"])
 def test_a_template_that_fails_names_the_row(tokenizer, body):
     message = fault([ROW], tokenizer, chat_template="{{ " + body + " }}")
-    assert message.startswith("candidates, row 0: the chat template fails on this row (")
+    assert message.startswith("candidates, row 0: the chat template fails on it (")
 
 
 @pytest.mark.parametrize(
@@ -301,6 +303,60 @@ def test_a_template_that_rewrites_only_earlier_turns_serves_single_answers(token
     for row, answer in ((ROW, "It is four."), ({"prompt": TURNS[:3], "completion": TURNS[3:]}, "Six.")):
         example = one(row, tokenizer, chat_template=THOUGHTFUL)
         assert runs(example, tokenizer) == [f"<think></think>{answer}<|im_end|>"]
+
+
+def test_a_template_is_told_what_a_row_and_the_caller_say(tokenizer):
+    template = (
+        "{{ 'no thoughts\n' if enable_thinking is defined and not enable_thinking }}"
+        "{% for tool in tools or [] %}{{ tool.function.name + '\n' }}{% endfor %}" + CHATML
+    )
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    silent = {"enable_thinking": False}
+
+    def told(row, **options):
+        example = one(row, tokenizer, chat_template=template, **options)
+        assert runs(example, tokenizer) == ["It is four.<|im_end|>"]
+        return text(example, tokenizer).removesuffix(TEXT)
+
+    messages = {"messages": TURNS[:2]}
+    assert told(ROW) == told({**messages, "tools": None, "chat_template_kwargs": None}) == ""
+    assert told(ROW, chat_template_kwargs=silent) == "no thoughts\n"
+    assert told({**ROW, "chat_template_kwargs": silent}) == "no thoughts\n"
+    assert told({**ROW, "chat_template_kwargs": {"enable_thinking": True}}, chat_template_kwargs=silent) == ""
+    # A table fills in the fields that other rows have.
+    assert told({**ROW, "chat_template_kwargs": {"enable_thinking": None}}) == ""
+    for given in (tools, json.dumps(tools)):
+        assert told({**messages, "tools": given}) == "add\n"
+        assert told({"prompt": TURNS[:1], "completion": TURNS[1:2], "tools": given}) == "add\n"
+    # Without messages it may be a column of anything.
+    assert told({**ROW, "tools": ["hammer"]}) == ""
+
+
+@pytest.mark.parametrize("kwargs", [{"tokenize": False}, {1: 2}, ["enable_thinking"], "enable_thinking"])
+def test_what_no_template_can_be_told_is_refused(tokenizer, kwargs):
+    assert fault([ROW], tokenizer, ArgumentError, chat_template_kwargs=kwargs).startswith("chat_template_kwargs: ")
+    message = fault([{**ROW, "chat_template_kwargs": kwargs}], tokenizer)
+    assert message.startswith("candidates, row 0: chat_template_kwargs: ")
+
+
+def test_calls_of_tools_are_labelled(tokenizer):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+        "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "total", "arguments": {"a": 2, "b": 2}}}
+    result = {"role": "tool", "name": "total", "content": "4"}
+    for content, said in ((None, ""), ("", ""), ("Let me add.", "Let me add.")):
+        calling = {"role": "assistant", "content": content, "tool_calls": [call]}
+        row = {"messages": [USER, calling, result, ASSISTANT]}
+        example = one(row, tokenizer, chat_template=template)
+        assert runs(example, tokenizer) == [f"{said}<call>total</call><|im_end|>", "It is four.<|im_end|>"]
+        assert "does not write the content, or a function" in fault(
+            [row], tokenizer, chat_template=template.replace("call.function.name", "'another'")
+        )
+    del calling["content"]
+    assert runs(one(row, tokenizer, chat_template=template), tokenizer)[0] == "<call>total</call><|im_end|>"
 
 
 def test_a_generation_block_marks_the_labels():

@@ -115,7 +115,7 @@ def test_prompts_hold_their_examples_and_end_where_the_teacher_goes_on():
     examples = ["name a {colour}", "say hello"]
     completion = completion_prompt(tokenizer, examples)
     assert completion.endswith(f"{OPEN}say hello{CLOSE}\n{OPEN}")
-    chat = chat_prompt(tokenizer, examples, None)
+    chat = chat_prompt(tokenizer, examples)
     assert chat.endswith("<|im_start|> assistant ")
     assert all(f"{OPEN}{example}{CLOSE}" in text for example in examples for text in (chat, completion))
 
@@ -124,8 +124,8 @@ def test_a_tokenizer_without_a_chat_template_needs_one():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        ask(tokenizer, "say hello", None)
-    assert ask(tokenizer, "say hello", "plain") == "say hello\n"
+        ask(tokenizer, "say hello")
+    assert ask(tokenizer, "say hello", chat_template="plain") == "say hello\n"
 
 
 def test_instructions_of_all_kinds_of_rows():

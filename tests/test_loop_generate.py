@@ -205,6 +205,27 @@ def test_a_cut_text_ends_with_its_last_whole_sentence(text, whole):
     assert whole_sentences(text) == whole
 
 
+def test_thoughts_without_an_answer_are_no_response(tmp_path):
+    texts = {
+        0: ("<think>Well.</think>\n", "stop"),
+        1: ("<think>Well. Then", "length"),
+        2: ("<think>Well.</think>Yes.", "stop"),
+    }
+
+    class Thinker(Speller):
+        def sample(self, request, stop):
+            sample = super().sample(request, stop)
+            if stop:
+                return sample
+            text, finish = texts[request.seed % 3]
+            return replace(sample, text=text, finish=finish)
+
+    trimming = replace(recipe(), responses=ResponseSettings(cut="trim"))
+    made = write_final(trimming, 8, Thinker(), tmp_path, progress=False)
+    assert {row["response"] for row in made.rows} == {"<think>Well.</think>Yes."}
+    assert made.counts["empty_response"] > 0
+
+
 def test_a_teacher_without_marks_is_stopped_early_with_samples(tmp_path):
     engine = Speller(text="I will not")
     with pytest.raises(

@@ -164,6 +164,18 @@ def test_changed_settings_of_a_finished_stage_are_named(settings, finished):
     assert (path / "config.yaml").read_bytes() == kept
 
 
+def test_a_run_that_came_to_its_bound_goes_on_under_a_higher_one(settings, finished, tmp_path):
+    with pytest.raises(DataError, match=r"raise generate\.max_prompts"):
+        loop.run(config(settings, generate={**settings["generate"], "max_prompts": 3}), tmp_path, progress=False)
+    samples = (tmp_path / "round_1/generate/samples.jsonl").read_bytes()
+    higher = config(settings, generate={**settings["generate"], "max_prompts": 400})
+    loop.run(higher, tmp_path, until="generate", progress=False)
+    assert (tmp_path / "round_1/generate/samples.jsonl").read_bytes().startswith(samples)
+    assert (tmp_path / "round_1/generate/probe.jsonl").read_bytes() == (
+        finished[0] / "round_1/generate/probe.jsonl"
+    ).read_bytes()
+
+
 def test_two_runs_in_one_directory(settings, tmp_path):
     with RunDirectory(tmp_path), pytest.raises(ArgumentError, match="another run works"):
         loop.run(config(settings), tmp_path, progress=False)

@@ -16,11 +16,11 @@ from montessori.journal import ScoreJournal
 from montessori.loop import prompts
 from montessori.loop.engines import Engine, Request, SampleMemory, Sampling, derive_seed
 from montessori.loop.files import write_jsonl
-from montessori.loop.section import Section
+from montessori.loop.section import ChatSection
 from montessori.runs import write_json
 
 
-class AnswerSettings(Section):
+class AnswerSettings(ChatSection):
     """How students answer: `count` of the evaluation prompts, 0 for none.
 
     `opponent`: the checkpoint whose answers compete in the win rate, by default the student's base.
@@ -30,7 +30,6 @@ class AnswerSettings(Section):
     count: int = Field(default=0, ge=0)
     opponent: str | None = None
     questions: str | None = None
-    chat_template: str | None = None
     sampling: Sampling = Sampling(temperature=0, presence_penalty=0)
 
 
@@ -59,7 +58,7 @@ def answer(
                     prompts.converse(
                         engine.tokenizer,
                         _messages(questions[index][: turn + 1], answers[index]),
-                        settings.chat_template,
+                        **settings.chat,
                     ),
                     derive_seed(name, index, turn),
                 )

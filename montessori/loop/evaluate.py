@@ -61,9 +61,9 @@ def held_out(
     seed: int,
     resamples: int = 10_000,
     max_length: int | None = None,
-    chat_template: str | None = None,
     out: Path | None = None,
     progress: bool = False,
+    **chat: Any,
 ) -> dict[str, Any]:
     """Loss of each named model on the evaluation rows, and how far the first is below each other.
 
@@ -77,7 +77,7 @@ def held_out(
     for name, source in models.items():
         model, tokenizer = load_model(source)
         model.to(resolve_device())
-        examples = encode_heldout(rows, model, tokenizer, max_length=max_length, chat_template=chat_template)
+        examples = encode_heldout(rows, model, tokenizer, max_length=max_length, **chat)
         journal = None if out is None else ScoreJournal(out / _journal_of_losses(name))
         losses[name] = row_losses(model, examples, journal=journal, progress=progress)
     options = {"seed": seed, "resamples": resamples}
@@ -208,7 +208,7 @@ def run(
     `fresh_influence`. `engine` writes answers where `settings.answers` asks for them, `judge` compares them.
     `options`: as in InfluenceEstimator.
     """
-    text = {key: options[key] for key in ("max_length", "chat_template") if key in options}
+    text = {key: options[key] for key in ("max_length", "chat_template", "chat_template_kwargs") if key in options}
     repeat: dict[str, Any] = {"seed": seed, "resamples": settings.resamples}
     models = {"student": student, "base": base}
     found = held_out(models, evaluation, out=out, progress=progress, **repeat, **text)

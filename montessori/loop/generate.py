@@ -20,7 +20,7 @@ from montessori.loop import prompts
 from montessori.loop.engines import Engine, Request, Sample, SampleMemory, Sampling, derive_seed
 from montessori.loop.files import write_jsonl
 from montessori.loop.filters import FilterSettings, RougeIndex
-from montessori.loop.section import Section
+from montessori.loop.section import ChatSection, Section
 from montessori.runs import write_json
 
 SAMPLES_FILE = "samples.jsonl"
@@ -34,7 +34,7 @@ _REJECTED_SHOWN = 5
 _SENTENCE_END = re.compile(r"""(?<!\d)[.!?]["'”’)\]]*(?=\s|$)|[。！？][”’」』）]*|[^\s:,;](?=\s*\n\s*\n)""")
 
 
-class GenerateSettings(Section):
+class GenerateSettings(ChatSection):
     """How instructions are written and which are kept.
 
     `style`: "chat" asks an instruct teacher for a reason and one instruction between marks; "completion"
@@ -46,7 +46,6 @@ class GenerateSettings(Section):
     """
 
     style: Literal["chat", "completion"] = "chat"
-    chat_template: str | None = None
     seed_examples: int = Field(default=6, ge=1)
     own_examples: int = Field(default=2, ge=0)
     samples_per_prompt: int = Field(default=4, ge=1)
@@ -57,14 +56,13 @@ class GenerateSettings(Section):
     filters: FilterSettings = FilterSettings()
 
 
-class ResponseSettings(Section):
+class ResponseSettings(ChatSection):
     """How an instruction is answered; several `samples` per instruction are siblings for a preference.
 
     `cut`: what happens to answers that reach `max_new_tokens`. A student trained on them learns to stop in the middle
     of a sentence ("keep"); "trim" ends them after their last whole sentence and drops those without one.
     """
 
-    chat_template: str | None = None
     samples: int = Field(default=1, ge=1)
     cut: Literal["keep", "trim", "drop"] = "keep"
     sampling: Sampling = Sampling(temperature=0.6)
@@ -257,7 +255,7 @@ class _Writer:
         tokenizer = self.engine.tokenizer
         if settings.style == "completion":
             return prompts.completion_prompt(tokenizer, examples), examples
-        return prompts.chat_prompt(tokenizer, examples, settings.chat_template), examples
+        return prompts.chat_prompt(tokenizer, examples, **settings.chat), examples
 
     def _accept(self, sample: Sample, examples: Sequence[str]) -> str | None:
         settings = self.recipe.generate
@@ -277,7 +275,7 @@ class _Writer:
 
     def _answer(self, accepted: list[tuple[Request, Sample, str]]) -> None:
         settings = self.recipe.responses
-        asked = [(entry, prompts.ask(self.engine.tokenizer, entry[2], settings.chat_template)) for entry in accepted]
+        asked = [(entry, prompts.ask(self.engine.tokenizer, entry[2], **settings.chat)) for entry in accepted]
         for (_, _, instruction), prompt in asked:
             if not self.engine.fits(prompt):
                 self._reject("too_long_to_answer", instruction)
@@ -291,11 +289,11 @@ class _Writer:
         answers = self._complete(requests, settings.sampling, ())
         for place, (question, answer) in enumerate(zip(requests, answers, strict=True)):
             request, sample, instruction = accepted[place // settings.samples]
-            if not answer.text.strip():
+            if not prompts.outside_thoughts(answer.text).strip():
                 self._reject("empty_response", instruction)
                 continue
             response = self._uncut(answer)
-            if response is None:
+            if response is None or not prompts.outside_thoughts(response).strip():
                 self._reject("cut_response", answer.text)
                 continue
             if self.recipe.optimise == "response":

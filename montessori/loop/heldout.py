@@ -21,10 +21,11 @@ from montessori.options import default_max_length
 
 
 def encode_heldout(
-    rows: Rows, model: Any, tokenizer: Any, *, max_length: int | None = None, chat_template: str | None = None
+    rows: Rows, model: Any, tokenizer: Any, *, max_length: int | None = None, **chat: Any
 ) -> list[Example]:
     """Examples of all rows, longer ones cut at the end; `model` or its config says how long.
 
+    `chat`: chat_template and chat_template_kwargs of `encode_rows`.
     Raises DataError for a row without a token to predict.
     """
     encoded = encode_rows(
@@ -32,8 +33,8 @@ def encode_heldout(
         tokenizer,
         max_length=max_length or default_max_length(model),
         truncation="right",
-        chat_template=chat_template,
         name="evaluation",
+        **chat,
     )
     if encoded.skipped:
         row, reason = next(iter(encoded.skipped.items()))

@@ -16,7 +16,7 @@ from montessori.errors import DataError
 from montessori.journal import ScoreJournal
 from montessori.loop import prompts
 from montessori.loop.engines import Engine, EngineSettings, Request, SampleMemory, Sampling, derive_seed, open_engine
-from montessori.loop.section import Section
+from montessori.loop.section import ChatSection
 
 GRADE_REQUEST = (
     "Below are an instruction and an answer, which are to be used to train an assistant. Grade them together from 1 "
@@ -63,12 +63,11 @@ def read_choice(reply: str) -> float:
     return _PREFERENCE[found.pop().lower()] if len(found) == 1 else np.nan
 
 
-class JudgeSettings(Section):
+class JudgeSettings(ChatSection):
     """Who judges: `model` through `engine`; with the engine "endpoint", `model` gives the tokenizer alone."""
 
     model: str
     engine: EngineSettings = EngineSettings()
-    chat_template: str | None = None
     sampling: Sampling = Sampling(temperature=0, presence_penalty=0, max_new_tokens=16)
     seed: int = Field(default=0, ge=0)
 
@@ -131,7 +130,7 @@ class Judge:
         requests = [
             Request(
                 f"{part}-{number:06d}",
-                prompts.ask(self.engine.tokenizer, content, self.settings.chat_template),
+                prompts.ask(self.engine.tokenizer, content, **self.settings.chat),
                 derive_seed(self.settings.seed, part, number),
             )
             for number, content in enumerate(contents)

@@ -10,7 +10,7 @@ from typing import Any
 
 from montessori import ops
 from montessori.data import Rows, one_line
-from montessori.encoding import encode_rows, resolve_template
+from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.loop import prompts
 from montessori.loop.config import Config
@@ -19,6 +19,7 @@ from montessori.loop.heldout import encode_heldout
 from montessori.loop.prompts import instruction_text
 from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
 from montessori.options import default_max_length, resolve_device
+from montessori.templates import resolve_template
 
 
 def check_config(config: Config) -> None:
@@ -52,16 +53,15 @@ def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:
     if (Path(config.student).expanduser() / "adapter_config.json").is_file():
         return
     tokenizer, own = _tokenizer(config.student), _config(config.student)
-    text: dict[str, Any] = {"max_length": config.score.max_length, "chat_template": config.score.chat_template}
-    encode_heldout(evaluation, own, tokenizer, **text)
+    encode_heldout(evaluation, own, tokenizer, max_length=config.score.max_length, **config.score.chat)
     if config.teacher_mode == "tuned":
         limit = config.score.max_length or default_max_length(own)
-        encode_rows(reference, tokenizer, max_length=limit, truncation="right", chat_template=text["chat_template"])
+        encode_rows(reference, tokenizer, max_length=limit, truncation="right", **config.score.chat)
     answers = config.evaluate.answers
     limit = context_length(own.get_text_config(), config.engine.max_length)
     asked = Rows(evaluation.rows[: answers.count], evaluation.source, evaluation.unit, evaluation.first)
     for index, question in enumerate(instruction_text(asked)):
-        if not leaves_room(tokenizer, prompts.ask(tokenizer, question, answers.chat_template), limit):
+        if not leaves_room(tokenizer, prompts.ask(tokenizer, question, **answers.chat), limit):
             raise DataError(
                 f"{asked.where(index)}: the instruction leaves no room for an answer within {limit} tokens: remove the "
                 "row, or lower evaluate.answers.count"

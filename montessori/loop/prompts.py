@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
-from montessori.data import Rows, column_set, one_line, read_chat
-from montessori.encoding import resolve_template
+from montessori.data import Rows, column_set, read_chat
 from montessori.errors import DataError
+from montessori.templates import Template
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
 
@@ -48,10 +46,10 @@ def _instruction(row: Mapping[str, Any], index: int, where: str) -> str:
     return asked[0]
 
 
-def chat_prompt(tokenizer: Any, examples: Sequence[str], template: str | None) -> str:
+def chat_prompt(tokenizer: Any, examples: Sequence[str], **chat: Any) -> str:
     """The request for one new instruction, as the teacher's chat template puts it."""
     listed = "\n".join(f"{OPEN}{example}{CLOSE}" for example in examples)
-    return ask(tokenizer, CHAT_REQUEST.format(count=len(examples), examples=listed), template)
+    return ask(tokenizer, CHAT_REQUEST.format(count=len(examples), examples=listed), **chat)
 
 
 def completion_prompt(tokenizer: Any, examples: Sequence[str]) -> str:
@@ -60,18 +58,17 @@ def completion_prompt(tokenizer: Any, examples: Sequence[str]) -> str:
     return beginning(tokenizer) + COMPLETION_HEADER + listed + OPEN
 
 
-def ask(tokenizer: Any, content: str, template: str | None) -> str:
-    """The text after which the assistant answers `content`. Raises DataError where there is no chat template."""
-    return converse(tokenizer, [{"role": "user", "content": content}], template)
+def ask(tokenizer: Any, content: str, **chat: Any) -> str:
+    """The text after which the assistant answers `content`. Raises DataError where there is no chat template.
+
+    `chat`: chat_template and chat_template_kwargs of `encode_rows`.
+    """
+    return converse(tokenizer, [{"role": "user", "content": content}], **chat)
 
 
-def converse(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str | None) -> str:
+def converse(tokenizer: Any, messages: list[dict[str, str]], **chat: Any) -> str:
     """The text after which the assistant answers the last of `messages`; errors as `ask`."""
-    source = resolve_template(tokenizer, template)
-    try:
-        return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template fails on a generated instruction ({one_line(error)})") from error
+    return Template.of(tokenizer, **chat).text(messages, "a generated instruction", add_generation_prompt=True)
 
 
 def beginning(tokenizer: Any) -> str:
@@ -92,3 +89,11 @@ def find_instruction(completion: str, style: str) -> str | None:
     elif OPEN in text:
         return None
     return text.strip()
+
+
+def outside_thoughts(response: str) -> str:
+    """What a response says after its thoughts: nothing where they have no end."""
+    _, ended, answer = response.rpartition("</think>")
+    if ended:
+        return answer
+    return "" if response.lstrip().startswith("<think>") else response

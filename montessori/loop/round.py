@@ -222,6 +222,8 @@ class Round:
             inputs["engine"] = {key: value for key, value in settings["engine"].items() if key not in UNSEEN}
         if stage in ("generate", "regenerate"):
             ours = ("final",) if stage == "regenerate" else ("warmup", "probe")
+            # It bounds the tries: a stage that reached it goes on under a higher one.
+            inputs["generate"] = settings["generate"] | {"max_prompts": None}
             inputs["split"] = {key: settings["split"][key] for key in ours}
             inputs["seeds"] = _text_digest(self.material.seeds)
             inputs["held_out"] = _text_digest(self.material.held_out)
@@ -313,7 +315,7 @@ class Round:
             judge=self.config.judge,
             progress=self.progress,
             max_length=self.config.score.max_length,
-            chat_template=self.config.score.chat_template,
+            **self.config.score.chat,
             max_grad_norm=self.config.warmup.max_grad_norm,
         )
         return {}

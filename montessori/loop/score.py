@@ -12,7 +12,7 @@ from montessori.data import Rows
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
 from montessori.loop.rows import student_rows
-from montessori.loop.section import Section
+from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import resolve_device
 from montessori.runs import audit_record, write_json
@@ -20,7 +20,7 @@ from montessori.runs import audit_record, write_json
 SCORES_FILE = "scores.parquet"
 
 
-class ScoreSettings(Section):
+class ScoreSettings(ChatSection):
     """As in `InfluenceEstimator`; `audit` compares that many candidates with real steps."""
 
     method: Literal["anchored", "first_order", "exact"] = "anchored"
@@ -29,7 +29,6 @@ class ScoreSettings(Section):
     pilot: int = Field(default=8, ge=0)
     reference_weighting: Literal["example_mean", "token_mean"] = "example_mean"
     max_length: int | None = Field(default=None, ge=1)
-    chat_template: str | None = None
     device: str = "auto"
     audit: int = Field(default=0, ge=0)
 
@@ -48,7 +47,7 @@ def open_estimator(
         tokenizer=tokenizer,
         max_length=settings.max_length,
         truncation="right",
-        chat_template=settings.chat_template,
+        **settings.chat,
         pilot=settings.pilot,
         max_grad_norm=max_grad_norm,
         reference_weighting=settings.reference_weighting,

@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from typing_extensions import Self
 
-from montessori.errors import ArgumentError
+from montessori.data import check_template_kwargs
+from montessori.errors import ArgumentError, DataError
 
 
 class Section(BaseModel):
@@ -31,6 +32,26 @@ class Section(BaseModel):
             raise ArgumentError(f"{where}: {_describe(cls, error)}") from None
         except TypeError as error:
             raise ArgumentError(f"{where}: expected plain values ({error})") from None
+
+
+class ChatSection(Section):
+    """Settings of what reads or writes chats; both as in `encode_rows`."""
+
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return check_template_kwargs(value)
+        except DataError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """Both, as arguments."""
+        return {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
 
 
 def _describe(section: type[Section], error: ValidationError) -> str:

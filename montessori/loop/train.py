@@ -9,16 +9,15 @@ from typing import Any
 from montessori.encoding import encode_rows
 from montessori.loop.fit import FitSettings, check_float32, finish, finished, fit_examples
 from montessori.loop.rows import student_rows
+from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import default_max_length
 
 STUDENT = "student"
 
 
-class TrainSettings(FitSettings):
-    """How the final student is trained; see FitSettings. `chat_template` as in `encode_rows`."""
-
-    chat_template: str | None = None
+class TrainSettings(FitSettings, ChatSection):
+    """How the final student is trained; see FitSettings."""
 
 
 def run(
@@ -41,7 +40,7 @@ def run(
         tokenizer,
         max_length=settings.max_length or default_max_length(model),
         truncation="right",
-        chat_template=settings.chat_template,
+        **settings.chat,
     )
     metrics = fit_examples(settings, model, tokenizer, encoded.examples, out, seed, progress)
     summary = {

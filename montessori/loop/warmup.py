@@ -13,7 +13,7 @@ from pydantic import Field
 from montessori import processes
 from montessori.encoding import encode_rows
 from montessori.loop.rows import student_rows
-from montessori.loop.section import Section
+from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import default_max_length
 from montessori.runs import write_json
@@ -23,7 +23,7 @@ from montessori.warmup import warmup
 RESULT_FILE = "result.json"
 
 
-class WarmupSettings(Section):
+class WarmupSettings(ChatSection):
     """As in `montessori.warmup`; examples longer than `max_length` are cut at the end."""
 
     learning_rate: float = Field(default=5e-6, gt=0)
@@ -34,7 +34,6 @@ class WarmupSettings(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=None, gt=0)
     max_length: int | None = Field(default=None, ge=1)
-    chat_template: str | None = None
 
 
 def run(
@@ -52,13 +51,13 @@ def run(
     """
     rows = student_rows(data)
     model, tokenizer = load_model(student)
-    training = settings.model_dump(exclude={"max_length", "chat_template"})
+    training = settings.model_dump(exclude={"max_length", *settings.chat})
     encoded = encode_rows(
         rows,
         tokenizer,
         max_length=settings.max_length or default_max_length(model),
         truncation="right",
-        chat_template=settings.chat_template,
+        **settings.chat,
     )
     final = warmup(model, tokenizer, encoded.examples, out, seed=seed, progress=progress, **training)
     if processes.is_main():
