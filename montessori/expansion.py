@@ -55,7 +55,10 @@ def full_precision(model: nn.Module) -> nn.Module:
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if dtypes <= {torch.float32, torch.float64}:
         return model
-    return copy.deepcopy(model).float()
+    # torch copies no tensor that a graph has made: states that a module keeps from its last forward pass.
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
+    return copy.deepcopy(model, memo).float()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -34,6 +34,18 @@ def test_autocast_and_switched_off_gradients_do_not_enter_the_scores(method):
     np.testing.assert_array_equal(got.influence, want.influence)
 
 
+def test_a_model_that_keeps_the_states_of_its_last_pass_is_copied():
+    model = make_model("llama_tied", torch.bfloat16)
+    optimizer = warm_optimizer(model)
+    candidates = make_rows(5, seed=1)
+    want = estimator(model, optimizer).score(candidates)
+    # RecurrentGemma's recurrent layers keep theirs so: with a graph, not as buffers.
+    model.model.norm.register_forward_hook(lambda module, _, output: setattr(module, "state", output))
+    found = estimator(model, optimizer)
+    for _ in range(2):
+        np.testing.assert_array_equal(found.score(candidates).influence, want.influence)
+
+
 @pytest.fixture
 def accelerator():
     """Of bfloat16; its settings are those of the whole process."""
