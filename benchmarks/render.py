@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,8 @@ def main() -> None:
     for name, table_of in singles.items():
         records = _records(f"{name}.json")
         tables[name] = table_of(records[0]) if records else "Not run yet."
+    pooled = results.pooled_effect("small")
+    tables["effect"] = "Not run yet." if pooled is None else results.effect(pooled).strip()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name, table in tables.items():
