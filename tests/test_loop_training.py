@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from loop_support import make_generated, make_signal
+from peft import LoraConfig, get_peft_model
 from support import make_text_rows
 
 from montessori.encoding import encode_continuations
@@ -162,6 +163,34 @@ def test_lora_is_merged_and_leaves_embeddings_alone(student, pairs_file, tmp_pat
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed)
+
+
+@pytest.fixture(scope="module")
+def adapted(student, tmp_path_factory):
+    """A teacher that is an adapter on `student`."""
+    path = tmp_path_factory.mktemp("adapted")
+    model, _ = load_model(student)
+    torch.manual_seed(1)
+    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, settings).save_pretrained(path)
+    # So that it is found however the model was loaded.
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(student)}))
+    return path
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)])
+def test_a_teacher_that_is_an_adapter_is_tuned_from_where_it_stands(adapted, lora, objective, pairs_file, tmp_path):
+    settings = TuneSettings(objective=objective, **{**TUNE, "learning_rate": 1e-3}, lora=lora)
+    tune.run(settings, adapted, pairs_file, tmp_path, seed=0, progress=False)
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    gained = [margin(tmp_path / tune.TEACHER, adapted, row) for row in rows[:6]]
+    # Not far: the adapter that it began with is still there.
+    assert 0 < max(map(abs, gained)) < 5
+    if objective == "dpo":
+        (first, *_) = (entry for entry in metrics(tmp_path) if "rewards/margins" in entry)
+        assert sum(gained) > 0 and abs(first["rewards/margins"]) < 1e-4
 
 
 def test_sft_raises_the_chosen_texts(student, pairs_file, tmp_path):

@@ -76,6 +76,9 @@ def run(
     rows = load_rows(pairs)
     model, tokenizer = load_model(teacher)
     check_float32(model)
+    if settings.lora is not None and hasattr(model, "merge_and_unload"):
+        # New adapters go on the teacher as it is, which is also what DPO compares with.
+        model = model.merge_and_unload()
     limit = settings.max_length or default_max_length(model)
     encoded = encode_pairs(rows, tokenizer)
     kept = [pair for pair in encoded if _longest(pair) <= limit]
