@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from montessori.errors import ArgumentError, ResourceError
@@ -75,6 +77,14 @@ def test_a_stage_cut_short_is_not_done_and_keeps_its_files_and_time(tmp_path):
     after = run.costs()["round_1/pairs"]
     assert after["tokens"] == 7 and after["started"] == before["started"] and after["seconds"] >= before["seconds"]
     assert "pulled plug" in (tmp_path / "round_1/pairs/log.txt").read_text()
+
+
+def test_time_is_kept_while_a_stage_works_so_that_a_kill_loses_little(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "_SECONDS_BETWEEN_COSTS", 0.01)
+    with RunDirectory(tmp_path) as run, run.stage("round_1/pairs", {}):
+        deadline = time.monotonic() + 60
+        while not run.costs() or run.costs()["round_1/pairs"]["seconds"] < 0.05:
+            assert time.monotonic() < deadline
 
 
 def test_digests_follow_inputs_alone(tmp_path):

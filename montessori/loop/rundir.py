@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from montessori.runs import write_json
 
 DONE, INPUTS, COST, LOG = "DONE", "inputs.json", "cost.json", "log.txt"
 _DROPPED = ".dropped_"
+_SECONDS_BETWEEN_COSTS = 10
 LOGGER = logging.getLogger("montessori.loop")
 
 
@@ -142,16 +144,13 @@ class RunDirectory:
             yield stage
             processes.wait_for_all()
             return
-        started = time.monotonic()
-        with _log_to(path / LOG):
+        with _log_to(path / LOG), _counting_cost(stage):
             LOGGER.info("%s: start", name)
             try:
                 yield stage
             except BaseException as error:
                 LOGGER.info("%s: stopped by %s: %s", name, type(error).__name__, error)
-                _add_cost(stage, time.monotonic() - started)
                 raise
-            _add_cost(stage, time.monotonic() - started)
             LOGGER.info("%s: done", name)
         write_json(path / DONE, {"digest": digest})
         processes.wait_for_all()
@@ -187,11 +186,32 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _add_cost(stage: Stage, seconds: float) -> None:
+@contextmanager
+def _counting_cost(stage: Stage) -> Iterator[None]:
+    """Add the seconds within to the cost of the stage: on leaving, and every few on the way, as a kill leaves none."""
     file = stage.path / COST
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"started": time.time(), "seconds": 0.0}
-    cost = {**before, "seconds": round(before["seconds"] + seconds, 3), "tokens": stage.tokens, **stage.facts}
-    write_json(file, cost)
+    started = time.monotonic()
+    left = threading.Event()
+
+    def write() -> None:
+        seconds = round(before["seconds"] + time.monotonic() - started, 3)
+        write_json(file, {**before, "seconds": seconds, "tokens": stage.tokens, **stage.facts})
+
+    def keep_writing() -> None:
+        while not left.wait(_SECONDS_BETWEEN_COSTS):
+            # What cannot be written now is said on leaving.
+            with suppress(ResourceError):
+                write()
+
+    keeper = threading.Thread(target=keep_writing, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        left.set()
+        keeper.join()
+        write()
 
 
 @contextmanager
