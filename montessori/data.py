@@ -72,7 +72,8 @@ def load_rows(
     `source` is a path to a .jsonl (.json-lines) or .parquet file, a directory written by
     `datasets.save_to_disk`, the name of a dataset on the hub, a Dataset or DatasetDict, a pandas
     DataFrame, or an iterable of dicts. `split` selects from a DatasetDict and from the hub. `name` is
-    how errors call rows that come from memory. `Rows` are returned as they are.
+    how errors call rows that come from memory. `Rows` are returned as they are. In structs of tables
+    (messages, tools) fields without a value are left out, as they are in JSONL.
 
     Raises DataError, naming file and line, if the source cannot be read, holds no row, or a row is not
     an object; ArgumentError if `source` is none of the above.
@@ -140,7 +141,7 @@ def _from_parquet(path: Path) -> Rows:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: expected a Parquet file ({one_line(error)})") from error
-    return Rows(table.to_pylist(), source=path.name)
+    return _from_table(table.to_pylist(), path.name)
 
 
 def _from_saved(path: Path, split: str) -> Rows:
@@ -175,7 +176,7 @@ def _from_dataset(loaded: datasets.Dataset | datasets.DatasetDict, split: str, s
         if split not in loaded:
             raise DataError(f"{source}: expected a split {split!r}, got the splits {', '.join(loaded)}; pass split=")
         loaded = loaded[split]
-    return Rows(loaded.to_list(), source=source)
+    return _from_table(loaded.to_list(), source)
 
 
 def _from_memory(source: object, split: str, name: str) -> Rows:
@@ -185,7 +186,7 @@ def _from_memory(source: object, split: str, name: str) -> Rows:
     if isinstance(source, datasets.Dataset | datasets.DatasetDict):
         return _from_dataset(source, split, name)
     if isinstance(source, pandas.DataFrame):
-        return Rows(list(_records(source)), source=name)
+        return _from_table(list(_records(source)), name)
     if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
         raise ArgumentError(
             f"{name}: expected a path, the name of a dataset, a Dataset, a DataFrame or an iterable of "
@@ -197,6 +198,19 @@ def _from_memory(source: object, split: str, name: str) -> Rows:
             raise DataError(f"{name}, row {index}: expected a dict, got {type(row).__name__}")
         rows.append(dict(row))
     return Rows(rows, source=name)
+
+
+def _from_table(rows: list[dict], source: str) -> Rows:
+    return Rows([{column: _without_fillers(value) for column, value in row.items()} for row in rows], source=source)
+
+
+def _without_fillers(value: Any) -> Any:
+    """The value without the fields of structs that are None: a table writes them where other rows have a value."""
+    if isinstance(value, dict):
+        return {key: _without_fillers(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_without_fillers(entry) for entry in value]
+    return value
 
 
 def _records(frame: pandas.DataFrame) -> Iterator[dict]:

@@ -1,5 +1,7 @@
 """Every kind of source gives the same rows, and every error about a row names the file and the line."""
 
+import json
+
 import datasets
 import numpy
 import pandas
@@ -232,6 +234,25 @@ def test_rows_are_a_sequence_and_are_returned_as_they_are():
     assert (len(rows), rows[-1], rows[:1], ROWS[1] in rows) == (2, ROWS[1], ROWS[:1], True)
     with pytest.raises(AttributeError):
         rows.source = "candidates"
+
+
+def test_what_a_table_fills_in_is_not_told_to_the_template(tmp_path):
+    def call(**arguments):
+        return {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}
+
+    schemas = [[{"name": "add", "parameters": {"a": "int"}}], [{"name": "add", "parameters": {"b": ["x", None]}}]]
+    rows = [
+        {"messages": [USER, call(a=2)], "tools": schemas[0], "chat_template_kwargs": {"loud": True}},
+        {"messages": [{**USER, "name": "me"}, call(b="two")], "tools": schemas[1], "chat_template_kwargs": {"low": 1}},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    frame = pandas.read_parquet(tmp_path / "rows.parquet")
+    sources = [tmp_path / "rows.jsonl", tmp_path / "rows.parquet", tmp_path / "saved", table, frame]
+    for source in sources:
+        assert list(load_rows(source)) == rows
 
 
 # Columns.
