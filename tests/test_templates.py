@@ -1,0 +1,160 @@
+"""Chat templates: which one is taken, what it is told, and where its text is cut."""
+
+import json
+
+import pytest
+from encoding_support import (
+    ASSISTANT,
+    CHATML,
+    MARKED,
+    ROW,
+    TEXT,
+    THOUGHTFUL,
+    TURNS,
+    USER,
+    byte_level,
+    fault,
+    one,
+    runs,
+    text,
+)
+
+from montessori.errors import ArgumentError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level()
+
+
+def test_plain_is_instruction_newline_response_eos():
+    ending = byte_level("</s>", eos_token="</s>", template=None)
+    example = one({"messages": TURNS}, ending, chat_template="plain")
+    assert text(example, ending) == "What is two and two?\nIt is four.</s>And?\nSix.</s>"
+    assert runs(example, ending) == ["It is four.</s>", "Six.</s>"]
+    assert "expected a tokenizer with an eos_token" in fault([ROW], byte_level(), chat_template="plain")
+
+
+def test_a_template_is_a_name_a_text_or_a_file_and_comes_before_the_tokenizers_own(tmp_path, tokenizer):
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    other = byte_level(template="{{ 'other' }}")
+    for template in ("chatml", CHATML, str(tmp_path / "chat.jinja")):
+        assert text(one(ROW, other, chat_template=template), other) == TEXT
+
+
+def test_a_missing_or_unknown_template_is_an_error_that_helps(tmp_path, tokenizer):
+    message = fault([ROW], byte_level(template=None))
+    assert message.startswith("the tokenizer has no chat template; set chat_template (--chat-template) to plain")
+    message = fault([ROW], tokenizer, ArgumentError, chat_template="chatlm")
+    assert message.startswith("chat_template='chatlm': expected chatml, plain, a Jinja template")
+    assert "expected a str" in fault([ROW], tokenizer, ArgumentError, chat_template=5)
+    path = tmp_path / "chat.jinja"
+    assert f"{str(path)!r}: cannot be read" in fault([ROW], tokenizer, chat_template=str(path))
+    path.write_bytes(b"{{ '\xff' }}")
+    assert f"{str(path)!r}: cannot be read" in fault([ROW], tokenizer, chat_template=str(path))
+
+
+@pytest.mark.parametrize("body", ["raise_exception('a\\nb')", "messages[0].a.b", "1 + 'a'", "1 +"])
+def test_a_template_that_fails_names_the_row(tokenizer, body):
+    message = fault([ROW], tokenizer, chat_template="{{ " + body + " }}")
+    assert message.startswith("candidates, row 0: the chat template fails on it (")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "says"),
+    [
+        (THOUGHTFUL, TURNS, "rewrites earlier turns at message 3"),
+        (THOUGHTFUL, [*TURNS[:2], USER], "rewrites earlier turns at message 2"),
+        (CHATML + "{{ 'Hm' if add_generation_prompt }}", TURNS, "does not go on from its generation prompt"),
+        (CHATML.split("{% if")[0], TURNS, "has no add_generation_prompt and writes text before"),
+        (CHATML.replace("['content']", "['content'][0]"), TURNS, "does not write the content"),
+    ],
+)
+def test_a_template_that_cannot_be_cut_is_an_error(tokenizer, template, messages, says):
+    message = fault([{"messages": messages}], tokenizer, chat_template=template)
+    assert message.startswith(f"candidates, row 0: the chat template {says}")
+    assert "{% generation %}" in message
+
+
+def test_a_template_that_rewrites_only_earlier_turns_serves_single_answers(tokenizer):
+    for row, answer in ((ROW, "It is four."), ({"prompt": TURNS[:3], "completion": TURNS[3:]}, "Six.")):
+        example = one(row, tokenizer, chat_template=THOUGHTFUL)
+        assert runs(example, tokenizer) == [f"<think></think>{answer}<|im_end|>"]
+
+
+def test_a_template_is_told_what_a_row_and_the_caller_say(tokenizer):
+    template = (
+        "{{ 'no thoughts\n' if enable_thinking is defined and not enable_thinking }}"
+        "{% for tool in tools or [] %}{{ tool.function.name + '\n' }}{% endfor %}" + CHATML
+    )
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    silent = {"enable_thinking": False}
+
+    def told(row, **options):
+        example = one(row, tokenizer, chat_template=template, **options)
+        assert runs(example, tokenizer) == ["It is four.<|im_end|>"]
+        return text(example, tokenizer).removesuffix(TEXT)
+
+    messages = {"messages": TURNS[:2]}
+    assert told(ROW) == told({**messages, "tools": None, "chat_template_kwargs": None}) == ""
+    assert told(ROW, chat_template_kwargs=silent) == "no thoughts\n"
+    assert told({**ROW, "chat_template_kwargs": silent}) == "no thoughts\n"
+    assert told({**ROW, "chat_template_kwargs": {"enable_thinking": True}}, chat_template_kwargs=silent) == ""
+    # A table fills in the fields that other rows have.
+    assert told({**ROW, "chat_template_kwargs": {"enable_thinking": None}}) == ""
+    for given in (tools, json.dumps(tools)):
+        assert told({**messages, "tools": given}) == "add\n"
+        assert told({"prompt": TURNS[:1], "completion": TURNS[1:2], "tools": given}) == "add\n"
+    # Without messages it may be a column of anything.
+    assert told({**ROW, "tools": ["hammer"]}) == ""
+
+
+@pytest.mark.parametrize("kwargs", [{"tokenize": False}, {1: 2}, ["enable_thinking"], "enable_thinking"])
+def test_what_no_template_can_be_told_is_refused(tokenizer, kwargs):
+    assert fault([ROW], tokenizer, ArgumentError, chat_template_kwargs=kwargs).startswith("chat_template_kwargs: ")
+    message = fault([{**ROW, "chat_template_kwargs": kwargs}], tokenizer)
+    assert message.startswith("candidates, row 0: chat_template_kwargs: ")
+
+
+def test_calls_of_tools_are_labelled(tokenizer):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+        "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "total", "arguments": {"a": 2, "b": 2}}}
+    result = {"role": "tool", "name": "total", "content": "4"}
+    for content, said in ((None, ""), ("", ""), ("Let me add.", "Let me add.")):
+        calling = {"role": "assistant", "content": content, "tool_calls": [call]}
+        row = {"messages": [USER, calling, result, ASSISTANT]}
+        example = one(row, tokenizer, chat_template=template)
+        assert runs(example, tokenizer) == [f"{said}<call>total</call><|im_end|>", "It is four.<|im_end|>"]
+        assert "does not write the content, or a function" in fault(
+            [row], tokenizer, chat_template=template.replace("call.function.name", "'another'")
+        )
+    del calling["content"]
+    assert runs(one(row, tokenizer, chat_template=template), tokenizer)[0] == "<call>total</call><|im_end|>"
+
+
+def test_a_generation_block_marks_the_labels():
+    marked = byte_level(template=MARKED.replace("{% generation %}", "{%- generation -%}"))
+    example = one({"messages": [*TURNS, USER]}, marked)
+    expected = marked.apply_chat_template([*TURNS, USER], return_assistant_tokens_mask=True)
+    assert example.input_ids.tolist() == expected["input_ids"]
+    assert (example.labels != -100).long().tolist() == expected["assistant_masks"]
+    assert runs(example, marked) == ["It is four.<|im_end|>", "Six.<|im_end|>"]
+
+
+def test_a_generation_block_needs_a_fast_tokenizer_and_must_mark_something(tokenizer, monkeypatch):
+    template = CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    assert "row 0: the chat template marks no token" in fault([ROW], tokenizer, chat_template=template)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert "expected a fast tokenizer" in fault([ROW], tokenizer, chat_template=template)
+
+
+def test_a_generation_block_serves_where_cutting_does_not(tokenizer):
+    rewriting = MARKED.replace("{{ '\n' }}", "{{ '\n' if loop.last else ' ' }}")
+    example = one({"messages": TURNS}, tokenizer, chat_template=rewriting)
+    assert runs(example, tokenizer) == ["It is four.<|im_end|>", "Six.<|im_end|>"]
+    row = {"prompt": TURNS[:2], "completion": TURNS[2:]}
+    assert "rewrites the prompt" in fault([row], tokenizer, chat_template=rewriting)
