@@ -161,7 +161,7 @@ def _encode_marked(chats: list[Chat], template: Template) -> Iterator[Example]:
         output = template.apply(
             chat.messages,
             chat.where,
-            **chat.variables,
+            chat.variables,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
@@ -206,7 +206,7 @@ def _encode_cut(chats: list[Chat], template: Template) -> Iterator[Example]:
 
 def _text(chat: Chat, template: Template, turns: int | None = None, **options: Any) -> str:
     """The rendered first `turns` messages."""
-    return template.text(chat.messages[:turns], chat.where, **chat.variables, **options)
+    return template.text(chat.messages[:turns], chat.where, chat.variables, **options)
 
 
 def _cut(chat: Chat, template: Template, pieces: _Pieces) -> list[str]:

@@ -51,17 +51,23 @@ class Template:
             raise ArgumentError(f"chat_template_kwargs: {error}") from error
         return cls(tokenizer, resolve_template(tokenizer, chat_template), variables)
 
-    def apply(self, messages: list[dict[str, Any]], where: str, **options: Any) -> Any:
-        """`apply_chat_template` of the tokenizer; its errors become a DataError that begins with `where`."""
+    def apply(
+        self, messages: list[dict[str, Any]], where: str, variables: Mapping[str, Any] | None = None, **options: Any
+    ) -> Any:
+        """`apply_chat_template` of the tokenizer; its errors become a DataError that begins with `where`.
+
+        `variables` go over those that the template is always given.
+        """
+        told = {**self.variables, **(variables or {})}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, **{**self.variables, **options}
-            )
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.source, **told, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"{where}: the chat template fails on it ({one_line(error)})") from error
 
-    def text(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
-        return self.apply(messages, where, tokenize=False, **options)
+    def text(
+        self, messages: list[dict[str, Any]], where: str, variables: Mapping[str, Any] | None = None, **options: Any
+    ) -> str:
+        return self.apply(messages, where, variables, tokenize=False, **options)
 
 
 def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:

@@ -105,6 +105,8 @@ def test_a_template_is_told_what_a_row_and_the_caller_say(tokenizer):
     for given in (tools, json.dumps(tools)):
         assert told({**messages, "tools": given}) == "add\n"
         assert told({"prompt": TURNS[:1], "completion": TURNS[1:2], "tools": given}) == "add\n"
+    # No name is that of an argument on the way.
+    assert told({**ROW, "chat_template_kwargs": {"where": 1, "options": 2, "source": 3}}) == ""
     # Without messages it may be a column of anything.
     assert told({**ROW, "tools": ["hammer"]}) == ""
 

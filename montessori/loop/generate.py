@@ -293,7 +293,7 @@ class _Writer:
                 self._reject("empty_response", instruction)
                 continue
             response = self._uncut(answer)
-            if response is None or not prompts.outside_thoughts(response).strip():
+            if response is None:
                 self._reject("cut_response", answer.text)
                 continue
             if self.recipe.optimise == "response":
@@ -311,8 +311,9 @@ class _Writer:
         if answer.finish != "length":
             return answer.text
         response = {"keep": answer.text, "trim": whole_sentences(answer.text), "drop": None}[cut]
-        if response is not None:
-            self.made.counts["cut_responses_kept" if cut == "keep" else "cut_responses_trimmed"] += 1
+        if response is None or not prompts.outside_thoughts(response).strip():
+            return None
+        self.made.counts["cut_responses_kept" if cut == "keep" else "cut_responses_trimmed"] += 1
         return response
 
     def _request(self, name: str, prompt: str, part: str) -> Request:
