@@ -21,12 +21,15 @@ from transformers import PreTrainedModel
 
 from montessori.cli import cli
 from montessori.errors import ArgumentError, DataError, ModelError
+from montessori.fingerprint import content_digest
 from montessori.loop import round as loop
 from montessori.loop.config import Config
 from montessori.loop.files import write_jsonl
+from montessori.loop.inputs import by_content
 from montessori.loop.preflight import check_config
 from montessori.loop.rundir import RunDirectory
 from montessori.models import load_model
+from montessori.templates import BUILT_IN_TEMPLATES
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +303,43 @@ def test_evaluation_rows_in_the_reference_are_refused(settings, tmp_path):
     data = {**settings["data"], "evaluation": settings["data"]["reference"]}
     with pytest.raises(DataError, match=r"5 of 9 evaluation rows are also in the reference"):
         loop.run(config(settings, data=data), tmp_path / "run", progress=False)
+
+
+def test_what_a_template_says_counts_not_where_it_lies(settings, tmp_path):
+    (tmp_path / "own.jinja").write_text(BUILT_IN_TEMPLATES["chatml"])
+
+    def go_on(name):
+        responses = {**settings["responses"], "chat_template": str(tmp_path / name)}
+        loop.run(config(settings, responses=responses), tmp_path / "run", until="generate", progress=False)
+
+    go_on("own.jinja")
+    (tmp_path / "own.jinja").rename(tmp_path / "moved.jinja")
+    go_on("moved.jinja")
+    (tmp_path / "moved.jinja").write_text("Another. " + BUILT_IN_TEMPLATES["chatml"])
+    with pytest.raises(ArgumentError, match=r"generate: was made with another responses\.chat_template"):
+        go_on("moved.jinja")
+
+
+def test_inputs_hold_the_content_of_files_and_leave_names(tmp_path):
+    for name in ("plain", "questions.jsonl", "task.yaml", "arc_easy"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "opponent").mkdir()
+    (tmp_path / "opponent" / "config.json").write_text("{}")
+    answers = {"opponent": str(tmp_path / "opponent"), "questions": str(tmp_path / "questions.jsonl"), "count": 3}
+    kept = {"chat_template": str(tmp_path / "plain"), "stop": [str(tmp_path / "plain")]}
+    tasks = [str(tmp_path / "task.yaml"), str(tmp_path / "arc_easy")]
+    found = by_content({"answers": answers, "tasks": tasks, **kept})
+    assert found == {
+        "answers": {
+            "opponent": content_digest(tmp_path / "opponent"),
+            "questions": content_digest(tmp_path / "questions.jsonl"),
+            "count": 3,
+        },
+        "tasks": [content_digest(tmp_path / "task.yaml"), tasks[1]],
+        **kept,
+    }
+    elsewhere = {"opponent": "organisation/model", "questions": None}
+    assert by_content(elsewhere) == elsewhere
 
 
 def test_the_untuned_baseline_has_no_tuning_stages(settings, tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,12 +13,12 @@ from typing import Any
 from montessori import processes
 from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError
-from montessori.fingerprint import content_digest
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
 from montessori.loop.config import Config, data_path, write_config
 from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
 from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
+from montessori.loop.inputs import by_content, identity, text_digest
 from montessori.loop.judge import open_judge
 from montessori.loop.preflight import check_apart, check_config, check_rows
 from montessori.loop.prompts import instruction_text
@@ -203,21 +201,21 @@ class Round:
 
     def inputs(self, stage: str) -> dict[str, Any]:
         """Everything that the output of `stage` depends on, as plain values."""
-        settings = self.config.model_dump(mode="json", include={"seed", *_READS[stage]})
+        settings = by_content(self.config.model_dump(mode="json", include={"seed", *_READS[stage]}))
         before = [name for name in _AFTER[stage] if name in stages_of(self.config)]
         inputs: dict[str, Any] = {**settings, **{name: self.run.digest(f"{self.name}/{name}") for name in before}}
         if not before:
-            inputs["teacher"] = _identity(self.config.teacher)
+            inputs["teacher"] = identity(self.config.teacher)
             if self.number > 1:
                 inputs["teacher"] = self.run.digest(f"round_{self.number - 1}/tune")
         if "student" in settings:
-            inputs["student"] = _identity(self.config.student)
+            inputs["student"] = identity(self.config.student)
         judge = settings.get("judge")
         if judge and stage == "pairs" and self.config.signal.kind != "judge":
             inputs["judge"] = None
         elif judge:
             judge["engine"] = {key: value for key, value in judge["engine"].items() if key not in UNSEEN}
-            judge["model"] = _identity(judge["model"])
+            judge["model"] = identity(judge["model"])
         if "engine" in settings:
             inputs["engine"] = {key: value for key, value in settings["engine"].items() if key not in UNSEEN}
         if stage in ("generate", "regenerate"):
@@ -225,12 +223,12 @@ class Round:
             # It bounds the tries: a stage that reached it goes on under a higher one.
             inputs["generate"] = settings["generate"] | {"max_prompts": None}
             inputs["split"] = {key: settings["split"][key] for key in ours}
-            inputs["seeds"] = _text_digest(self.material.seeds)
-            inputs["held_out"] = _text_digest(self.material.held_out)
+            inputs["seeds"] = text_digest(self.material.seeds)
+            inputs["held_out"] = text_digest(self.material.held_out)
         if stage in ("score", "evaluate"):
-            inputs["reference"] = _text_digest(self.material.reference.rows)
+            inputs["reference"] = text_digest(self.material.reference.rows)
         if stage == "evaluate":
-            inputs["evaluation"] = _text_digest(self.material.evaluation.rows)
+            inputs["evaluation"] = text_digest(self.material.evaluation.rows)
         return inputs
 
     # The stages.
@@ -361,13 +359,3 @@ def _start(config: Config, run: RunDirectory, material: _Material) -> None:
         write_jsonl(run.path / "reference.jsonl", material.reference.rows)
         write_jsonl(run.path / "evaluation.jsonl", material.evaluation.rows)
     processes.wait_for_all()
-
-
-def _identity(model: str) -> str:
-    """A digest of a local checkpoint, or the name of a model elsewhere."""
-    folder = Path(model).expanduser()
-    return content_digest(folder) if folder.is_dir() else model
-
-
-def _text_digest(content: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(list(content), default=str).encode()).hexdigest()
