@@ -4,20 +4,60 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from montessori import processes
 from montessori.batching import IGNORE_INDEX, Example
-from montessori.errors import ModelError
+from montessori.errors import ArgumentError, ModelError
 from montessori.models import load_model
 
 _CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def check_batch_size(batch_size: int, per_device_train_batch_size: int, devices: int = 1) -> None:
+    """Raise ArgumentError unless `devices`, so many examples each, can share the examples of a step."""
+    at_once = per_device_train_batch_size * devices
+    if batch_size % at_once:
+        expected = f"a multiple of per_device_train_batch_size={per_device_train_batch_size}"
+        if devices > 1:
+            expected = (
+                f"a multiple of {at_once}, per_device_train_batch_size={per_device_train_batch_size} on each of "
+                f"{devices} devices"
+            )
+        raise ArgumentError(f"batch_size={batch_size}: expected {expected}")
+
+
+def accumulation_steps(arguments: Any, batch_size: int) -> int:
+    """Batches of TrainingArguments that make one step of `batch_size`; ArgumentError if no number of them does."""
+    # With several GPUs in one process, Trainer splits a larger batch over them.
+    at_once = arguments.train_batch_size * arguments.world_size
+    per_device = arguments.per_device_train_batch_size
+    check_batch_size(batch_size, per_device, at_once // per_device)
+    return batch_size // at_once
+
+
+def count_devices() -> int:
+    """How many devices share a step: one of each of several processes, or the GPUs of a single one."""
+    return processes.world_size() if processes.world_size() > 1 else max(torch.cuda.device_count(), 1)
+
+
+def count_steps(num_examples: int, batch_size: int, num_train_epochs: float, max_steps: int) -> int:
+    """Optimizer steps of a run; `max_steps` > 0 takes the place of `num_train_epochs`."""
+    return max_steps if max_steps > 0 else math.ceil(num_train_epochs * math.ceil(num_examples / batch_size))
+
+
+def tokens_trained(tokens: int, num_examples: int, batch_size: int, steps: int) -> int:
+    """Tokens that `steps` train on where an epoch has `tokens`: those of a part of one by its share of the steps."""
+    return round(tokens * steps / math.ceil(num_examples / batch_size))
 
 
 class ExampleRows(Dataset):

@@ -20,7 +20,17 @@ from montessori import processes
 from montessori.batching import Example
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
 from montessori.fingerprint import examples_digest, model_digest
-from montessori.training import ExampleRows, example_collator, is_complete, list_checkpoints, restore_weights, step_of
+from montessori.training import (
+    ExampleRows,
+    accumulation_steps,
+    check_batch_size,
+    count_steps,
+    example_collator,
+    is_complete,
+    list_checkpoints,
+    restore_weights,
+    step_of,
+)
 
 RECORD_FILE = "warmup.json"
 
@@ -94,8 +104,7 @@ def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int
     for name, value in (("batch_size", batch_size), ("per_device_train_batch_size", per_device)):
         if value < 1:
             raise ArgumentError(f"{name}={value}: expected a positive number of examples")
-    if batch_size % per_device:
-        raise ArgumentError(f"batch_size={batch_size}: expected a multiple of per_device_train_batch_size={per_device}")
+    check_batch_size(batch_size, per_device)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ModelError(
@@ -135,18 +144,8 @@ def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) ->
 
 def _plan_steps(arguments: Any, num_examples: int, batch_size: int) -> int:
     """Set accumulation, warm-up and saving in `arguments`; return the optimizer steps of the whole run."""
-    # With several GPUs in one process, Trainer splits a larger batch over them.
-    at_once = arguments.train_batch_size * arguments.world_size
-    if batch_size % at_once:
-        raise ArgumentError(
-            f"batch_size={batch_size}: expected a multiple of {at_once}, per_device_train_batch_size on "
-            f"{max(arguments.n_gpu, 1) * arguments.world_size} devices"
-        )
-    arguments.gradient_accumulation_steps = batch_size // at_once
-    steps_per_epoch = math.ceil(math.ceil(num_examples / at_once) / arguments.gradient_accumulation_steps)
-    total_steps = arguments.max_steps
-    if total_steps <= 0:
-        total_steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    arguments.gradient_accumulation_steps = accumulation_steps(arguments, batch_size)
+    total_steps = count_steps(num_examples, batch_size, arguments.num_train_epochs, arguments.max_steps)
     arguments.warmup_steps = total_steps
     arguments.save_steps = arguments.logging_steps = math.ceil(total_steps / _SAVES_PER_RUN)
     return total_steps

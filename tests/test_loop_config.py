@@ -59,6 +59,7 @@ def test_a_file_goes_over_the_preset_and_assignments_over_both(tmp_path):
         ("seed=-1", "seed: .*greater than or equal to 0, got -1"),
         ("seed=4294967296", "seed: .*less than 4294967296"),
         ("train={batch_size: 3, per_device_train_batch_size: 2}", "batch_size=3: expected a multiple of"),
+        ("warmup={batch_size: 3, per_device_train_batch_size: 2}", "warmup: batch_size=3: expected a multiple of"),
         ("tune={learning_rate: 1e-6, min_learning_rate: 1e-3}", "min_learning_rate=0.001: expected at most"),
         ("train={warmup_fraction: 0.5, decay_fraction: 0.9}", "expected at most 1 together"),
         ("seed=true", "seed: .*integer, got True"),

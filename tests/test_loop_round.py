@@ -270,6 +270,14 @@ def test_what_a_late_stage_cannot_use_is_named_before_the_first(changes, message
     assert not (tmp_path / "run").exists()
 
 
+def test_batch_sizes_that_the_devices_cannot_share_are_named_before_the_first_stage(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    tune = {**settings["tune"], "batch_size": 6}
+    with pytest.raises(ArgumentError, match=r"tune\.batch_size=6: expected a multiple of 4, .*=2 on each of 2 devices"):
+        loop.run(config(settings, tune=tune), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluation_rows_that_do_not_fit_are_named_before_the_first_stage(settings, tmp_path):
     reference = [json.loads(line) for line in Path(settings["data"]["reference"]).read_text().splitlines()]
     reference[7]["instruction"] = "a colour " * 60

@@ -10,10 +10,11 @@ from loop_support import make_generated, make_signal
 from peft import LoraConfig, get_peft_model
 from support import make_text_rows
 
-from montessori.encoding import encode_continuations
+from montessori.encoding import encode_continuations, encode_rows
 from montessori.errors import DataError, ResourceError
 from montessori.loop import fit, pairs, train, tune
 from montessori.loop.files import write_jsonl
+from montessori.loop.rows import student_rows
 from montessori.loop.train import TrainSettings
 from montessori.loop.tune import LoraSettings, TuneSettings
 from montessori.models import load_model
@@ -282,12 +283,24 @@ def test_the_schedule_warms_up_stays_and_decays(student, final_file, tmp_path):
     assert rates == pytest.approx([1e-9, *[1e-3] * 5, 1e-3, 7.5e-4, 5e-4, 2.5e-4], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [({}, 700), ({"num_train_epochs": 3}, 2100), ({"num_train_epochs": 0.5}, 400), ({"max_steps": 10}, 1000)],
+)
+def test_the_tokens_of_a_run_are_those_of_its_steps(changes, tokens):
+    """25 examples make 7 steps of an epoch, half of which are 4."""
+    settings = TrainSettings(batch_size=4, per_device_train_batch_size=2, **changes)
+    assert settings.tokens(25, 700) == tokens
+
+
 def test_the_student_learns_the_responses_alone(student, final_file, tmp_path):
     settings = TrainSettings(learning_rate=3e-3, batch_size=4, per_device_train_batch_size=2, num_train_epochs=2)
     summary = train.run(settings, student, final_file, tmp_path, seed=0, progress=False)
     losses = [entry["loss"] for entry in metrics(tmp_path) if "loss" in entry]
     assert losses[-1] < losses[0] - 0.02 and summary["num_examples"] == 24
     model, tokenizer = load_model(tmp_path / train.STUDENT)
+    rows = encode_rows(student_rows(final_file), tokenizer, max_length=1000)
+    assert summary["tokens"] == 2 * sum(example.num_tokens for example in rows.examples)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and tokenizer.chat_template
 
 

@@ -23,11 +23,20 @@ from torch import nn
 
 from montessori import processes
 from montessori.batching import Example
-from montessori.errors import ArgumentError, ModelError, ResourceError
+from montessori.errors import ModelError, ResourceError
 from montessori.loop.files import write_jsonl
 from montessori.loop.section import Section
 from montessori.runs import write_json
-from montessori.training import ExampleRows, example_collator, is_complete, list_checkpoints
+from montessori.training import (
+    ExampleRows,
+    accumulation_steps,
+    check_batch_size,
+    count_steps,
+    example_collator,
+    is_complete,
+    list_checkpoints,
+    tokens_trained,
+)
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -65,11 +74,7 @@ class FitSettings(Section):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
-        if self.batch_size % self.per_device_train_batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size}: expected a multiple of "
-                f"per_device_train_batch_size={self.per_device_train_batch_size}"
-            )
+        check_batch_size(self.batch_size, self.per_device_train_batch_size)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate={self.min_learning_rate:g}: expected at most learning_rate={self.learning_rate:g}"
@@ -80,6 +85,14 @@ class FitSettings(Section):
                 "most 1 together"
             )
         return self
+
+    def steps(self, num_examples: int) -> int:
+        """Optimizer steps of a run on so many examples."""
+        return count_steps(num_examples, self.batch_size, self.num_train_epochs, self.max_steps)
+
+    def tokens(self, num_examples: int, tokens: int) -> int:
+        """Tokens that a run trains on, of so many examples with `tokens` in all."""
+        return tokens_trained(tokens, num_examples, self.batch_size, self.steps(num_examples))
 
 
 def training_arguments(
@@ -125,17 +138,8 @@ def training_arguments(
 def _plan(arguments: Any, settings: FitSettings, num_examples: int) -> None:
     from transformers import SchedulerType
 
-    # train_batch_size already counts the GPUs of this process.
-    at_once = arguments.train_batch_size * arguments.world_size
-    if settings.batch_size % at_once:
-        devices = at_once // settings.per_device_train_batch_size
-        raise ArgumentError(
-            f"batch_size={settings.batch_size}: expected a multiple of {at_once}, which is "
-            f"per_device_train_batch_size={settings.per_device_train_batch_size} on {devices} devices"
-        )
-    arguments.gradient_accumulation_steps = settings.batch_size // at_once
-    steps_per_epoch = math.ceil(math.ceil(num_examples / at_once) / arguments.gradient_accumulation_steps)
-    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    arguments.gradient_accumulation_steps = accumulation_steps(arguments, settings.batch_size)
+    total = settings.steps(num_examples)
     arguments.warmup_steps = int(settings.warmup_fraction * total)
     arguments.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
     arguments.lr_scheduler_kwargs = {

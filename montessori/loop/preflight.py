@@ -15,17 +15,21 @@ from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.loop import prompts
 from montessori.loop.config import Config
 from montessori.loop.engines import context_length, leaves_room
+from montessori.loop.fit import FitSettings
 from montessori.loop.heldout import encode_heldout
 from montessori.loop.prompts import instruction_text
+from montessori.loop.warmup import WarmupSettings
 from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
 from montessori.options import default_max_length, resolve_device
 from montessori.templates import resolve_template
+from montessori.training import check_batch_size, count_devices
 
 
 def check_config(config: Config) -> None:
     """Raise ModelError, DataError or ArgumentError for what a later stage would look for in vain.
 
-    Checkpoints that are paths, chat templates of the models that read or write chats, devices, the backend.
+    Checkpoints that are paths, chat templates of the models that read or write chats, devices, the backend,
+    batch sizes that the devices cannot share.
     """
     judge = None if config.judge is None else config.judge.model
     for name in (config.teacher, config.student, judge, config.evaluate.answers.opponent):
@@ -37,6 +41,11 @@ def check_config(config: Config) -> None:
         ops.check_impl(config.score.backend)
     except ArgumentError as error:
         raise ArgumentError(f"score.backend: {error}") from error
+    for key, section in _trained(config):
+        try:
+            check_batch_size(section.batch_size, section.per_device_train_batch_size, count_devices())
+        except ArgumentError as error:
+            raise ArgumentError(f"{key}.{error}") from error
     tokenizer = cache(_tokenizer)
     for key, name, template in _chats(config):
         loaded = tokenizer(name)
@@ -92,6 +101,14 @@ def _chats(config: Config) -> Iterator[tuple[str, str, str | None]]:
     answers = config.evaluate.answers
     if answers.count or answers.questions:
         yield "evaluate.answers", config.student, answers.chat_template
+
+
+def _trained(config: Config) -> Iterator[tuple[str, WarmupSettings | FitSettings]]:
+    """Section of every training of this run, with its name."""
+    if config.teacher_mode == "tuned":
+        yield "warmup", config.warmup
+        yield "tune", config.tune
+    yield "train", config.train
 
 
 def _config(name: str) -> Any:

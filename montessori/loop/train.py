@@ -27,7 +27,7 @@ def run(
     `out/metrics.jsonl` and `out/summary.json`.
 
     `student` names the weights to start from: the base, not the warmed-up one. Returns counts: examples,
-    those cut at `max_length`, those left out without a token to learn, and the tokens of an epoch. Killed
+    those cut at `max_length`, those left out without a token to learn, and the tokens of all epochs. Killed
     and called again it goes on from its last checkpoint. On several processes every process calls it.
     """
     if (before := finished(out / STUDENT)) is not None:
@@ -47,7 +47,7 @@ def run(
         "num_examples": len(encoded.examples),
         "num_truncated": len(encoded.truncated),
         "num_skipped": len(encoded.skipped),
-        "tokens": sum(example.num_tokens for example in encoded.examples),
+        "tokens": settings.tokens(len(encoded.examples), sum(example.num_tokens for example in encoded.examples)),
     }
     finish(model, tokenizer, out / STUDENT, metrics, summary)
     return summary

@@ -67,7 +67,7 @@ def run(
     """Tune `teacher` on the file `pairs`; write `out/teacher`, `out/metrics.jsonl` and `out/summary.json`.
 
     Returns counts: pairs trained on, pairs held out, pairs left out because a side is longer than
-    `max_length`, and the tokens of an epoch. Killed and called again it goes on from its last checkpoint.
+    `max_length`, and the tokens of all epochs. Killed and called again it goes on from its last checkpoint.
     On several processes (torchrun) every process calls it.
     Raises DataError when no pair can be trained on, ModelError unless the weights are float32.
     """
@@ -99,7 +99,7 @@ def run(
         "num_pairs": len(training),
         "num_validation_pairs": len(validation),
         "num_too_long": len(encoded) - len(kept),
-        "tokens": sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in training),
+        "tokens": _tokens(settings, training),
     }
     finish(model, tokenizer, out / TEACHER, metrics, {**summary, "validation_prompts": sorted(held_out)})
     return summary
@@ -132,6 +132,15 @@ def validation_prompts(prompt_ids: Sequence[str], fraction: float, seed: int) ->
         return set()
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     return set(random.Random(seed).sample(prompts, count))
+
+
+def _tokens(settings: TuneSettings, training: Sequence[Mapping[str, Any]]) -> int:
+    """The tokens trained on; a prompt counts with each text that follows it."""
+    if settings.objective == "dpo":
+        sizes = [2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in training]
+    else:
+        sizes = [example.num_tokens for example in _examples(training)]
+    return settings.tokens(len(sizes), sum(sizes))
 
 
 def _longest(pair: Mapping[str, Any]) -> int:
@@ -231,16 +240,19 @@ def _sft(
     seed: int,
     progress: bool,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    # A text that is chosen over several siblings is learned once.
-    distinct = {(*pair["prompt_ids"], -1, *pair["chosen_ids"]): pair for pair in training}.values()
-    examples = [_example(pair, index) for index, pair in enumerate(distinct)]
     if settings.lora is not None:
         from peft import get_peft_model
 
         torch.manual_seed(seed)
         model = get_peft_model(model, _lora(settings.lora))
-    metrics = fit_examples(settings, model, tokenizer, examples, out, seed, progress)
+    metrics = fit_examples(settings, model, tokenizer, _examples(training), out, seed, progress)
     return (model.merge_and_unload() if settings.lora is not None else model), metrics
+
+
+def _examples(training: Sequence[Mapping[str, Any]]) -> list[Example]:
+    # A text that is chosen over several siblings is learned once.
+    distinct = {(*pair["prompt_ids"], -1, *pair["chosen_ids"]): pair for pair in training}.values()
+    return [_example(pair, index) for index, pair in enumerate(distinct)]
 
 
 def _example(pair: Mapping[str, Any], index: int) -> Example:

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from montessori import processes
 from montessori.encoding import encode_rows
@@ -17,7 +18,7 @@ from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import default_max_length
 from montessori.runs import write_json
-from montessori.training import list_checkpoints
+from montessori.training import check_batch_size, list_checkpoints, step_of, tokens_trained
 from montessori.warmup import warmup
 
 RESULT_FILE = "result.json"
@@ -34,6 +35,11 @@ class WarmupSettings(ChatSection):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=None, gt=0)
     max_length: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_batch_size(self.batch_size, self.per_device_train_batch_size)
+        return self
 
 
 def run(
@@ -66,12 +72,12 @@ def run(
                 shutil.rmtree(earlier)
         write_json(out / RESULT_FILE, {"checkpoint": final.name})
     processes.wait_for_all()
-    tokens = sum(example.num_tokens for example in encoded.examples)
+    count, tokens = len(encoded.examples), sum(example.num_tokens for example in encoded.examples)
     return {
-        "num_examples": len(encoded.examples),
+        "num_examples": count,
         "num_truncated": len(encoded.truncated),
-        "steps": int(final.name.removeprefix("checkpoint-")),
-        "tokens": round(tokens * settings.num_train_epochs) if settings.max_steps <= 0 else tokens,
+        "steps": step_of(final),
+        "tokens": tokens_trained(tokens, count, settings.batch_size, step_of(final)),
     }
 
 
