@@ -29,7 +29,7 @@ from montessori.loop.config import PRESETS, read_config
 from montessori.loop.evaluate import EVALUATION_FILE
 from montessori.loop.pairs import SUMMARY_FILE
 from montessori.loop.rundir import RunDirectory
-from montessori.loop.statistics import bootstrap_mean
+from montessori.loop.statistics import bootstrap_mean, tail_probability
 
 MODES = ("tuned", "untuned")
 
@@ -65,7 +65,8 @@ def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     resampled = [
         np.mean([rng.choice(a, len(a)).mean() - rng.choice(b, len(b)).mean() for a, b in arms]) for _ in range(10_000)
     ]
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    tail = tail_probability([sample for arm in arms for sample in arm])
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     mean = float(np.mean([found["difference"] for found in seeds]))
     below = np.mean([np.subtract(s["held_out"]["untuned"], s["held_out"]["tuned"]) for s in seeds], axis=0)
     return {

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from montessori.errors import ArgumentError
-from montessori.loop.statistics import bootstrap_mean, compare_means
+from montessori.loop.statistics import bootstrap_mean, compare_means, tail_probability
 from montessori.loop.winrate import win_rate
 
 
@@ -36,6 +36,27 @@ def test_the_p_value_is_that_of_the_exact_permutation_test():
     assert found.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000))
     assert compare_means(b, a, resamples=2000).p > 0.9
     assert found.difference.mean == pytest.approx(a.mean() - b.mean())
+
+
+@pytest.mark.parametrize(("n", "percentile"), [(4, 0.79), (8, 0.89), (16, 0.92)])
+def test_intervals_of_few_values_hold_the_mean_nearly_as_often_as_they_say(n, percentile):
+    """`percentile`: coverage of plain percentiles. No mean of a resample lies outside its values, so not quite 0.95."""
+    rng = np.random.default_rng(n)
+    samples = rng.normal(0, 1, (800, n))
+    found = [bootstrap_mean(sample, seed=i, resamples=2000) for i, sample in enumerate(samples)]
+    coverage = np.mean([interval.low <= 0 <= interval.high for interval in found])
+    error = np.sqrt(percentile * (1 - percentile) / 800)
+    assert percentile + error < coverage < 0.95 + 3 * error
+
+
+def test_the_tail_is_that_of_students_t():
+    """Two samples alike have twice the degrees of freedom of one; constant ones tell nothing of the spread."""
+    values = np.array([1.0, 2.0, 4.0, 7.0])
+    for samples, freedom in (([values], 3), ([values, values + 5], 6), ([values, np.ones(3)], 3), ([values, [1.0]], 3)):
+        t = stats.t.isf(0.025, freedom)
+        expected = stats.norm.cdf(-np.sqrt(4 / 3) * t)
+        assert tail_probability([np.asarray(sample) for sample in samples]) == pytest.approx(expected)
+    assert bootstrap_mean(np.array([3.0])).low == 3.0 == bootstrap_mean(np.full(5, 3.0)).high
 
 
 def test_equal_samples_do_not_differ():
