@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from torch.utils.data import Dataset
 
 from montessori import processes
 from montessori.batching import IGNORE_INDEX, Example
-from montessori.errors import ArgumentError, ModelError
+from montessori.data import one_line
+from montessori.errors import ArgumentError, ModelError, ResourceError
 from montessori.models import load_model
 
 _CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+_FAILED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def check_batch_size(batch_size: int, per_device_train_batch_size: int, devices: int = 1) -> None:
@@ -86,6 +90,29 @@ def example_collator(tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:
         raise ModelError("tokenizer: expected a pad_token or an eos_token to pad with, got neither: set one")
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
+
+
+def train(trainer: Any, start: Path | None) -> None:
+    """Run `trainer` from the checkpoint `start`, if any. Raises ResourceError when it cannot save what it should."""
+    with _saving(Path(trainer.args.output_dir)):
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_failed_write(error):
+            raise
+        raise ResourceError(f"{path}: cannot be written ({one_line(error)}): is the disk full?") from error
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FAILED_WRITES
+    # torch.save and safetensors tell of it by their text alone.
+    return "inline_container.cc" in str(error) or (isinstance(error, SafetensorError) and "I/O error" in str(error))
 
 
 def list_checkpoints(path: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from montessori.training import (
     list_checkpoints,
     restore_weights,
     step_of,
+    train,
 )
 
 RECORD_FILE = "warmup.json"
@@ -71,7 +72,8 @@ def warmup(
     `output_dir` must not hold a run. Under torchrun every process calls this; they share a step's examples.
 
     Raises DataError without examples, ModelError unless trainable weights are float32, ArgumentError
-    for batch sizes that do not divide and for an `output_dir` that holds another run.
+    for batch sizes that do not divide and for an `output_dir` that holds another run, ResourceError when
+    it cannot be written.
     """
     path = Path(output_dir)
     _check_inputs(model, examples, batch_size, per_device_train_batch_size)
@@ -197,7 +199,7 @@ def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: A
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        train(trainer, start)
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,22 @@ def test_final_checkpoint_is_ordinary_and_holds_the_learning_rate(tmp_path):
     assert {entry.step.weight_decay for entry in state.values()} == {0.0}
     before = read_state(tmp_path / "checkpoint-5", model)
     assert all(entry.step.lr == pytest.approx(1e-3 * 5 / 6) for entry in before.values())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_disk_that_is_full_is_an_error_of_one_line_and_the_run_goes_on(file, tmp_path):
+    whole, checkpoint = run(tmp_path / "whole")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The optimizer's two moments take twice the room of the weights, which come first.
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((checkpoint / file).stat().st_size * 3 // 4, unlimited[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"cut: cannot be written \(.*\): is the disk full\?") as caught:
+            run(tmp_path / "cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "\n" not in str(caught.value)
+    model, _ = run(tmp_path / "cut")
+    assert_same_weights(model, whole)
 
 
 def test_model_is_trained_and_usable_on_exit(tmp_path):

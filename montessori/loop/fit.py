@@ -36,6 +36,7 @@ from montessori.training import (
     is_complete,
     list_checkpoints,
     tokens_trained,
+    train,
 )
 
 METRICS_FILE = "metrics.jsonl"
@@ -191,7 +192,7 @@ def run_trainer(trainer: Any, out: Path) -> None:
                 shutil.rmtree(checkpoint)
     processes.wait_for_all()
     complete = list_checkpoints(folder)
-    trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
+    train(trainer, complete[-1] if complete else None)
 
 
 def metrics_of(trainer: Any) -> list[dict[str, Any]]:
