@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from montessori import ops, processes
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
@@ -30,7 +29,7 @@ from montessori.optim_state import AdamWState
 from montessori.options import Options, check_sampling, default_max_length, floating_dtype, steady_length
 from montessori.referenceset import ReferenceSets
 from montessori.rules import Plan
-from montessori.scorers import ExactScorer, LinearScorer
+from montessori.scorers import ExactScorer, LinearScorer, score_batches
 from montessori.scores import OK, Audit, Scores
 
 if TYPE_CHECKING:
@@ -260,35 +259,8 @@ class InfluenceEstimator:
             summary = summary or _summary(prepared)
             if journal is not None and summary not in done:
                 journal.append(summary)
-            records += self._run(prepared.scorer, pending, progress, journal)
+            records += score_batches(prepared.scorer, pending, journal, progress)
         return records, summary
-
-    def _run(
-        self,
-        scorer: LinearScorer | ExactScorer,
-        batches: Sequence[Sequence[Example]],
-        progress: bool,
-        journal: ScoreJournal | None,
-    ) -> list[dict[str, Any]]:
-        records = []
-        total = sum(example.num_tokens for batch in batches for example in batch)
-        quiet = None if progress and processes.is_main() else True
-        with (
-            tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=quiet) as bar,
-            scorer.running(),
-        ):
-            scored = 0
-            for batch in batches:
-                scored_batch = scorer.score(batch)
-                record = {"index": [example.index for example in batch], **scored_batch.record()}
-                if journal is not None:
-                    journal.append(record)
-                records.append(record)
-                scored += len(batch)
-                bar.update(sum(example.num_tokens for example in batch))
-                rate = scored / max(bar.format_dict["elapsed"], 1e-9)
-                bar.set_postfix_str(f"{scored} examples, {rate:.2f} examples/s")
-        return records
 
     def _prepare(self, method: str, pilot: Sequence[Example]) -> _Prepared:
         narrow = self.options.reference_dtype == "model" and method != "exact"

@@ -10,15 +10,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from montessori import processes
 from montessori.batching import Example, collate
 from montessori.capture import Capture
 from montessori.cpu import TileSample
 from montessori.errors import FallbackWarning, ResourceError
 from montessori.expansion import Expansion, real_products, trainable_parameters
+from montessori.journal import ScoreJournal
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, example_gradients, restore, restored
@@ -160,3 +164,31 @@ class ExactScorer:
 def _out_of_memory(error: Exception) -> bool:
     text = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+
+
+def score_batches(
+    scorer: LinearScorer | ExactScorer,
+    batches: Sequence[Sequence[Example]],
+    journal: ScoreJournal | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """A record of each batch, as it stands in the journal: `Scored.record` and the numbers of its rows."""
+    records = []
+    total = sum(example.num_tokens for batch in batches for example in batch)
+    quiet = None if progress and processes.is_main() else True
+    with (
+        tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=quiet) as bar,
+        scorer.running(),
+    ):
+        scored = 0
+        for batch in batches:
+            scored_batch = scorer.score(batch)
+            record = {"index": [example.index for example in batch], **scored_batch.record()}
+            if journal is not None:
+                journal.append(record)
+            records.append(record)
+            scored += len(batch)
+            bar.update(sum(example.num_tokens for example in batch))
+            rate = scored / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{scored} examples, {rate:.2f} examples/s")
+    return records
