@@ -64,6 +64,20 @@ def test_changed_inputs_are_named(tmp_path):
     assert work(tmp_path, {"pairs": {"rule": "centred"}}, fresh=True)
 
 
+def fail_at_once(stage):
+    (stage.path / "empty").mkdir()
+    raise KeyError("too short")
+
+
+def test_a_stage_that_failed_before_it_wrote_takes_other_inputs(tmp_path):
+    with pytest.raises(KeyError), RunDirectory(tmp_path) as run, run.stage("round_1/pairs", {"a": 1}) as stage:
+        fail_at_once(stage)
+    RunDirectory(tmp_path).check("round_1/pairs", {"a": 2})
+    assert work(tmp_path, {"a": 2})
+    assert "too short" in (tmp_path / "round_1/pairs/log.txt").read_text()
+    assert not work(tmp_path, {"a": 2})
+
+
 def test_a_stage_cut_short_is_not_done_and_keeps_its_files_and_time(tmp_path):
     with pytest.raises(KeyError):
         work(tmp_path, {"a": 1}, fail=True)

@@ -108,8 +108,9 @@ class RunDirectory:
         return (self.path / name / INPUTS).is_file()
 
     def check(self, name: str, inputs: Mapping[str, Any]) -> None:
-        """Raise ArgumentError naming the inputs that differ from those that the stage `name` was started with."""
-        _compare(self.path / name, _flatten(json.loads(json.dumps(inputs))))
+        """Raise ArgumentError naming the inputs that differ from those that the stage `name` was made with."""
+        if _has_output(self.path / name):
+            _compare(self.path / name, _flatten(json.loads(json.dumps(inputs))))
 
     def digest(self, name: str) -> str:
         """Digest of all that the finished stage `name` was made from; an input of the stages after it."""
@@ -124,14 +125,14 @@ class RunDirectory:
 
         `inputs` holds plain values and digests, never times or paths of the machine. Leaving the context
         without an error marks the stage DONE. A stage that was cut short keeps its files and is entered
-        again; a finished one has `done` set.
+        again, with other inputs if it had written nothing yet; a finished one has `done` set.
 
         Raises ArgumentError naming the inputs that differ from those of what is there.
         """
         path = self.path / name
         flat = _flatten(json.loads(json.dumps(inputs)))
         if processes.is_main():
-            if self.exists(name):
+            if _has_output(path):
                 _compare(path, flat)
             else:
                 write_json(path / INPUTS, flat)
@@ -163,6 +164,12 @@ class RunDirectory:
             for file in folder.glob(f"*/{COST}")
         }
         return dict(sorted(found.items(), key=lambda item: item[1]["started"]))
+
+
+def _has_output(path: Path) -> bool:
+    """Whether the stage at `path` was started and has written more than what every stage begins with."""
+    first = (path / INPUTS, path / COST, path / LOG)
+    return first[0].is_file() and any(file.is_file() and file not in first for file in path.rglob("*"))
 
 
 def _compare(path: Path, flat: dict[str, Any]) -> None:
