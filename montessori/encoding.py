@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
-from montessori.data import TOKEN_COLUMNS, Chat, Rows, called_functions, column_set, read_chat
+from montessori.cutting import cut, text_of
+from montessori.data import TOKEN_COLUMNS, Chat, Rows, column_set, read_chat
 from montessori.errors import ArgumentError, DataError
 from montessori.templates import Template
 
@@ -63,7 +64,8 @@ def encode_rows(
 
     Labels of an assistant's turn end with its last special token; what the template writes after it (often
     a newline) has no label. Of `prompt` and `completion` as lists of messages only the turns of `completion`
-    are labelled. A template with a {% generation %} block decides itself which tokens are labelled.
+    are labelled. A template with a {% generation %} block decides itself which tokens are labelled. One that
+    rewrites earlier turns (thoughts left out, an end of text after the last) is read as it writes the whole.
 
     `chat_template` is a Jinja template, a path to a .jinja file, or "chatml" or "plain" (for base models:
     instruction, newline, response, end of text); without it the tokenizer's own is used. Special tokens
@@ -181,8 +183,8 @@ def _encode_marked(chats: list[Chat], template: Template) -> Iterator[Example]:
 
 def _prompt_length(chat: Chat, template: Template) -> int:
     """Characters of the rendered prompt."""
-    prompt = _text(chat, template, chat.first_labelled)
-    if not _text(chat, template).startswith(prompt):
+    prompt = text_of(chat, template, chat.first_labelled)
+    if not text_of(chat, template).startswith(prompt):
         raise DataError(
             f"{chat.where}: the chat template rewrites the prompt once the completion follows; give a "
             f"template that does not, or a prompt without turns of the assistant"
@@ -197,62 +199,11 @@ def _encode_cut(chats: list[Chat], template: Template) -> Iterator[Example]:
     pieces = _Pieces.of(template.tokenizer)
     for start in range(0, len(chats), ROWS_PER_CALL):
         group = chats[start : start + ROWS_PER_CALL]
-        cuts = [_cut(chat, template, pieces) for chat in group]
+        cuts = [cut(chat, template, pieces.special) for chat in group]
         for chat, parts in zip(group, pieces.tokenise(cuts, group), strict=True):
             labels = [ids if place % 2 else [IGNORE_INDEX] * len(ids) for place, ids in enumerate(parts)]
             input_ids = torch.tensor([*chain(*parts)], dtype=torch.int64)
             yield Example(input_ids, torch.tensor([*chain(*labels)], dtype=torch.int64), chat.index)
-
-
-def _text(chat: Chat, template: Template, turns: int | None = None, **options: Any) -> str:
-    """The rendered first `turns` messages."""
-    return template.text(chat.messages[:turns], chat.where, chat.variables, **options)
-
-
-def _cut(chat: Chat, template: Template, pieces: _Pieces) -> list[str]:
-    """The rendered text, cut: what the model reads at even places and what it writes at odd ones."""
-    texts: list[str] = []
-    done, read = "", ""
-    for turn, message in enumerate(chat.messages):
-        if message["role"] != "assistant" or turn < chat.first_labelled:
-            continue
-        if turn == 0:
-            raise DataError(f"{chat.where}: expected another message before the assistant's first, got none")
-        before, after = _text(chat, template, turn, add_generation_prompt=True), _text(chat, template, turn + 1)
-        if not before.startswith(done):
-            raise _uncuttable(chat, turn, "rewrites earlier turns")
-        if not after.startswith(before):
-            raise _uncuttable(chat, turn, "does not go on from its generation prompt or rewrites earlier turns")
-        written = after[len(before) :]
-        _check_written(chat, turn, written, template)
-        end = pieces.label_end(written, message.get("content") or "")
-        texts += [read + before[len(done) :], written[:end]]
-        done, read = after, written[end:]
-    if chat.messages[-1]["role"] == "assistant":
-        return [*texts, read]
-    whole = _text(chat, template)
-    if not whole.startswith(done):
-        raise _uncuttable(chat, len(chat.messages) - 1, "rewrites earlier turns")
-    return [*texts, read + whole[len(done) :]]
-
-
-def _uncuttable(chat: Chat, turn: int, fault: str) -> DataError:
-    return DataError(
-        f"{chat.where}: the chat template {fault} at message {turn}, so the text of the assistant cannot "
-        f"be cut out; give a template with a {{% generation %}} block"
-    )
-
-
-def _check_written(chat: Chat, turn: int, written: str, template: Template) -> None:
-    message = chat.messages[turn]
-    content = (message.get("content") or "").strip()
-    ends = [*content.split()[-1:], *called_functions(message, chat.where)]
-    # A template may take the content apart (thoughts, answer), but it does not drop the end of it, except
-    # one for images and text, which finds no content in a plain text.
-    if any(end not in written for end in ends):
-        raise _uncuttable(chat, turn, "does not write the content, or a function that is called,")
-    if "add_generation_prompt" not in template.source and not written.lstrip().startswith(content):
-        raise _uncuttable(chat, turn, "has no add_generation_prompt and writes text before the content")
 
 
 @dataclass(frozen=True)
@@ -283,13 +234,6 @@ class _Pieces:
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text taken alone, without the special tokens a tokenizer puts around a text."""
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def label_end(self, written: str, content: str) -> int:
-        """Characters of a turn up to its last special token; all of them if none follows the content."""
-        place = written.find(content.strip())
-        content_end = 0 if place < 0 else place + len(content.strip())
-        ends = [match.end() for match in self.special.finditer(written, content_end)]
-        return ends[-1] if ends else len(written)
 
     def tokenise(self, cuts: list[list[str]], chats: list[Chat]) -> list[list[list[int]]]:
         """Ids of every piece of every text; `chats` give the addresses for errors."""

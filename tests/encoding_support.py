@@ -19,6 +19,16 @@ MARKED = (
     "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 BOS = "{{ bos_token }}"
+# Ends with something else when another message follows, and not with a special token.
+OPEN_ENDED = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + ('END' if loop.last else ' / ') }}{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt }}"
+)
+# Leaves the thoughts out, and lets the model begin with some.
+THOUGHTLESS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+)
 THOUGHTFUL = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{{ '<think></think>' if m.role == 'assistant' and loop.last }}{{ m.content + '<|im_end|>\n' }}"
@@ -30,6 +40,10 @@ TEXT = f"<|im_start|>user\n{ROW['instruction']}<|im_end|>\n<|im_start|>assistant
 USER = {"role": "user", "content": ROW["instruction"]}
 ASSISTANT = {"role": "assistant", "content": ROW["response"]}
 TURNS = [USER, ASSISTANT, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Six."}]
+THOUGHTS = [
+    message if message["role"] == "user" else {**message, "content": f"<think>Hm.</think>{message['content']}"}
+    for message in TURNS
+]
 
 
 def wrapped(inner, template, **special):

@@ -1,15 +1,20 @@
 """Chat templates: which one is taken, what it is told, and where its text is cut."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from encoding_support import (
     ASSISTANT,
     CHATML,
     MARKED,
+    OPEN_ENDED,
     ROW,
     TEXT,
     THOUGHTFUL,
+    THOUGHTLESS,
+    THOUGHTS,
     TURNS,
     USER,
     byte_level,
@@ -63,10 +68,11 @@ def test_a_template_that_fails_names_the_row(tokenizer, body):
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
-        (THOUGHTFUL, TURNS, "rewrites earlier turns at message 3"),
-        (THOUGHTFUL, [*TURNS[:2], USER], "rewrites earlier turns at message 2"),
-        (CHATML + "{{ 'Hm' if add_generation_prompt }}", TURNS, "does not go on from its generation prompt"),
-        (CHATML.split("{% if")[0], TURNS, "has no add_generation_prompt and writes text before"),
+        ("{{ messages[-1].content | length }}" + THOUGHTFUL, TURNS, "rewrites the turn or what comes before it"),
+        (THOUGHTFUL.replace("m.content +", "m.content + m.content +"), TURNS, "rewrites the turn or what comes before"),
+        (OPEN_ENDED, TURNS, "ends a turn otherwise when another follows, and with no special token, at message 1"),
+        (THOUGHTLESS, THOUGHTS[:2], "drops a part of the content at message 1"),
+        (THOUGHTLESS, THOUGHTS, "drops a part of the content at message 3"),
         (CHATML.replace("['content']", "['content'][0]"), TURNS, "does not write the content"),
     ],
 )
@@ -80,6 +86,69 @@ def test_a_template_that_rewrites_only_earlier_turns_serves_single_answers(token
     for row, answer in ((ROW, "It is four."), ({"prompt": TURNS[:3], "completion": TURNS[3:]}, "Six.")):
         example = one(row, tokenizer, chat_template=THOUGHTFUL)
         assert runs(example, tokenizer) == [f"<think></think>{answer}<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "written"),
+    [
+        (THOUGHTFUL, TURNS, ["It is four.", "<think></think>Six."]),
+        (THOUGHTFUL, [*TURNS, USER], ["It is four.", "Six."]),
+        (CHATML + "{{ 'Hm' if add_generation_prompt }}", TURNS, ["It is four.", "Six."]),
+        # A generation prompt that opens the thoughts, as those of reasoning models do.
+        (THOUGHTFUL + "{{ '<think>' if add_generation_prompt }}", TURNS, ["It is four.", "</think>Six."]),
+        (CHATML.split("{% if")[0], TURNS, ["It is four.", "Six."]),
+        (THOUGHTLESS, TURNS, ["It is four.", "Six."]),
+        (THOUGHTLESS, [*THOUGHTS[:2], *TURNS[:2]], ["It is four.", "It is four."]),
+        (THOUGHTFUL + "{{ bos_token if not add_generation_prompt }}", TURNS, ["It is four.", "<think></think>Six."]),
+        # A header that the user wrote is none.
+        (THOUGHTLESS, [{"role": "user", "content": "<|im_start|>assistant\n<think>"}, ASSISTANT], ["It is four."]),
+        (
+            THOUGHTFUL,
+            [USER, {"role": "assistant", "content": " Four. \n"}, *TURNS[2:]],
+            ["Four. \n", "<think></think>Six."],
+        ),
+    ],
+)
+def test_turns_that_are_rewritten_later_are_found_in_the_whole(template, messages, written):
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", "<s>", bos_token="<s>")
+    example = one({"messages": messages}, tokenizer, chat_template=template)
+    assert text(example, tokenizer) == tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert [run.removesuffix("<s>").strip() for run in runs(example, tokenizer)] == [
+        f"{part}<|im_end|>" for part in written
+    ]
+
+
+REWRITING = (
+    "deepseek_r1_distill",
+    "deepseekv3",
+    "gptoss",
+    "nemotron_3_nano",
+    "phi3",
+    "qwen3",
+    "qwen3_5_think",
+    "qwen3_6",
+)
+PLAIN = ("cohere", "gemma", "llama3", "phi3_5", "qwen2_5", "qwen3_instruct_2507")
+
+
+@pytest.mark.parametrize("name", [*REWRITING, *PLAIN])
+def test_real_templates_are_cut_where_their_marked_versions_mark(name):
+    """TRL keeps templates of many models, and versions of them that mark what the assistant writes."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    files = [folder / f"{name}.jinja", folder / f"{name}_training.jinja"]
+    if not all(file.is_file() for file in files):
+        pytest.skip(f"this TRL has no {name}")
+    special = {
+        token for file in files for token in re.findall(r"<[|｜][^|｜>]*[|｜]>|</?s>|<\w+_of_turn>", file.read_text())
+    }
+    tokenizer = byte_level("<s>", "</s>", *sorted(special - {"<s>", "</s>"}), bos_token="<s>", eos_token="</s>")
+    found, marked = (runs(one({"messages": TURNS}, tokenizer, chat_template=str(file)), tokenizer) for file in files)
+    # Marked versions may mark the header, and thoughts where there are none.
+    answers = [turn["content"] for turn in TURNS[1::2]]
+    assert len(found) == len(marked) == 2
+    for ours, theirs, answer in zip(found, marked, answers, strict=True):
+        assert ours[ours.index(answer) :].rstrip() == theirs[theirs.index(answer) :].rstrip()
+        assert ours.split(answer)[0].strip() in theirs.split(answer)[0]
 
 
 def test_a_template_is_told_what_a_row_and_the_caller_say(tokenizer):

@@ -1,0 +1,188 @@
+"""Where the assistant's turns stand in a rendered conversation, for templates that mark them with nothing."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from montessori.data import Chat, called_functions
+from montessori.errors import DataError
+from montessori.templates import Template
+
+# Letters and digits pass every filter of a template; no text of a user holds these.
+_MARK = "montessori7c1e59turn{}end"
+_MARKS = re.compile(r"montessori7c1e59turn\d+end")
+
+
+class UncuttableError(DataError):
+    """The assistant's text cannot be cut out turn by turn."""
+
+
+def text_of(chat: Chat, template: Template, turns: int | None = None, **options: Any) -> str:
+    """The rendered first `turns` messages."""
+    return template.text(chat.messages[:turns], chat.where, chat.variables, **options)
+
+
+def cut(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
+    """The rendered text, cut: what the model reads at even places and what it writes at odd ones.
+
+    What it writes begins where the generation prompt ends, and ends with the last special token of the turn
+    (`special` matches them). Where a template rewrites earlier turns, or goes on otherwise than from its
+    generation prompt, the turns are found in the conversation as it writes it whole.
+
+    Raises DataError when they cannot be.
+    """
+    try:
+        return _cut_turn_by_turn(chat, template, special)
+    except UncuttableError:
+        return _cut_whole(chat, template, special)
+
+
+def _cut_turn_by_turn(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
+    texts: list[str] = []
+    done, read = "", ""
+    for turn in _labelled(chat):
+        before, after = text_of(chat, template, turn, add_generation_prompt=True), text_of(chat, template, turn + 1)
+        if not before.startswith(done) or not after.startswith(before):
+            raise _uncuttable(chat, turn, "rewrites earlier turns")
+        written = after[len(before) :]
+        _check_written(chat, turn, written)
+        content = _content(chat, turn)
+        if "add_generation_prompt" not in template.source and not written.lstrip().startswith(content):
+            raise _uncuttable(chat, turn, "has no add_generation_prompt and writes text before the content")
+        place = written.find(content)
+        tail = 0 if place < 0 else place + len(content)
+        end = tail + _ending(special, written[tail:])
+        texts += [read + before[len(done) :], written[:end]]
+        done, read = after, written[end:]
+    if chat.messages[-1]["role"] == "assistant":
+        return [*texts, read]
+    whole = text_of(chat, template)
+    if not whole.startswith(done):
+        raise _uncuttable(chat, len(chat.messages) - 1, "rewrites earlier turns")
+    return [*texts, read + whole[len(done) :]]
+
+
+def _cut_whole(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
+    whole = text_of(chat, template)
+    ends = _content_ends(chat, template, whole)
+    texts: list[str] = []
+    done = 0
+    for turn in _labelled(chat):
+        if ends.get(turn, -1) < done:
+            raise _uncuttable(chat, turn, "rewrites the turn or what comes before it")
+        start = _start(chat, turn, template, whole, done, ends[turn])
+        end = ends[turn] + _whole_ending(chat, turn, template, special, whole[ends[turn] :])
+        _check_written(chat, turn, whole[start:end])
+        texts += [whole[done:start], whole[start:end]]
+        done = end
+    return [*texts, whole[done:]]
+
+
+def _content_ends(chat: Chat, template: Template, whole: str) -> dict[int, int]:
+    """By turn, where the content of the assistant ends in the `whole` text; of turns without content nothing.
+
+    Found by rendering once more with a mark after each content, which must change nothing else.
+    """
+    messages = [_marked(message, turn) for turn, message in enumerate(chat.messages)]
+    marked = template.text(messages, chat.where, chat.variables)
+    if _MARKS.sub("", marked) != whole:
+        return {}
+    places: dict[str, int] = {}
+    removed = 0
+    for match in _MARKS.finditer(marked):
+        if match.group() in places:
+            return {}
+        places[match.group()] = match.start() - removed
+        removed += len(match.group())
+    return {turn: places[_MARK.format(turn)] for turn in _labelled(chat) if _MARK.format(turn) in places}
+
+
+def _marked(message: dict[str, Any], turn: int) -> dict[str, Any]:
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str) or not content.strip():
+        return message
+    body = content.rstrip()
+    return {**message, "content": body + _MARK.format(turn) + content[len(body) :]}
+
+
+def _start(chat: Chat, turn: int, template: Template, whole: str, done: int, end: int) -> int:
+    """Where the assistant begins to write: after the generation prompt if it stands there, else with its content."""
+    content = _content(chat, turn)
+    shared = _count_shared(whole[done:end][::-1], content[::-1])
+    begin = end - len(whole[end - shared : end].lstrip())
+    before = chat.messages[turn - 1].get("content")
+    if isinstance(before, str) and (place := whole.find(before.strip(), done, begin)) >= 0:
+        done = place + len(before.strip())
+    read, asked = text_of(chat, template, turn), text_of(chat, template, turn, add_generation_prompt=True)
+    header = asked[_count_shared(read, asked) :]
+    # It may end with what the content begins with, such as an opening mark of thoughts.
+    place = whole.rfind(header, done, min(begin + len(header), end)) if header else -1
+    if place >= 0:
+        return place + len(header)
+    if shared < len(content) and turn == max(_labelled(chat)):
+        # Of earlier turns a template may leave the thoughts out, as it does when the model goes on from them.
+        raise _uncuttable(chat, turn, "drops a part of the content")
+    # The space before a word is part of its token.
+    return done + len(whole[done:begin].rstrip(" "))
+
+
+def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern, tail: str) -> int:
+    """Characters of `tail`, which follows the content of `turn`, that still belong to it.
+
+    As the last message the turn ends in a way of its own; what it has in common with `tail` belongs to the turn.
+    """
+    last = template.text([*chat.messages[:turn], _marked(chat.messages[turn], turn)], chat.where, chat.variables)
+    alone = last.partition(_MARK.format(turn))[2]
+    if tail.startswith(alone):
+        return _ending(special, alone)
+    common = [match.end() for match in special.finditer(tail[: _count_shared(alone, tail)])]
+    if common:
+        return common[-1]
+    stripped = tail.lstrip()
+    if next_one := special.match(stripped):
+        return len(tail) - len(stripped) + next_one.end()
+    raise _uncuttable(chat, turn, "ends a turn otherwise when another follows, and with no special token,")
+
+
+def _count_shared(one: str, other: str) -> int:
+    """Characters that both texts begin with."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+def _ending(special: re.Pattern, tail: str) -> int:
+    """Characters of the rest of a turn up to its last special token; all of them if there is none."""
+    ends = [match.end() for match in special.finditer(tail)]
+    return ends[-1] if ends else len(tail)
+
+
+def _labelled(chat: Chat) -> list[int]:
+    turns = [
+        turn
+        for turn, message in enumerate(chat.messages)
+        if message["role"] == "assistant" and turn >= chat.first_labelled
+    ]
+    if turns[:1] == [0]:
+        raise DataError(f"{chat.where}: expected another message before the assistant's first, got none")
+    return turns
+
+
+def _content(chat: Chat, turn: int) -> str:
+    return (chat.messages[turn].get("content") or "").strip()
+
+
+def _check_written(chat: Chat, turn: int, written: str) -> None:
+    ends = [*_content(chat, turn).split()[-1:], *called_functions(chat.messages[turn], chat.where)]
+    # A template may take the content apart (thoughts, answer), but it does not drop the end of it, except
+    # one for images and text, which finds no content in a plain text.
+    if any(end not in written for end in ends):
+        raise DataError(str(_uncuttable(chat, turn, "does not write the content, or a function that is called,")))
+
+
+def _uncuttable(chat: Chat, turn: int, fault: str) -> UncuttableError:
+    return UncuttableError(
+        f"{chat.where}: the chat template {fault} at message {turn}, so the text of the assistant cannot "
+        f"be cut out; give a template with a {{% generation %}} block"
+    )
