@@ -12,6 +12,8 @@ from montessori.templates import Template
 # Letters and digits pass every filter of a template; no text of a user holds these.
 _MARK = "montessori7c1e59turn{}end"
 _MARKS = re.compile(r"montessori7c1e59turn\d+end")
+# Generation prompts of reasoning models end with them, and the turns that they rewrite do not have them.
+_THOUGHTS = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
 class UncuttableError(DataError):
@@ -80,30 +82,37 @@ def _cut_whole(chat: Chat, template: Template, special: re.Pattern) -> list[str]
 
 
 def _content_ends(chat: Chat, template: Template, whole: str) -> dict[int, int]:
-    """By turn, where the content of the assistant ends in the `whole` text; of turns without content nothing.
+    """By turn, where the content of the assistant ends in the `whole` text, or the name of the function that it calls.
 
-    Found by rendering once more with a mark after each content, which must change nothing else.
+    Found by rendering once more with a mark after each, which must change nothing else.
     """
     messages = [_marked(message, turn) for turn, message in enumerate(chat.messages)]
     marked = template.text(messages, chat.where, chat.variables)
     if _MARKS.sub("", marked) != whole:
         return {}
-    places: dict[str, int] = {}
+    places: dict[str, list[int]] = {}
     removed = 0
     for match in _MARKS.finditer(marked):
-        if match.group() in places:
-            return {}
-        places[match.group()] = match.start() - removed
+        places.setdefault(match.group(), []).append(match.start() - removed)
         removed += len(match.group())
-    return {turn: places[_MARK.format(turn)] for turn in _labelled(chat) if _MARK.format(turn) in places}
+    found = {turn: places.get(_MARK.format(turn), []) for turn in _labelled(chat)}
+    # What a function returns may be written with its name; of a content that stands twice none is the place.
+    return {turn: at[0] for turn, at in found.items() if len(at) == 1 or (at and not _content(chat, turn))}
 
 
 def _marked(message: dict[str, Any], turn: int) -> dict[str, Any]:
-    content = message.get("content")
-    if message["role"] != "assistant" or not isinstance(content, str) or not content.strip():
+    if message["role"] != "assistant":
         return message
-    body = content.rstrip()
-    return {**message, "content": body + _MARK.format(turn) + content[len(body) :]}
+    mark, content = _MARK.format(turn), message.get("content") or ""
+    if body := content.rstrip():
+        return {**message, "content": body + mark + content[len(body) :]}
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not calls:
+        return message
+    first, *others = calls
+    named = first.get("function") or first
+    called = {**named, "name": named["name"] + mark}
+    return {**message, "tool_calls": [{**first, "function": called} if first.get("function") else called, *others]}
 
 
 def _start(chat: Chat, turn: int, template: Template, whole: str, done: int, end: int) -> int:
@@ -119,6 +128,11 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, done: int, end
     # It may end with what the content begins with, such as an opening mark of thoughts.
     place = whole.rfind(header, done, min(begin + len(header), end)) if header else -1
     if place >= 0:
+        return place + len(header)
+    if not content:
+        header = _THOUGHTS.sub("", header)
+        if not header or (place := whole.rfind(header, done, end)) < 0:
+            raise _uncuttable(chat, turn, "does not go on from its generation prompt")
         return place + len(header)
     if shared < len(content) and turn == max(_labelled(chat)):
         # Of earlier turns a template may leave the thoughts out, as it does when the model goes on from them.

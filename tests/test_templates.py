@@ -118,21 +118,22 @@ def test_turns_that_are_rewritten_later_are_found_in_the_whole(template, message
     ]
 
 
-REWRITING = (
-    "deepseek_r1_distill",
-    "deepseekv3",
-    "gptoss",
-    "nemotron_3_nano",
-    "phi3",
-    "qwen3",
-    "qwen3_5_think",
-    "qwen3_6",
+CALLING = ("gptoss", "nemotron_3_nano", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507")
+ANSWERING = (*CALLING, "cohere", "deepseek_r1_distill", "deepseekv3", "gemma", "llama3", "phi3", "phi3_5")
+
+
+def called(name):
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": {"a": 2}}}]}
+
+
+RETURNED = {"role": "tool", "name": "add", "content": "4"}
+CALLS = [USER, called("add"), RETURNED, ASSISTANT, *TURNS[2:3], called("subtract"), RETURNED, *TURNS[3:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"), [*((name, TURNS) for name in ANSWERING), *((name, CALLS) for name in CALLING)]
 )
-PLAIN = ("cohere", "gemma", "llama3", "phi3_5", "qwen2_5", "qwen3_instruct_2507")
-
-
-@pytest.mark.parametrize("name", [*REWRITING, *PLAIN])
-def test_real_templates_are_cut_where_their_marked_versions_mark(name):
+def test_real_templates_are_cut_where_their_marked_versions_mark(name, messages):
     """TRL keeps templates of many models, and versions of them that mark what the assistant writes."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
     files = [folder / f"{name}.jinja", folder / f"{name}_training.jinja"]
@@ -142,13 +143,13 @@ def test_real_templates_are_cut_where_their_marked_versions_mark(name):
         token for file in files for token in re.findall(r"<[|｜][^|｜>]*[|｜]>|</?s>|<\w+_of_turn>", file.read_text())
     }
     tokenizer = byte_level("<s>", "</s>", *sorted(special - {"<s>", "</s>"}), bos_token="<s>", eos_token="</s>")
-    found, marked = (runs(one({"messages": TURNS}, tokenizer, chat_template=str(file)), tokenizer) for file in files)
-    # Marked versions may mark the header, and thoughts where there are none.
-    answers = [turn["content"] for turn in TURNS[1::2]]
-    assert len(found) == len(marked) == 2
-    for ours, theirs, answer in zip(found, marked, answers, strict=True):
-        assert ours[ours.index(answer) :].rstrip() == theirs[theirs.index(answer) :].rstrip()
-        assert ours.split(answer)[0].strip() in theirs.split(answer)[0]
+    found, marked = (runs(one({"messages": messages}, tokenizer, chat_template=str(file)), tokenizer) for file in files)
+    turns = [message for message in messages if message["role"] == "assistant"]
+    written = [turn["content"] or turn["tool_calls"][0]["function"]["name"] for turn in turns]
+    assert len(found) == len(marked) == len(written)
+    for ours, theirs, content in zip(found, marked, written, strict=True):
+        # Marked versions may mark the header, and thoughts where there are none.
+        assert content in ours and theirs.rstrip().endswith(ours.strip())
 
 
 def test_a_template_is_told_what_a_row_and_the_caller_say(tokenizer):
