@@ -73,7 +73,8 @@ def _cut_whole(chat: Chat, template: Template, special: re.Pattern) -> list[str]
     for turn in _labelled(chat):
         if ends.get(turn, -1) < done:
             raise _uncuttable(chat, turn, "rewrites the turn or what comes before it")
-        start = _start(chat, turn, template, whole, done, ends[turn])
+        earlier = max([done, *(end for before, end in ends.items() if before < turn)])
+        start = _start(chat, turn, template, whole, earlier, ends[turn])
         end = ends[turn] + _whole_ending(chat, turn, template, special, whole[ends[turn] :])
         _check_written(chat, turn, whole[start:end])
         texts += [whole[done:start], whole[start:end]]
@@ -95,7 +96,7 @@ def _content_ends(chat: Chat, template: Template, whole: str) -> dict[int, int]:
     for match in _MARKS.finditer(marked):
         places.setdefault(match.group(), []).append(match.start() - removed)
         removed += len(match.group())
-    found = {turn: places.get(_MARK.format(turn), []) for turn in _labelled(chat)}
+    found = {turn: places.get(_MARK.format(turn), []) for turn in range(len(chat.messages))}
     # What a function returns may be written with its name; of a content that stands twice none is the place.
     return {turn: at[0] for turn, at in found.items() if len(at) == 1 or (at and not _content(chat, turn))}
 
@@ -115,30 +116,33 @@ def _marked(message: dict[str, Any], turn: int) -> dict[str, Any]:
     return {**message, "tool_calls": [{**first, "function": called} if first.get("function") else called, *others]}
 
 
-def _start(chat: Chat, turn: int, template: Template, whole: str, done: int, end: int) -> int:
-    """Where the assistant begins to write: after the generation prompt if it stands there, else with its content."""
+def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, end: int) -> int:
+    """Where the assistant begins to write: after the generation prompt if it stands there, else with its content.
+
+    Neither lies before `earlier`, where the assistant's turn before ends.
+    """
     content = _content(chat, turn)
-    shared = _count_shared(whole[done:end][::-1], content[::-1])
+    shared = _count_shared(whole[earlier:end][::-1], content[::-1])
     begin = end - len(whole[end - shared : end].lstrip())
     before = chat.messages[turn - 1].get("content")
-    if isinstance(before, str) and (place := whole.find(before.strip(), done, begin)) >= 0:
-        done = place + len(before.strip())
+    if isinstance(before, str) and (place := whole.find(before.strip(), earlier, begin)) >= 0:
+        earlier = place + len(before.strip())
     read, asked = text_of(chat, template, turn), text_of(chat, template, turn, add_generation_prompt=True)
     header = asked[_count_shared(read, asked) :]
     # It may end with what the content begins with, such as an opening mark of thoughts.
-    place = whole.rfind(header, done, min(begin + len(header), end)) if header else -1
+    place = whole.rfind(header, earlier, min(begin + len(header), end)) if header else -1
     if place >= 0:
         return place + len(header)
     if not content:
         header = _THOUGHTS.sub("", header)
-        if not header or (place := whole.rfind(header, done, end)) < 0:
+        if not header or (place := whole.rfind(header, earlier, end)) < 0:
             raise _uncuttable(chat, turn, "does not go on from its generation prompt")
         return place + len(header)
     if shared < len(content) and turn == max(_labelled(chat)):
         # Of earlier turns a template may leave the thoughts out, as it does when the model goes on from them.
         raise _uncuttable(chat, turn, "drops a part of the content")
     # The space before a word is part of its token.
-    return done + len(whole[done:begin].rstrip(" "))
+    return earlier + len(whole[earlier:begin].rstrip(" "))
 
 
 def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern, tail: str) -> int:

@@ -118,6 +118,15 @@ def test_turns_that_are_rewritten_later_are_found_in_the_whole(template, message
     ]
 
 
+def test_a_generation_prompt_in_an_earlier_turn_does_not_begin_the_answer(tokenizer):
+    template = THOUGHTLESS.replace("+ m.content", "+ ('<think>' if loop.index == 2 else '') + m.content")
+    # "And?" stands before that turn as well.
+    turns = [{"role": "user", "content": "And? Two and two?"}, *TURNS[1:]]
+    for row in ({"prompt": turns[:3], "completion": turns[3:]}, {"messages": turns}):
+        example = one(row, tokenizer, chat_template=template)
+        assert runs(example, tokenizer)[-1] == "Six.<|im_end|>"
+
+
 CALLING = ("gptoss", "nemotron_3_nano", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507")
 ANSWERING = (*CALLING, "cohere", "deepseek_r1_distill", "deepseekv3", "gemma", "llama3", "phi3", "phi3_5")
 
