@@ -43,7 +43,7 @@ class Expansion:
     @property
     def drift_delta(self) -> Tensor:
         """ΔL of the step with g = 0, float64 [K]."""
-        return self.constant + torch.stack(list(self.drift.values())).sum(0)
+        return self.constant + torch.stack(list(self.drift.values())).sum(0).cpu()
 
 
 def full_precision(model: nn.Module) -> nn.Module:

@@ -34,7 +34,9 @@ def library(tmp_path_factory) -> Path:
     compilers = [subprocess.Popen(["g++", *flags, "-c", name, "-o", f"{name}.o"], cwd=build) for name in SOURCES]
     assert [compiler.wait() for compiler in compilers] == [0] * len(SOURCES)
     objects = [f"{name}.o" for name in SOURCES]
-    subprocess.run(["g++", "-shared", "-o", "emulated.so", *objects, "-lpthread"], cwd=build, check=True)
+    # Its own functions of the CUDA runtime, not those of a runtime that torch brought into the process.
+    flags = ["-shared", "-Wl,-Bsymbolic", "-lpthread"]
+    subprocess.run(["g++", "-o", "emulated.so", *objects, *flags], cwd=build, check=True)
     return build / "emulated.so"
 
 

@@ -1,0 +1,70 @@
+"""The estimator with everything on a GPU, against the same on the CPU; see tests/pretend_gpu.py.
+
+`tests/test_triton.py` runs this file in a process of its own: the interpreter is chosen before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pretend_gpu import DEVICE, pretended_gpu, to_device
+from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, warm_optimizer
+
+from montessori import InfluenceEstimator
+from montessori.models import load_model
+
+ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
+# Float32 sums of the same terms, in another order: some hundred roundings of the largest score. An anchor, and a real
+# step, subtract two losses of whose roundings no influence is free.
+ROUNDINGS = 100 * torch.finfo(torch.float32).eps
+
+
+def assert_equal_scores(name: str, reference=REFERENCES, **options) -> None:
+    """Scores by the kernels for a GPU are those of plain torch on the CPU."""
+    settings = {"pilot": 1, "method": "first_order"} | options
+    model = make_model(name, torch.float32)
+    want = InfluenceEstimator(model, warm_optimizer(model), reference, backend="reference", **settings).score(ROWS)
+    model = make_model(name, torch.float32)
+    optimizer = warm_optimizer(model)
+    with pretended_gpu():
+        to_device(model, optimizer)
+        got = InfluenceEstimator(model, optimizer, reference, **settings).score(ROWS)
+        assert all(parameter.device == DEVICE for parameter in model.parameters())
+    losses = 0.0 if settings["method"] == "first_order" else abs(want.loss).max()
+    assert abs(got.influence - want.influence).max() <= ROUNDINGS * (abs(want.influence).max() + losses)
+    assert abs(got.loss - want.loss).max() <= ROUNDINGS * want.loss.max()
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *RECURRENT, "llama_lora"])
+def test_every_kind_of_model_is_scored(name):
+    assert_equal_scores(name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "anchored"},
+        {"method": "exact"},
+        {"max_grad_norm": 0.5},
+        {"reference_dtype": "model"},
+        {"reference_weighting": "token_mean"},
+        {"reference": {"one": REFERENCES[:1], "two": REFERENCES}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
+def test_every_setting_is_scored(name, options):
+    assert_equal_scores(name, **options)
+
+
+def test_a_checkpoint_is_scored_and_audited(student):
+    rows, references = make_text_rows(5, seed=1), make_text_rows(3, seed=2)
+    model, tokenizer = load_model(student)
+    want = InfluenceEstimator(model, student, references, tokenizer=tokenizer).score(rows)
+    with pretended_gpu():
+        to_device(model)
+        estimator = InfluenceEstimator(model, student, references, tokenizer=tokenizer)
+        got, audit = estimator.score(rows), estimator.audit(rows, k=4)
+    np.testing.assert_allclose(got.influence, want.influence, rtol=0, atol=ROUNDINGS * abs(want.loss).max())
+    assert audit.agreement["reference"].pearson > 0.99
