@@ -26,6 +26,7 @@ from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 
 if TYPE_CHECKING:
     from montessori.ops import SparseRows
+    from montessori.spans import Spans
 
 # Elements of a block: large enough to hide the cost of calling six operations, small enough that the
 # block, its scratch and its optimizer state stay in the cache.
@@ -119,7 +120,7 @@ def _block(
     return _adam_block(q, exp_avg, exp_avg_sq, param, step, dtype)
 
 
-def _spans(num_rows: int, row_elements: int) -> Iterator[slice]:
+def _blocks(num_rows: int, row_elements: int) -> Iterator[slice]:
     height = max(1, BLOCK_ELEMENTS // max(1, row_elements))
     for start in range(0, num_rows, height):
         yield slice(start, min(start + height, num_rows))
@@ -138,7 +139,7 @@ def _rows_by_id(rows: SparseRows, dtype: torch.dtype) -> list[tuple[Tensor, Tens
 def linear_influence(
     x: Tensor,
     dy: Tensor,
-    bounds: list[int],
+    spans: Spans,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -149,14 +150,14 @@ def linear_influence(
     """Eq. 5 block by block; see `montessori.ops.linear_influence`."""
     dtype = _compute_dtype(x, dy, q, exp_avg, exp_avg_sq, param)
     x, dy = x.to(dtype), dy.to(dtype)
-    num_examples, (num_out, num_in) = len(bounds) - 1, param.shape
+    num_examples, (num_out, num_in) = len(spans), param.shape
     scores = torch.zeros(num_examples, q.shape[0], dtype=torch.float64, device=x.device)
     extra = _rows_by_id(rows, dtype) if rows is not None else None
-    for span in _spans(num_out, num_in):
+    for span in _blocks(num_out, num_in):
         state = [tensor[span] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq)]
         block = _block(q[:, span], state[0], state[1], param[span], step, dtype)
         scratch = x.new_empty(span.stop - span.start, num_in)
-        for example, (low, high) in enumerate(itertools.pairwise(bounds)):
+        for example, (low, high) in enumerate(spans):
             grad = torch.mm(dy[low:high, span].T, x[low:high], out=scratch)
             if extra is not None:
                 ids, row_grad = extra[example]
@@ -182,12 +183,26 @@ def adam_influence(
     scores = torch.zeros(num_examples, q.shape[0], dtype=torch.float64, device=grad.device)
     flat = [tensor.flatten() if tensor is not None else None for tensor in (exp_avg, exp_avg_sq, param)]
     grad, q = grad.reshape(num_examples, param.numel()), q.reshape(q.shape[0], param.numel())
-    for span in _spans(param.numel(), 1):
+    for span in _blocks(param.numel(), 1):
         parts = [tensor[span] if tensor is not None else None for tensor in flat]
         block = _block(q[:, span], parts[0], parts[1], param.flatten()[span], step, dtype)
         for example in range(num_examples):
             scores[example] += block.score(grad[example, span].to(dtype, copy=True))
     return scores
+
+
+def example_sums(rows: Tensor, spans: Spans, times: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Sums of each example's rows; see `montessori.ops.example_sums`."""
+    dtype = _compute_dtype(rows, times, scale)
+    sums = rows.new_empty(len(spans), *rows.shape[1:], dtype=dtype)
+    for example, (low, high) in enumerate(spans):
+        part = rows[low:high].to(dtype)
+        if times is not None:
+            part = part * times[low:high]
+        if scale is not None:
+            part = part * scale[low:high].reshape(-1, *[1] * (part.dim() - 1))
+        torch.sum(part, dim=0, out=sums[example])
+    return sums
 
 
 def adam_step_(

@@ -17,17 +17,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from montessori import ops
 from montessori.batching import Batch
 from montessori.calls import EmbeddingCalls, ProductCalls
 from montessori.errors import ModelError, UntrainedLossError
 from montessori.experts import ExpertStack, chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
-from montessori.local import local_gradients, sum_per_example
+from montessori.local import local_gradients
 from montessori.losses import LossFunction
 from montessori.ops import SparseRows
 from montessori.products import fast_products, forward_replaced, linear
 from montessori.replay import ReplayedCalls
-from montessori.rowmap import RowMap, UnmappableRowsError
+from montessori.rowmap import RowMap, Rows, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
 from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
 
@@ -89,6 +90,7 @@ class Capture:
                 losses = example_losses(self._model, batch, loss if self._plan.head is None else self._chunked_losses)
             losses.sum().backward()
             self._flush()
+            self._active_rows.settle()
         finally:
             self._received.clear()
             self._parts.clear()
@@ -208,26 +210,22 @@ class Capture:
         return self._track(used.values(), output, partial(self._linear_gradient, rule, x.detach(), x._version))
 
     def _bias_gradient(self, rule: ModuleRule, dy: Tensor) -> None:
-        packed_dy, offsets = self._pack_gradient(dy, rule)
-        self._deliver(rule.parameters["bias"], DenseUse(sum_per_example(packed_dy, offsets)))
+        rows = self._active_rows.gradient_rows(dy, rule.module_name)
+        self._deliver(rule.parameters["bias"], DenseUse(self._sums(rows)))
+
+    def _sums(self, rows: Rows) -> Tensor:
+        return ops.example_sums(rows.values, rows.offsets, starts=rows.starts, impl=self._impl)
 
     def _linear_gradient(self, rule: ModuleRule, x: Tensor, version: int, dy: Tensor) -> None:
         if x._version != version:
             raise ModelError(f"{rule.module_name}: its input was changed in place after use, cannot be captured")
-        padded = self._active_rows.padded(x, dy) if set(rule.parameters) == {"weight"} else None
-        if padded is not None:
-            self._active_rows.check_padding(dy, rule.module_name)
-            factors, offsets, positions = padded, self._active_rows.offsets, self._active_rows.kept
-            factors = factors[::-1] if rule.kind == CONV1D else factors
-            self._deliver(rule.parameters["weight"], LinearUse(*factors, offsets, positions=positions))
-            return
-        packed_dy, offsets = self._pack_gradient(dy, rule)
+        rows = self._active_rows.gradient_rows(dy, rule.module_name)
         if "weight" in rule.parameters:
-            packed_x, _ = self._pack(x, rule)
-            factors = (packed_dy, packed_x) if rule.kind == CONV1D else (packed_x, packed_dy)
-            self._deliver(rule.parameters["weight"], LinearUse(*factors, offsets))
+            factors = (self._active_rows.rows(x, rule.module_name).values, rows.values)
+            factors = factors[::-1] if rule.kind == CONV1D else factors
+            self._deliver(rule.parameters["weight"], LinearUse(*factors, rows.offsets, starts=rows.starts))
         if "bias" in rule.parameters:
-            self._deliver(rule.parameters["bias"], DenseUse(sum_per_example(packed_dy, offsets)))
+            self._deliver(rule.parameters["bias"], DenseUse(self._sums(rows)))
 
     def _experts_called(
         self, rule: ModuleRule, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -240,7 +238,9 @@ class Capture:
                 raise UnmappableRowsError(rule.module_name, tuple(hidden_states.shape), rows.size)
             self._expected.update(rule.parameters.values())
             names = {name.removesuffix("_bias") for name in rule.parameters}
-            stacks = {name: ExpertStack(rule, name, module, rows, len(chosen), self._deliver) for name in names}
+            stacks = {
+                name: ExpertStack(rule, name, module, rows, len(chosen), self._deliver, self._impl) for name in names
+            }
 
         def product(name: str, expert: int, tokens: Tensor, x: Tensor) -> Tensor:
             y = linear(x, *expert_matrix(module, name, expert))
@@ -265,10 +265,10 @@ class Capture:
 
         Exact for any module that treats rows alike, whatever its formula and inner precision.
         """
-        packed_x, offsets = self._pack(x, rule)
-        packed_dy, _ = self._pack_gradient(dy, rule)
+        x_rows = self._active_rows.rows(x, rule.module_name)
+        dy_rows = self._active_rows.gradient_rows(dy, rule.module_name)
         with self._paused(), torch.enable_grad():
-            grads = local_gradients(rule, module, packed_x, packed_dy, offsets)
+            grads = local_gradients(rule, module, x_rows.values, dy_rows, self._impl)
         for name, per_example in zip(rule.parameters.values(), grads, strict=True):
             self._deliver(name, DenseUse(per_example))
 
@@ -281,18 +281,16 @@ class Capture:
         return self._track(names, output, partial(self._embedding_gradient, rule, ids, padding_idx))
 
     def _embedding_gradient(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, dy: Tensor) -> None:
-        packed_dy, offsets = self._pack_gradient(dy, rule)
-        packed_ids = self._pack(ids.unsqueeze(-1), rule)[0].squeeze(-1).long()
+        rows = self._active_rows
+        dy_rows = rows.gradient_rows(dy, rule.module_name)
+        packed_dy, packed_ids = (
+            rows.pack(given) for given in (dy_rows, rows.rows(ids.unsqueeze(-1), rule.module_name))
+        )
+        packed_ids = packed_ids.squeeze(-1).long()
         if padding_idx is not None:
             # torch gives the padding row no gradient even where the token is part of the text.
             packed_dy = packed_dy.masked_fill((packed_ids == padding_idx).unsqueeze(-1), 0)
-        self._deliver(rule.parameters["weight"], RowsUse(SparseRows(packed_ids, packed_dy, offsets)))
-
-    def _pack(self, activation: Tensor, rule: ModuleRule) -> tuple[Tensor, Tensor]:
-        return self._active_rows.pack(activation, rule.module_name)
-
-    def _pack_gradient(self, dy: Tensor, rule: ModuleRule) -> tuple[Tensor, Tensor]:
-        return self._active_rows.pack_gradient(dy, rule.module_name)
+        self._deliver(rule.parameters["weight"], RowsUse(SparseRows(packed_ids, packed_dy, dy_rows.offsets)))
 
     @property
     def _active_rows(self) -> RowMap:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from montessori.products import torch_rounds_products
+from montessori.spans import Spans, packed_layout
 from montessori.steps import OptimizerStep, SGDStep
 
 if TYPE_CHECKING:
@@ -110,19 +111,18 @@ def _edges(shares: list[float], sizes: list[int]) -> list[int]:
 def linear_influence(
     x: Tensor,
     dy: Tensor,
-    bounds: list[int],
+    spans: Spans,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
     param: Tensor,
     step: OptimizerStep,
     rows: SparseRows | None,
-    positions: Tensor | None,
 ) -> Tensor:
     """Eq. 5 tile by tile; see `montessori.ops.linear_influence`."""
     table = _sorted_rows(rows) if rows is not None else (None, None, None)
     call = _prepared(q, exp_avg, exp_avg_sq, param, step)
-    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds), positions)
+    batch = (x.contiguous(), dy.contiguous(), *packed_layout(spans, x.shape[0]))
     scores, _ = torch.ops.montessori.linear_scores(
         *batch, *call.state, *table, None, None, None, *call.constants, _round_products()
     )
@@ -132,18 +132,17 @@ def linear_influence(
 def sampled_linear_influence(
     x: Tensor,
     dy: Tensor,
-    bounds: list[int],
+    spans: Spans,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
     param: Tensor,
     step: OptimizerStep,
     sample: TileSample,
-    positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Estimates of Σ q·(Δ(g) − Δ(0)) from the tiles of `sample`, and their variances."""
     call = _prepared(q, exp_avg, exp_avg_sq, param, step)
-    batch = (x.contiguous(), dy.contiguous(), torch.tensor(bounds), positions)
+    batch = (x.contiguous(), dy.contiguous(), *packed_layout(spans, x.shape[0]))
     chosen = (sample.tiles, sample.bounds, sample.population)
     scores, variance = torch.ops.montessori.linear_scores(
         *batch, *call.state, None, None, None, *chosen, *call.constants, _round_products()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from montessori import tiles
+from montessori.spans import Spans, spans_on
 from montessori.steps import AdamWStep, OptimizerStep
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _unsupported_tensors(operands: tuple[Tensor, Tensor], state: tuple[Tensor, .
 def linear_influence(
     x: Tensor,
     dy: Tensor,
-    bounds: list[int],
+    spans: Spans,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -110,11 +111,11 @@ def linear_influence(
     """
     if not isinstance(step, AdamWStep) or exp_avg is None or exp_avg_sq is None or rows is not None:
         raise TypeError("expected arguments that `unsupported` has let through")
-    if len(bounds) == 1:
+    if not spans:
         return q.new_zeros(0, q.shape[0], dtype=torch.float64)
     contiguous = [tensor.contiguous() for tensor in (q, exp_avg, exp_avg_sq, param)]
     return torch.ops.montessori_cuda.linear_scores(
-        x.contiguous(), dy.contiguous(), torch.tensor(bounds, device=x.device), *contiguous, *step.folded, step.eps,
+        x.contiguous(), dy.contiguous(), spans_on(tuple(spans), x.device), *contiguous, *step.folded, step.eps,
         step.weight_decay, step.lr, kernel or KERNELS[tiles.capability(x.device)],
         torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from montessori.local import sum_per_example
+from montessori import ops
 from montessori.rowmap import RowMap
 from montessori.uses import DenseUse, ExpertsUse, LinearUse, Use
 
@@ -95,6 +95,7 @@ class ExpertStack:
     rows: RowMap
     hit: int
     deliver: Callable[[str, Use], None]
+    impl: str
     parts: dict[int, LinearUse] = field(default_factory=dict)
 
     def receive(self, expert: int, tokens: Tensor, x: Tensor, dy: Tensor) -> None:
@@ -107,7 +108,7 @@ class ExpertStack:
     def _finish(self) -> None:
         bias = self.rule.parameters.get(f"{self.name}_bias")
         if bias is not None:
-            sums = {expert: sum_per_example(part.dy, part.offsets) for expert, part in self.parts.items()}
+            sums = {e: ops.example_sums(part.dy, part.offsets, impl=self.impl) for e, part in self.parts.items()}
             shape = getattr(self.module, f"{self.name}_bias").shape
             grad = next(iter(sums.values())).new_zeros(self.rows.size, *shape)
             for expert, value in sums.items():

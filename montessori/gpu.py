@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from montessori import tiles
+from montessori.spans import Spans, spans_on, steps_on
 from montessori.steps import AdamWStep, OptimizerStep
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
 def linear_influence(
     x: Tensor,
     dy: Tensor,
-    bounds: list[int],
+    spans: Spans,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -89,7 +90,7 @@ def linear_influence(
     tile: tiles.Tile | None = None,
 ) -> Tensor:
     """Eq. 5 tile by tile; see `montessori.ops.linear_influence`. `tile` is for measurements."""
-    (num_out, num_in), num_examples, num_sets = param.shape, len(bounds) - 1, q.shape[0]
+    (num_out, num_in), num_examples, num_sets = param.shape, len(spans), q.shape[0]
     if 0 in (num_out, num_in, num_examples, num_sets):
         return q.new_zeros(num_examples, num_sets, dtype=torch.float64)
     from montessori.kernels.triton.linear import linear_influence_launch
@@ -103,11 +104,11 @@ def linear_influence(
     table = (None, None, None) if rows is None else _rows_by_tile(rows, num_out, tile.block_o)
     with _on(param):
         linear_influence_launch(
-            x, dy, torch.tensor(bounds, device=x.device), q.contiguous(), *_contiguous(exp_avg, exp_avg_sq, param),
+            x, dy, spans_on(tuple(spans), x.device), q.contiguous(), *_contiguous(exp_avg, exp_avg_sq, param),
             table, partial, step_map.constants, step_map.flags, tile,
             tiles.examples_per_program(tiles_o * tiles_i, num_examples, x.device), _dot_precision(),
         )  # fmt: skip
-    return _total(partial, torch.arange(num_examples + 1, device=x.device)).mul_(-step.lr)
+    return _total(partial, steps_on(num_examples, partial.shape[2], x.device)).mul_(-step.lr)
 
 
 def _rows_by_tile(rows: SparseRows, num_out: int, block_o: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +150,7 @@ def embedding_influence(
             min(tiles.BLOCK_ELEMENTS, _power_of_2(width)),
         )  # fmt: skip
     example = torch.arange(num_examples + 1, device=key.device)
-    return start + _total(partial, torch.searchsorted(segments, example * num_rows)).mul_(-step.lr)
+    return start + _total(partial, torch.searchsorted(segments, example * num_rows) * per_row).mul_(-step.lr)
 
 
 def adam_influence(
@@ -175,7 +176,7 @@ def adam_influence(
             grad.reshape(num_examples, size).contiguous(), q.contiguous(), *_contiguous(exp_avg, exp_avg_sq, param),
             partial, step_map.constants, step_map.flags, tiles.BLOCK_ELEMENTS,
         )  # fmt: skip
-    return _total(partial, torch.arange(num_examples + 1, device=param.device)).mul_(-step.lr)
+    return _total(partial, steps_on(num_examples, partial.shape[2], param.device)).mul_(-step.lr)
 
 
 def adam_step_(
@@ -198,6 +199,18 @@ def adam_step_(
             param, source, grad, *_contiguous(exp_avg, exp_avg_sq), step.lr, step_map.constants, step_map.flags,
             tiles.BLOCK_ELEMENTS,
         )  # fmt: skip
+
+
+def example_sums(rows: Tensor, spans: Spans, times: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Sums of each example's rows; see `montessori.ops.example_sums`."""
+    sums = rows.new_empty(len(spans), *rows.shape[1:], dtype=torch.float32)
+    if sums.numel():
+        from montessori.kernels.triton.rows import example_sums_launch
+
+        spans_there = spans_on(tuple(spans), rows.device)
+        with _on(rows):
+            example_sums_launch(*_contiguous(rows, times, scale), spans_there, sums.view(len(spans), -1))
+    return sums
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,12 +262,12 @@ def _partials(like: Tensor, num_sets: int, num_parts: int, num_tiles: int) -> Te
 
 
 def _total(partial: Tensor, offsets: Tensor) -> Tensor:
-    """Scores float64 [B, K] from partial [K, parts, tiles] and the offsets [B+1] of each example's parts."""
+    """Scores float64 [B, K]: the sums of partial [K, parts, tiles], as [K, n], between the offsets [B+1]."""
     from montessori.kernels.triton.partials import sum_partials_launch
 
     scores = partial.new_empty(offsets.numel() - 1, partial.shape[0], dtype=torch.float64)
     with _on(partial):
-        sum_partials_launch(partial.flatten(1), offsets * partial.shape[2], scores)
+        sum_partials_launch(partial.flatten(1), offsets, scores)
     return scores
 
 

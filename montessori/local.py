@@ -7,55 +7,100 @@ n rows of all examples together, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from montessori.rowmap import UnmappableRowsError
+from montessori import ops
+from montessori.rowmap import Rows, UnmappableRowsError
+from montessori.spans import spans_of
 
 if TYPE_CHECKING:
     from montessori.rules import ModuleRule
 
+# ε of the modules found to be RMS norms, None of those found not to be.
+_RMS_EPS: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 
-def local_gradients(rule: ModuleRule, module: nn.Module, x: Tensor, dy: Tensor, offsets: Tensor) -> list[Tensor]:
-    """Gradients [B, *shape] of each parameter of `rule`, from x and dy [n, F]; grad mode must be on.
+
+@dataclass(frozen=True)
+class _RowGradients:
+    """Gradients of one parameter by row, [n, *shape]: values · times · scale, `scale` [n]; each may be missing."""
+
+    values: Tensor
+    times: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def local_gradients(rule: ModuleRule, module: nn.Module, x: Tensor, dy: Rows, impl: str) -> list[Tensor]:
+    """Gradients [B, *shape] of each parameter of `rule`, from x [n, F] and the rows of dy; grad mode must be on.
 
     All rows at once where the module multiplies or adds its parameters row by row, which it shows by taking
-    them with one row per row of x; example by example otherwise.
+    them with one row per row of x; example by example otherwise. `impl` as in `montessori.ops`.
     """
     own = {key: getattr(module, key).detach() for key in rule.parameters}
-    per_row = _norm_rows(module, rule, x, dy)
-    if per_row is None:
-        per_row = _rowwise_gradients(module, own, x, dy)
-    if per_row is not None:
-        return [sum_per_example(grad, offsets) for grad in per_row]
+    by_row = _norm_rows(module, rule, x, dy.values)
+    if by_row is None:
+        by_row = _rowwise_gradients(module, own, x, dy.values)
+    if by_row is not None:
+        return [
+            ops.example_sums(grad.values, dy.offsets, starts=dy.starts, times=grad.times, scale=grad.scale, impl=impl)
+            for grad in by_row
+        ]
     leaves = {key: value.requires_grad_() for key, value in own.items()}
-    grads = [_replayed(rule, module, leaves, x[low:high], dy[low:high]) for low, high in pairwise(offsets.tolist())]
+    spans = spans_of(dy.offsets, dy.starts)
+    grads = [_replayed(rule, module, leaves, x[low:high], dy.values[low:high]) for low, high in spans]
     return [torch.stack(per_example) for per_example in zip(*grads, strict=True)]
 
 
-def sum_per_example(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Sums [B, F] of the rows [n, F] of each example, in float32 or wider."""
-    wide = rows if rows.dtype is torch.float64 else rows.float()
-    return torch.stack([part.sum(0) for part in wide.split(offsets.diff().tolist())])
-
-
-def _norm_rows(module: nn.Module, rule: ModuleRule, x: Tensor, dy: Tensor) -> list[Tensor] | None:
-    """Row gradients of torch's own norms, which take no weight per row: dY · x̂ and dY."""
+def _norm_rows(module: nn.Module, rule: ModuleRule, x: Tensor, dy: Tensor) -> list[_RowGradients] | None:
+    """Row gradients of norms: dY · x̂ of a weight, dY of a bias. None for other modules."""
     if type(module) is nn.LayerNorm:
-        normed = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-    elif type(module) is nn.RMSNorm:
-        normed = F.rms_norm(x, module.normalized_shape, None, module.eps)
-    else:
+        normed = F.layer_norm(x, module.normalized_shape, None, None, module.eps).detach()
+        return [_RowGradients(dy, normed if key == "weight" else None) for key in rule.parameters]
+    eps = _rms_eps(module, rule, x)
+    if eps is None:
         return None
-    return [dy * normed.detach() if key == "weight" else dy for key in rule.parameters]
+    squares = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+    return [_RowGradients(dy, x, torch.rsqrt(squares / x.shape[-1] + eps))]
 
 
-def _rowwise_gradients(module: nn.Module, own: dict[str, Tensor], x: Tensor, dy: Tensor) -> list[Tensor] | None:
+def _rms_eps(module: nn.Module, rule: ModuleRule, x: Tensor) -> float | None:
+    """ε of a module whose weight multiplies x / sqrt(mean(x²) + ε), also as 1 + weight; None of any other.
+
+    Known by what it computes, whatever its class. In float64, the precision of checks, a module's own inner precision
+    counts, so there it is always run itself.
+    """
+    if x.dtype is torch.float64 or set(rule.parameters) != {"weight"}:
+        return None
+    if module not in _RMS_EPS:
+        _RMS_EPS[module] = _probed_rms_eps(module, x)
+    return _RMS_EPS[module]
+
+
+def _probed_rms_eps(module: nn.Module, x: Tensor) -> float | None:
+    """ε if the module's weight has the gradient of an RMS norm's on rows of very different size."""
+    weight = getattr(module, "weight", None)
+    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    if not isinstance(weight, Tensor) or weight.shape != x.shape[-1:] or not isinstance(eps, float):
+        return None
+    wave = torch.arange(3 * x.shape[-1], device=x.device).sin().reshape(3, -1)
+    sizes = torch.tensor([[max(eps, 1e-12) ** 0.5], [1.0], [30.0]], device=x.device)
+    rows = (sizes * wave).to(x.dtype)
+    found = _rowwise_gradients(module, {"weight": weight.detach()}, rows, torch.ones_like(rows))
+    if found is None:
+        return None
+    want = F.rms_norm(rows.float(), weight.shape, None, eps)
+    # A rounding for each operation of the module on the way to its normed rows.
+    roundings = 8 * torch.finfo(x.dtype).eps * want.abs() + torch.finfo(torch.float32).tiny
+    return eps if bool(((found[0].values.float() - want).abs() <= roundings).all()) else None
+
+
+def _rowwise_gradients(module: nn.Module, own: dict[str, Tensor], x: Tensor, dy: Tensor) -> list[_RowGradients] | None:
     leaves = {key: value.expand(x.shape[0], *value.shape).clone().requires_grad_() for key, value in own.items()}
     try:
         y = functional_call(module, leaves, (x,))
@@ -67,7 +112,7 @@ def _rowwise_gradients(module: nn.Module, own: dict[str, Tensor], x: Tensor, dy:
     except (RuntimeError, ValueError, IndexError):
         # The module wants its parameters in their own shape: it is run example by example.
         return None
-    return list(grads)
+    return [_RowGradients(grad) for grad in grads]
 
 
 def _replayed(

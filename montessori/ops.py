@@ -20,8 +20,9 @@ from torch import Tensor
 
 from montessori import blocked, cpu, cuda, gpu
 from montessori.errors import ArgumentError
+from montessori.spans import Spans
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
-from montessori.validation import check_ids, check_offsets, check_shape, check_state, check_tensors
+from montessori.validation import check_ids, check_offsets, check_shape, check_spans, check_state, check_tensors
 
 __all__ = [
     "AdamWStep",
@@ -35,6 +36,7 @@ __all__ = [
     "cross_entropy_",
     "draw_tiles",
     "embedding_influence",
+    "example_sums",
     "linear_influence",
     "row_changes",
     "sampled_linear_influence",
@@ -53,10 +55,10 @@ class SparseRows:
     offsets: Tensor
 
 
-# The CPU kernels, which alone take `positions`, are called by name.
 _LINEAR: dict[str, Callable[..., Tensor]] = {
     "cuda": cuda.linear_influence,
     "triton": gpu.linear_influence,
+    "cpu": cpu.linear_influence,
     "reference": blocked.linear_influence,
 }
 _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
@@ -139,32 +141,27 @@ def linear_influence(
     step: OptimizerStep,
     *,
     rows: SparseRows | None = None,
-    positions: Tensor | None = None,
+    starts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Scores of a linear layer's weight (Eq. 5): Σ q · Δ(dYᵀX) per example and reference set.
 
     x [T, I] are the layer's inputs and dy [T, O] the gradients of its outputs, packed without padding;
     example b owns rows offsets[b]..offsets[b+1]-1 (offsets int64 [B+1]; an example may be empty, its
-    gradient is then 0). With `positions`, int64 [T], x and dy have further rows, such as padding, and row t
-    of the batch is their row positions[t]. q [K, O, I]; exp_avg, exp_avg_sq and param [O, I]. `rows` adds the
+    gradient is then 0). With `starts`, int64 [B], x and dy have further rows, such as padding: example b owns as
+    many rows, from row starts[b] on. q [K, O, I]; exp_avg, exp_avg_sq and param [O, I]. `rows` adds the
     embedding's gradient where the weight is tied to it. Arithmetic is float64 when any input is, else float32;
     impl="cpu" rounds float32 x and dy to bfloat16 where torch does so in its own products, that is with
     `torch.set_float32_matmul_precision("medium")` on processors with bfloat16 matrix units.
     Returns float64 [B, K]. Raises ArgumentError when an argument does not fit.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    bounds = _check_batch(x, dy, offsets, param, positions)
+    spans = _check_batch(x, dy, offsets, param, starts)
     if rows is not None:
-        _check_rows(rows, param, len(bounds))
+        _check_rows(rows, param, len(spans) + 1)
     extra = rows.grad if rows is not None else None
     chosen, _ = choose_impl(impl, step, x, dy, q, exp_avg, exp_avg_sq, param, extra)
-    rest = (bounds, q, exp_avg, exp_avg_sq, param, step, rows)
-    if chosen == "cpu":
-        return cpu.linear_influence(x, dy, *rest, positions)
-    if positions is not None:
-        x, dy = x.index_select(0, positions), dy.index_select(0, positions)
-    return _LINEAR[chosen](x, dy, *rest)
+    return _LINEAR[chosen](x, dy, spans, q, exp_avg, exp_avg_sq, param, step, rows)
 
 
 @torch.no_grad()
@@ -193,7 +190,7 @@ def sampled_linear_influence(
     step: OptimizerStep,
     *,
     tiles: cpu.TileSample,
-    positions: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ q · (Δ(dYᵀX) − Δ(0)) estimated from a share of the weight's tiles, and the variances of the estimates.
 
@@ -202,11 +199,11 @@ def sampled_linear_influence(
     ArgumentError when the compiled kernels cannot take the arguments.
     """
     check_state(q, exp_avg, exp_avg_sq, param, step)
-    bounds = _check_batch(x, dy, offsets, param, positions)
+    spans = _check_batch(x, dy, offsets, param, starts)
     if tuple(q.shape) != tiles.shape:
         raise ArgumentError(f"tiles: expected those drawn for q {list(q.shape)}, got those of {list(tiles.shape)}")
     choose_impl("cpu", step, x, dy, q, exp_avg, exp_avg_sq, param)
-    return cpu.sampled_linear_influence(x, dy, bounds, q, exp_avg, exp_avg_sq, param, step, tiles, positions)
+    return cpu.sampled_linear_influence(x, dy, spans, q, exp_avg, exp_avg_sq, param, step, tiles)
 
 
 @torch.no_grad()
@@ -348,21 +345,48 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: st
     return (cpu if compiled else blocked).cross_entropy_(logits, targets, weights.contiguous())
 
 
+@torch.no_grad()
+def example_sums(
+    rows: Tensor,
+    offsets: Tensor,
+    *,
+    starts: Tensor | None = None,
+    times: Tensor | None = None,
+    scale: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Gradients of biases and of the weights of norms: sums of each example's rows, [B, *shape], float32 or float64.
+
+    rows [N, *shape] are the gradients by row; with `times` (of the same shape) and `scale` [N] their products, as a
+    norm's dY · x · (1/σ). offsets and starts as in `linear_influence`.
+    """
+    check_tensors({"rows": rows, "times": times, "scale": scale}, rows.device)
+    if rows.dim() == 0:
+        raise ArgumentError("rows: expected [N, *shape], got a single number")
+    if times is not None:
+        check_shape("times", times, tuple(rows.shape), "rows.shape")
+    if scale is not None:
+        check_shape("scale", scale, (rows.shape[0],), "[N]")
+    spans = check_spans(offsets, starts, rows.shape[0])
+    reason = gpu.unsupported(rows, times, scale)
+    asked = check_impl(impl) in ("triton", "cuda") or (impl == "auto" and _AUTO.get(rows.device.type) == "triton")
+    if impl == "triton" and reason is not None:
+        raise ArgumentError(f"impl='triton': {reason}; pass impl='auto' or 'reference'")
+    return (gpu if asked and reason is None else blocked).example_sums(rows, spans, times, scale)
+
+
 def _choose_dense(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
     """The implementation for ready gradients and rows; beside the CUDA library, which has matrices alone, Triton's."""
     return choose_impl("triton" if impl == "cuda" else impl, step, *tensors)[0]
 
 
-def _check_batch(x: Tensor, dy: Tensor, offsets: Tensor, param: Tensor, positions: Tensor | None = None) -> list[int]:
-    """The offsets as a list, of x [T, I] and dy [T, O] that fit `param` [O, I], or of T `positions` in them."""
+def _check_batch(x: Tensor, dy: Tensor, offsets: Tensor, param: Tensor, starts: Tensor | None) -> Spans:
+    """The rows of each example in x [N, I] and dy [N, O] that fit `param` [O, I]."""
     check_tensors({"x": x, "dy": dy}, param.device)
     num_out, num_in = _matrix_shape(param)
     check_shape("x", x, (None, num_in), "[T, I]")
     check_shape("dy", dy, (x.shape[0], num_out), "[T, O]")
-    if positions is None:
-        return check_offsets(offsets, x.shape[0])
-    check_ids(positions, x.shape[0], param.device, "positions")
-    return check_offsets(offsets, positions.numel())
+    return check_spans(offsets, starts, x.shape[0])
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

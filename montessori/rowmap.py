@@ -5,7 +5,7 @@ Dimensions: B examples, T padded tokens, n rows of an activation without padding
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -27,8 +27,18 @@ class UnmappableRowsError(ModelError):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows [N, F] of an activation, of which example b has offsets[b+1] − offsets[b] (int64 [B+1], on the CPU): from
+    starts[b] on (int64 [B], on the CPU), the rest being padding, or one after the other without `starts`."""
+
+    values: Tensor
+    offsets: Tensor
+    starts: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class RowMap:
-    """Maps activations of one batch to packed rows per example.
+    """Maps activations of one batch to rows per example.
 
     `kept` and `dropped` are the flat positions b·T + t of real tokens and of padding, `offsets`
     int64 [B+1] the bounds of the former, `label_offsets` the bounds of the rows that reach the vocabulary head.
@@ -40,6 +50,7 @@ class RowMap:
     dropped: Tensor
     offsets: Tensor
     label_offsets: Tensor
+    _suspects: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, batch: Batch) -> RowMap:
@@ -56,34 +67,8 @@ class RowMap:
             _offsets(labelled),
         )
 
-    def padded(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x [N, I] and dy [N, O], of which the rows `kept` are the batch; None where that is not so, or without
-        padding."""
-        tokens = self.size * self.length
-        same = x.shape[:-1] == dy.shape[:-1] and x.shape[:-1] in {(self.size, self.length), (tokens,)}
-        if not same or not self.dropped.numel():
-            return None
-        return x.reshape(tokens, -1), dy.reshape(tokens, -1)
-
-    def pack_gradient(self, dy: Tensor, module: str) -> tuple[Tensor, Tensor]:
-        """`pack` for the gradient of an activation, which must be 0 wherever padding is dropped.
-
-        Raises UnmappableRowsError where it is not: padding takes part in the loss, or the dimensions
-        are not the tokens they look like.
-        """
-        packed, offsets = self.pack(dy, module)
-        if self.dropped.numel() and int(offsets[-1]) < dy[..., 0].numel():
-            self.check_padding(dy, module)
-        return packed, offsets
-
-    def check_padding(self, dy: Tensor, module: str) -> None:
-        """Raise UnmappableRowsError where padding has a gradient."""
-        lost = dy.reshape(self.size * self.length, -1).index_select(0, self.dropped)
-        if bool((lost.abs() > 0).any()):
-            raise UnmappableRowsError(module, tuple(dy.shape), self.size)
-
-    def pack(self, activation: Tensor, module: str) -> tuple[Tensor, Tensor]:
-        """Rows [n, F] of an activation [..., F] without padding, and their offsets int64 [B+1].
+    def rows(self, activation: Tensor, module: str) -> Rows:
+        """Rows of an activation [..., F], none of them copied.
 
         Understood: [B, T, ..., F], [B·T, F] in the same order, [1, n, F] or [n, F] at the labelled
         positions, and [B, ..., F]. Raises UnmappableRowsError otherwise.
@@ -91,16 +76,38 @@ class RowMap:
         lead, features = activation.shape[:-1], activation.shape[-1]
         tokens = self.size * self.length
         if lead[:2] == (self.size, self.length):
-            return self._packed_tokens(activation.reshape(tokens, -1, features))
+            return self._token_rows(activation.reshape(tokens, -1, features))
         if lead == (tokens,):
-            return self._packed_tokens(activation.reshape(tokens, 1, features))
+            return self._token_rows(activation.reshape(tokens, 1, features))
         labelled = int(self.label_offsets[-1])
         if lead in {(1, labelled), (labelled,)}:
-            return activation.reshape(labelled, features), self.label_offsets
+            return Rows(activation.reshape(labelled, features), self.label_offsets)
         if self.size == 1 or (lead and lead[0] == self.size):
             rows = activation.reshape(self.size, -1, features)
-            return rows.flatten(0, 1), torch.arange(self.size + 1) * rows.shape[1]
+            return Rows(rows.flatten(0, 1), torch.arange(self.size + 1) * rows.shape[1])
         raise UnmappableRowsError(module, tuple(activation.shape), self.size)
+
+    def gradient_rows(self, dy: Tensor, module: str) -> Rows:
+        """`rows` of the gradient of an activation, which must be 0 wherever there is padding; `settle` says so."""
+        rows = self.rows(dy, module)
+        if rows.starts is not None:
+            lost = dy.reshape(self.size * self.length, -1).index_select(0, self.dropped)
+            self._suspects.append((module, tuple(dy.shape), (lost.abs() > 0).any()))
+        return rows
+
+    def settle(self) -> None:
+        """Raise UnmappableRowsError where padding had a gradient: it takes part in the loss, or the dimensions are not
+        the tokens they look like. Asked once for all layers, since the answer may have to come from a GPU."""
+        if self._suspects and bool(torch.stack([found for *_, found in self._suspects]).any()):
+            module, shape = next(suspect[:2] for suspect in self._suspects if bool(suspect[2]))
+            raise UnmappableRowsError(module, shape, self.size)
+
+    def pack(self, rows: Rows) -> Tensor:
+        """The rows [n, F] of all examples without padding, in order."""
+        if rows.starts is None:
+            return rows.values
+        per_token = rows.values.shape[0] // (self.size * self.length)
+        return rows.values.unflatten(0, (-1, per_token)).index_select(0, self.kept).flatten(0, 1)
 
     def of_tokens(self, tokens: Tensor, dy: Tensor, module: str) -> tuple[Tensor, Tensor]:
         """Of rows at the sorted flat positions `tokens`, int64 [n], those that are not padding, and their offsets.
@@ -119,9 +126,10 @@ class RowMap:
         real[self.kept] = True
         return real
 
-    def _packed_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        kept = rows.index_select(0, self.kept) if self.dropped.numel() else rows
-        return kept.flatten(0, 1), self.offsets * rows.shape[1]
+    def _token_rows(self, rows: Tensor) -> Rows:
+        per_token = rows.shape[1]
+        starts = torch.arange(self.size) * self.length * per_token if self.dropped.numel() else None
+        return Rows(rows.flatten(0, 1), self.offsets * per_token, starts)
 
 
 def _offsets(counts: Tensor) -> Tensor:

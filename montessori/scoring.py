@@ -52,7 +52,7 @@ class InfluenceSink:
                 self.scores += self.drift[name]
         elif isinstance(use, LinearUse):
             self.scores += ops.linear_influence(
-                use.x, use.dy, use.offsets, *rest, rows=use.rows, positions=use.positions, impl=self.impl
+                use.x, use.dy, use.offsets, *rest, rows=use.rows, starts=use.starts, impl=self.impl
             )
         elif isinstance(use, DenseUse):
             self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
@@ -94,7 +94,7 @@ class InfluenceSink:
 
     def _matrix(self, name: str, rows: slice | int, use: LinearUse) -> Tensor:
         rest, step = self._rest(name, rows)
-        return ops.linear_influence(use.x, use.dy, use.offsets, *rest, step, positions=use.positions, impl=self.impl)
+        return ops.linear_influence(use.x, use.dy, use.offsets, *rest, step, starts=use.starts, impl=self.impl)
 
     def _sampled(self, name: str, rows: slice | int, use: LinearUse, examples: slice | Tensor) -> None:
         rest, step = self._rest(name, rows)
@@ -102,7 +102,7 @@ class InfluenceSink:
         if block not in self.draws:
             self.draws[block] = ops.draw_tiles(rest[0], self.sample, seed=zlib.crc32(block.encode()))
         scores, variance = ops.sampled_linear_influence(
-            use.x, use.dy, use.offsets, *rest, step, tiles=self.draws[block], positions=use.positions
+            use.x, use.dy, use.offsets, *rest, step, tiles=self.draws[block], starts=use.starts
         )
         self.scores[examples] += scores
         self.variance[examples] += variance

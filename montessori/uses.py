@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 
 from montessori.ops import SparseRows
+from montessori.spans import packed_layout, spans_of
 
 
 @dataclass(frozen=True)
 class LinearUse:
     """Gradient dYᵀX of a matrix [O, I]: x [n, I], dy [n, O], offsets int64 [B+1], and tied rows.
 
-    With `positions`, int64 [n], x and dy still have padding between those of their rows that count.
+    With `starts`, int64 [B], x and dy still have padding: example b has as many rows, from row starts[b] on.
     """
 
     x: Tensor
     dy: Tensor
     offsets: Tensor
     rows: SparseRows | None = None
-    positions: Tensor | None = None
+    starts: Tensor | None = None
 
     def packed(self) -> LinearUse:
         """The same without padding in x and dy."""
-        if self.positions is None:
+        _, positions = packed_layout(spans_of(self.offsets, self.starts), self.x.shape[0])
+        if positions is None:
             return self
-        x, dy = (factor.index_select(0, self.positions) for factor in (self.x, self.dy))
-        return LinearUse(x, dy, self.offsets, self.rows)
+        positions = positions.to(self.x.device)
+        return LinearUse(self.x[positions], self.dy[positions], self.offsets, self.rows)
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,7 @@ def example_gradient(use: Use, example: int, shape: torch.Size) -> Tensor:
     rows = use.rows
     dtype = torch.promote_types((use.x if isinstance(use, LinearUse) else use.rows.grad).dtype, torch.float32)
     if isinstance(use, LinearUse):
-        use = use.packed()
-        span = slice(*use.offsets[example : example + 2].tolist())
+        span = slice(*spans_of(use.offsets, use.starts)[example])
         grad = use.dy[span].to(dtype).T @ use.x[span].to(dtype)
     else:
         grad = use.rows.grad.new_zeros(shape, dtype=dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from montessori.errors import ArgumentError
+from montessori.spans import Spans, spans_of
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,19 +42,37 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], leg
         raise ArgumentError(f"{name}: expected shape {legend} = [{shown}], got {list(tensor.shape)}")
 
 
-def check_offsets(offsets: Tensor, num_rows: int, name: str = "offsets") -> list[int]:
-    """The offsets as a list: sorted, from 0 to `num_rows`, one more than there are examples."""
+def check_offsets(offsets: Tensor, num_rows: int | None, name: str = "offsets") -> list[int]:
+    """The offsets as a list: sorted, from 0 to `num_rows` (None: to any number), one more than there are examples."""
     if not isinstance(offsets, Tensor) or offsets.dtype is not torch.int64 or offsets.dim() != 1:
         got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
         raise ArgumentError(f"{name}: expected an int64 tensor [B+1], got {got}")
     bounds = offsets.tolist()
-    if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
+    end = num_rows if num_rows is not None else bounds[-1] if bounds else 0
+    if not bounds or bounds[0] != 0 or bounds[-1] != end:
         ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "no entry"
-        raise ArgumentError(f"{name}: expected to run from 0 to {num_rows} (the rows given), got {ends}")
+        raise ArgumentError(f"{name}: expected to run from 0 to {end} (the rows given), got {ends}")
     for position, (low, high) in enumerate(itertools.pairwise(bounds)):
         if high < low:
             raise ArgumentError(f"{name}: expected sorted offsets, got {low} then {high} at example {position}")
     return bounds
+
+
+def check_spans(offsets: Tensor, starts: Tensor | None, num_rows: int) -> Spans:
+    """The rows of each example: all `num_rows` one after the other, or from its start on and within them."""
+    size = len(check_offsets(offsets, num_rows if starts is None else None)) - 1
+    if starts is None:
+        return spans_of(offsets)
+    if not isinstance(starts, Tensor) or starts.dtype is not torch.int64 or starts.shape != (size,):
+        got = f"{starts.dtype} {list(starts.shape)}" if isinstance(starts, Tensor) else type(starts).__name__
+        raise ArgumentError(f"starts: expected an int64 tensor [B] = [{size}], got {got}")
+    spans = spans_of(offsets, starts)
+    for example, (low, high) in enumerate(spans):
+        if low < 0 or high > num_rows:
+            raise ArgumentError(
+                f"starts: expected example {example} within the {num_rows} rows given, got rows {low} to {high}"
+            )
+    return spans
 
 
 def check_ids(ids: Tensor, num_embeddings: int, device: torch.device, name: str = "ids") -> None:

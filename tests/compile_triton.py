@@ -13,13 +13,13 @@ import tempfile
 from pathlib import Path
 
 import triton
-from montessori.kernels.triton import cross_entropy, elementwise, embedding, linear, partials
+from montessori.kernels.triton import cross_entropy, elementwise, embedding, linear, partials, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from montessori import tiles
 
-FLOAT_POINTERS = ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale")
+FLOAT_POINTERS = ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale", "sums")
 FLOATS = ("a1", "a2", "s1", "s2", "eps", "decay", "l2", "lr")
 SGD = {"ADAM": False, "MOMENT": False, "DECAY": False, "exp_avg_ptr": None, "exp_avg_sq_ptr": None}
 ADAMW = {"ADAM": True, "MOMENT": True, "DECAY": True, "L2": False}
@@ -27,10 +27,10 @@ ADAMW = {"ADAM": True, "MOMENT": True, "DECAY": True, "L2": False}
 
 def pointer_types(operand: str, state: str) -> dict[str, str]:
     """Element type of every pointer argument by its name."""
-    types = dict.fromkeys(("x", "dy", "grad", "hidden", "weight", "row_grad"), operand)
+    types = dict.fromkeys(("x", "dy", "grad", "hidden", "weight", "row_grad", "rows", "times"), operand)
     types |= dict.fromkeys(("q", "exp_avg", "exp_avg_sq"), state)
-    types |= dict.fromkeys(("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale"), "fp32")
-    types |= dict.fromkeys(("offsets", "order", "starts", "ids", "targets"), "i64")
+    types |= dict.fromkeys(FLOAT_POINTERS, "fp32")
+    types |= dict.fromkeys(("offsets", "spans", "order", "starts", "ids", "targets"), "i64")
     return types | {"row_ids": "i32", "row_bounds": "i32", "scores": "fp64"}
 
 
@@ -39,13 +39,13 @@ def kernels(capability: int) -> dict[str, tuple]:
     tile = tiles.NARROW[divmod(capability, 10)]
     fused = {"SETS": 1, "SETS_PADDED": 1, **ADAMW, "TIED": False, "HOLD": True, "BLOCK_R": 16, "GROUP": 8}
 
-    rows = dict.fromkeys(("row_ids_ptr", "row_grad_ptr", "row_bounds_ptr"))
+    not_tied = dict.fromkeys(("row_ids_ptr", "row_grad_ptr", "row_bounds_ptr"))
 
     def linear_entry(tile: tiles.Tile, operand: str, state: str, **changes) -> tuple:
         shape = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_T": tile.block_t}
         constants = {**fused, **shape, "PRECISION": "ieee" if operand == "fp32" else "tf32", **changes}
         if not constants["TIED"]:
-            constants |= rows
+            constants |= not_tied
         return linear.linear_influence_kernel, (operand, state), constants, tile.num_warps, tile.num_stages
 
     products = {
@@ -67,6 +67,7 @@ def other_kernels() -> dict[str, tuple]:
     logits = {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_H": 64, "PRECISION": "tf32"}
     plain = {"SETS": 1, "BLOCK": tiles.BLOCK_ELEMENTS}
     without_decay = {name: ADAMW[name] for name in ("ADAM", "MOMENT", "L2")}
+    sums = {"TIMES": True, "SCALED": True, "BLOCK_T": 32, "BLOCK_F": 128}
     step = {"ADAM": True, "MOMENT": True, "BLOCK": tiles.BLOCK_ELEMENTS}
     return {
         "elementwise": (elementwise.adam_influence_kernel, ("fp32", "fp32"), {**plain, **ADAMW}, 4, 1),
@@ -75,6 +76,7 @@ def other_kernels() -> dict[str, tuple]:
         "cross entropy": (cross_entropy.linear_cross_entropy_kernel, ("bf16", "fp32"), logits, 8, 3),
         "logits gradient": (cross_entropy.logits_gradient_kernel, ("bf16", "fp32"), logits, 8, 3),
         "partials": (partials.sum_partials_kernel, ("fp32", "fp32"), {"BLOCK": 512}, 4, 1),
+        "row sums": (rows.example_sums_kernel, ("bf16", "fp32"), sums, 4, 1),
     }
 
 
@@ -88,7 +90,7 @@ def compile_kernel(kernel, types: tuple[str, str], constants: dict, warps: int, 
             signature[name] = f"*{pointers[name.removesuffix('_ptr')]}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or name in ("O", "I", "H", "V", "size"):
+        if name.endswith("_ptr") or name in ("O", "I", "H", "V", "F", "size"):
             aligned[(position,)] = [["tt.divisibility", 16]]
     at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=at, attrs=aligned)

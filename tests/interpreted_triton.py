@@ -15,13 +15,16 @@ from op_cases import (
     ADAMW,
     HOSTILE,
     STEPS,
+    SUMS,
     Case,
     assert_specified,
     assert_step_specified,
+    assert_sums_specified,
     embedding_case,
     linear_case,
     make_state,
     ready_case,
+    with_padding,
 )
 from support import make_model, make_rows, warm_optimizer
 
@@ -93,6 +96,12 @@ def test_an_example_has_the_same_bits_alone_in_a_batch_and_in_programs_of_its_ow
         assert torch.equal(alone.run(impl="triton")[0], together[b])
 
 
+@pytest.mark.parametrize("name", ["several_tiles", "several_tiles_tied", "empty_at_both_ends", "no_example"])
+def test_padding_between_the_examples_changes_no_bit(name):
+    case = CASES[name].to(torch.float32)
+    assert torch.equal(with_padding(case).run(impl="triton"), case.run(impl="triton"))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_example_breaks_its_own_score_alone(value):
     case = CASES["several_tiles"].to(torch.float32)
@@ -114,6 +123,12 @@ def test_without_epsilon_the_edge_of_a_tile_stays_out_of_the_score():
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_the_step_itself_is_as_specified_and_can_be_taken_back(step):
     assert_step_specified((3, 700), step, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_over_the_rows_of_examples_are_as_specified(name, dtype):
+    assert_sums_specified(name, dtype, "triton")
 
 
 def head_case(num_rows=17, width=19, num_words=531):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from pretend_gpu import DEVICE, pretended_gpu, to_device
 from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, warm_optimizer
 
 from montessori import InfluenceEstimator
 from montessori.models import load_model
+from montessori.spans import spans_on
 
 ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
 # Float32 sums of the same terms, in another order: some hundred roundings of the largest score. An anchor, and a real
@@ -56,6 +58,25 @@ def test_every_kind_of_model_is_scored(name):
 @pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
 def test_every_setting_is_scored(name, options):
     assert_equal_scores(name, **options)
+
+
+def test_the_host_does_not_wait_for_every_layer():
+    waits = []
+    for layers in (1, 4):
+        torch.manual_seed(0)
+        config = CONFIGS["llama_biases"]()
+        config.num_hidden_layers = layers
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        optimizer = warm_optimizer(model)
+        with pretended_gpu() as gpu:
+            to_device(model, optimizer)
+            estimator = InfluenceEstimator(model, optimizer, REFERENCES, pilot=1)
+            estimator.prepare(ROWS)
+            gpu.waits.clear()
+            spans_on.cache_clear()
+            estimator.score(ROWS)
+        waits.append(gpu.waits)
+    assert waits[0] == waits[1]
 
 
 def test_a_checkpoint_is_scored_and_audited(student):

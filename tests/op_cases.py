@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ class Case:
     dy: Tensor | None = None
     offsets: Tensor | None = None
     rows: SparseRows | None = None
+    starts: Tensor | None = None
     ready: Tensor | None = None
 
     @property
@@ -95,7 +97,8 @@ class Case:
             return ops.adam_influence(self.ready, *self.state, **options)
         if self.x is None:
             return ops.embedding_influence(self.rows, *self.state, **options)
-        return ops.linear_influence(self.x, self.dy, self.offsets, *self.state, rows=self.rows, **options)
+        options |= {"rows": self.rows, "starts": self.starts}
+        return ops.linear_influence(self.x, self.dy, self.offsets, *self.state, **options)
 
     def allowed(self, dtype: torch.dtype) -> Tensor:
         """Error [B, K] that arithmetic in `dtype` may make: twice the plain path's own, and a rounding band.
@@ -146,6 +149,18 @@ def linear_case(lengths, num_out=5, num_in=3, sets=2, step=ADAMW, tied=None) -> 
     rows = make_rows(tied, num_out, num_in) if tied is not None else None
     state = make_state((num_out, num_in), sets, step)
     return Case(**state, x=x, dy=dy, offsets=bounds(*lengths), rows=rows)
+
+
+def with_padding(case: Case) -> Case:
+    """The same examples with padding before, between and after them, of values that would show."""
+    starts, gaps = case.offsets[:-1].clone(), [2, 0, 5, 1]
+    for example in range(len(starts)):
+        starts[example:] += gaps[example % len(gaps)]
+    total = int(case.offsets[-1]) + sum(gaps[example % len(gaps)] for example in range(len(starts))) + 3
+    x, dy = (t.new_full((total, t.shape[1]), torch.nan) for t in (case.x, case.dy))
+    for start, (low, high) in zip(starts.tolist(), pairwise(case.offsets.tolist()), strict=True):
+        x[start : start + high - low], dy[start : start + high - low] = case.x[low:high], case.dy[low:high]
+    return replace(case, x=x, dy=dy, starts=starts)
 
 
 def embedding_case(lengths, table=9, width=4, sets=2, step=ADAMW) -> Case:
@@ -225,3 +240,43 @@ def assert_step_specified(shape: tuple[int, ...], step: OptimizerStep, dtype: to
     again = source.clone()
     ops.adam_step_(again, again, case.ready[0], *state, step, impl=impl)
     assert torch.equal(again, param)
+
+
+SUMS = {
+    "ordinary": ((4, 0, 9, 1), (5,)),
+    "scalar": ((3, 2), ()),
+    "matrix": ((2, 37), (3, 150)),
+    "all_empty": ((0, 0), (4,)),
+    "no_example": ((), (4,)),
+    "no_element": ((2,), (0,)),
+}
+
+
+def assert_sums_specified(name: str, dtype: torch.dtype, impl: str) -> None:
+    """Sums of rows, of products and of scaled products, with padding between, as float64 has them."""
+    lengths, shape = SUMS[name]
+    generator = torch.Generator().manual_seed(2)
+    given = [torch.randn(sum(lengths), *size, generator=generator).to(dtype) for size in (shape, shape, ())]
+    offsets = bounds(*lengths)
+    starts = offsets[:-1] + 2 * torch.arange(1, len(offsets))
+    total = int(offsets[-1]) + 2 * len(offsets)
+    padded = [tensor.new_full((total, *tensor.shape[1:]), torch.nan) for tensor in given]
+    for start, (low, high) in zip(starts.tolist(), pairwise(offsets.tolist()), strict=True):
+        for whole, tensor in zip(padded, given, strict=True):
+            whole[start : start + high - low] = tensor[low:high]
+    for taken in (1, 2, 3):
+        names = ("rows", "times", "scale")[:taken]
+        arguments = dict(zip(names, given, strict=False))
+        got = ops.example_sums(**arguments, offsets=offsets, impl=impl)
+        product = given[0].double()
+        for factor in given[1:taken]:
+            product = product * factor.double().reshape(*factor.shape, *[1] * (product.dim() - factor.dim()))
+        parts = [product[low:high] for low, high in pairwise(offsets.tolist())]
+        want = torch.stack([part.sum(0) for part in parts]) if parts else product.new_zeros(0, *shape)
+        sizes = torch.stack([part.abs().sum(0) for part in parts]) if parts else want
+        assert got.shape == want.shape
+        assert got.dtype is torch.promote_types(dtype, torch.float32)
+        # Two roundings of each product and one for each sum.
+        assert torch.all((got - want).abs() <= (max(lengths, default=0) + 3) * torch.finfo(got.dtype).eps * sizes)
+        with_gaps = dict(zip(names, padded, strict=False))
+        assert torch.equal(ops.example_sums(**with_gaps, offsets=offsets, starts=starts, impl=impl), got)

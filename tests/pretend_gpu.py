@@ -41,7 +41,7 @@ WAITING = {
 }
 # These take indices from the host too.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-KERNEL_MODULES = ("linear", "elementwise", "embedding", "cross_entropy", "partials")
+KERNEL_MODULES = ("linear", "elementwise", "embedding", "cross_entropy", "partials", "rows")
 
 
 class OnDevice(Tensor):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import linear_case, with_padding
 
 from montessori import AdamWStep, SGDStep, cpu, ops
 from montessori.errors import ArgumentError
@@ -196,25 +197,20 @@ def test_the_package_works_where_the_kernels_are_not_built():
 @pytest.mark.parametrize("simd", simd_levels())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-def test_padding_between_the_rows_changes_no_bit(monkeypatch, simd, dtype, impl):
+def test_padding_between_the_examples_changes_no_bit(monkeypatch, simd, dtype, impl):
     monkeypatch.setenv("MONTESSORI_SIMD", simd)
-    (x, dy, offsets, *state), rows = problem()
-    x, dy = x.to(dtype), dy.to(dtype)
-    # Three rows of padding before every tenth, with values that would show.
-    positions = torch.arange(len(x)) + 3 * (torch.arange(len(x)) // 10)
-    padded_x, padded_dy = (t.new_full((int(positions[-1]) + 5, t.shape[1]), torch.nan) for t in (x, dy))
-    padded_x[positions], padded_dy[positions] = x, dy
-    want = scores((x, dy, offsets, *state), rows, impl=impl)
-    arguments = (padded_x, padded_dy, offsets, *state, STEP)
-    assert torch.equal(ops.linear_influence(*arguments, rows=rows, positions=positions, impl=impl), want)
+    case = linear_case((37, 0, 1, 64), num_out=203, num_in=211, tied=(40, 0, 3, 9)).to(torch.float32)
+    case.x, case.dy = case.x.to(dtype), case.dy.to(dtype)
+    assert torch.equal(with_padding(case).run(impl=impl), case.run(impl=impl))
 
 
 @pytest.mark.parametrize(
-    ("positions", "words"),
-    [(torch.tensor([0, 1, 3]), "0..2, got 0..3"), (torch.tensor([0, 1]), "0 to 2 .* got 0 to 3"),
-     (torch.tensor([0.0, 1, 2]), "int64"), (torch.tensor([-1, 1, 2]), "0..2, got -1..2")],
+    ("starts", "words"),
+    [(torch.tensor([0, 3]), "example 1 within the 3 rows given, got rows 3 to 4"),
+     (torch.tensor([-1, 2]), "example 0 within the 3 rows given, got rows -1 to 1"),
+     (torch.tensor([0]), r"\[B\] = \[2\], got torch.int64 \[1\]"), (torch.tensor([0.0, 2]), "int64"), ([0, 2], "list")],
 )  # fmt: skip
-def test_positions_that_do_not_fit_are_one_line_errors(positions, words):
+def test_starts_that_do_not_fit_are_one_line_errors(starts, words):
     (x, dy, offsets, *state), _ = problem(num_out=5, num_in=3, lengths=(2, 1))
     with pytest.raises(ArgumentError, match=words):
-        ops.linear_influence(x, dy, offsets, *state, STEP, positions=positions)
+        ops.linear_influence(x, dy, offsets, *state, STEP, starts=starts)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import ADAMW, Case, bounds, linear_case
+from op_cases import ADAMW, Case, bounds, linear_case, with_padding
+
+from montessori.spans import spans_of
 
 ROOT = Path(__file__).parents[1]
 TOOLKITS = [path for path in (Path("/usr/local/cuda/include"), Path("/opt/cuda/include")) if (path / "cuda.h").exists()]
@@ -42,13 +44,14 @@ def library(tmp_path_factory) -> Path:
 
 def emulate(library: Path, kernel: str, case: Case, splits: int, scores: torch.Tensor) -> None:
     """Fill `scores` [B, K], which is in shared memory."""
+    spans = torch.tensor(spans_of(case.offsets, case.starts)).reshape(-1, 2)
     tensors = [case.x, case.dy, case.q, case.exp_avg, case.exp_avg_sq, case.param]
     arrays = (ctypes.c_void_p * 6)(*[tensor.data_ptr() for tensor in tensors])
     dtypes = (ctypes.c_int * 6)(*[CODES[tensor.dtype] for tensor in tensors])
     sizes = (ctypes.c_int * 5)(len(case.x), len(case.offsets) - 1, *case.q.shape)
     constants = (ctypes.c_float * 6)(*case.step.folded, case.step.eps, case.step.weight_decay)
     error = ctypes.CDLL(str(library)).emulate(
-        kernel.encode(), arrays, dtypes, ctypes.c_void_p(case.offsets.data_ptr()), sizes, constants, splits,
+        kernel.encode(), arrays, dtypes, ctypes.c_void_p(spans.data_ptr()), sizes, constants, splits,
         ctypes.c_double(-case.step.lr), ctypes.c_void_p(scores.data_ptr()),
     )  # fmt: skip
     assert error == 0
@@ -95,6 +98,12 @@ def test_the_share_of_a_block_does_not_change_a_bit(library, kernel):
     alone = ragged(lengths=(35, 3, 0, 65, 1), num_out=16, num_in=24)
     alone.x, alone.dy, alone.offsets = alone.x[38:103].clone(), alone.dy[38:103].clone(), bounds(65)
     assert torch.equal(run(library, kernel, alone)[0], together[3])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padding_between_the_examples_changes_no_bit(library, kernel):
+    case = ragged(lengths=(35, 3, 0, 65), num_out=16, num_in=24)
+    assert torch.equal(run(library, kernel, with_padding(case)), run(library, kernel, case))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -10,9 +10,11 @@ from op_cases import (
     ADAMW,
     HOSTILE,
     STEPS,
+    SUMS,
     Case,
     assert_specified,
     assert_step_specified,
+    assert_sums_specified,
     bounds,
     every_impl,
     every_step,
@@ -33,6 +35,28 @@ from montessori.ops import SparseRows
 @pytest.mark.parametrize("shape", [(3, 1700), (1,), (17,), (4096,), (0,), (2, 3, 5)], ids=str)
 def test_the_step_itself_is_as_specified(shape, step, impl):
     assert_step_specified(shape, step, torch.float32, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_over_the_rows_of_examples_are_as_specified(name, dtype):
+    assert_sums_specified(name, dtype, "auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"times": torch.ones(3, 3)}, r"times: expected shape rows.shape = \[3, 2\], got \[3, 3\]"),
+        ({"scale": torch.ones(2)}, r"scale: expected shape \[N\] = \[3\], got \[2\]"),
+        ({"rows": torch.ones(3, 2).long()}, "rows: expected dtype"),
+        ({"offsets": torch.tensor([0, 2])}, "offsets: expected to run from 0 to 3"),
+        ({"impl": "triton"}, "impl='triton'"),
+    ],
+)
+def test_rows_that_cannot_be_summed_are_named(change, words):
+    arguments = {"rows": torch.ones(3, 2), "offsets": torch.tensor([0, 3])} | change
+    with pytest.raises(ArgumentError, match=words):
+        ops.example_sums(**arguments)
 
 
 @pytest.mark.skipif("cpu" not in ops.available_impls(), reason="the CPU kernels are not built")

@@ -61,7 +61,7 @@ def test_kernels_compile_within_the_resources_of_a_gpu(compiled, capability):
         # 16 bytes of stack are two registers beside a loop; a spilled tile has hundreds.
         assert used["stack"] <= 16, f"{name}: {used}"
         assert used["shared"] <= SHARED_LIMIT[capability], f"{name}: {used}"
-        on_tensor_cores = name not in ("linear fp32", "elementwise", "step", "embedding", "partials")
+        on_tensor_cores = name not in ("linear fp32", "elementwise", "step", "embedding", "partials", "row sums")
         assert (MATRIX_INSTRUCTION[capability] in used["matrix"]) == on_tensor_cores, f"{name}: {used}"
 
 

@@ -16,14 +16,14 @@ struct Array {
 
 // Σ q · ((a1 m + a2 g) / (sqrt(s1 v + s2 g²) + ε) + decay θ) per example and set, g = dYᵀX (Eq. 1 and 5).
 struct LinearProblem {
-  Array x;                 // [T, I], bfloat16 or float16, 16-byte aligned rows
-  Array dy;                // [T, O], of the same dtype
-  const int64_t* offsets;  // [B+1]
-  Array q;                 // [K, O, I]
-  Array exp_avg;           // [O, I]
-  Array exp_avg_sq;        // [O, I]
-  Array param;             // [O, I], read only where decay is not 0
-  float* partial;          // [K, B+1, parts]; row B takes the decay, which all examples share
+  Array x;               // [T, I], bfloat16 or float16, 16-byte aligned rows
+  Array dy;              // [T, O], of the same dtype
+  const int64_t* spans;  // [B, 2]: rows of each example, padding may lie between them
+  Array q;               // [K, O, I]
+  Array exp_avg;         // [O, I]
+  Array exp_avg_sq;      // [O, I]
+  Array param;           // [O, I], read only where decay is not 0
+  float* partial;        // [K, B+1, parts]; row B takes the decay, which all examples share
   int64_t tokens;
   int examples, sets, out, in;
   float a1, a2, s1, s2, eps, decay;

@@ -36,15 +36,20 @@ struct Panel {
 
 // The chunks of the examples first..last-1 in order; `count` tokens from `row` on, 0 when there are no more.
 struct Chunks {
-  const int64_t* offsets;
+  const int64_t* spans;
   int example, last;
   int64_t row, end;
   int count;
 
-  __device__ Chunks(const int64_t* offsets, Share share)
-      : offsets(offsets), example(share.first), last(share.last), row(offsets[share.first]), end(row), count(0) {
-    if (example < last) end = offsets[example + 1];
+  __device__ Chunks(const int64_t* spans, Share share)
+      : spans(spans), example(share.first), last(share.last), row(0), end(0), count(0) {
+    if (example < last) enter();
     settle();
+  }
+
+  __device__ void enter() {
+    row = spans[2 * example];
+    end = spans[2 * example + 1];
   }
 
   __device__ void next() {
@@ -53,7 +58,10 @@ struct Chunks {
   }
 
   __device__ void settle() {
-    while (row == end && example + 1 < last) end = offsets[++example + 1];
+    while (row == end && example + 1 < last) {
+      ++example;
+      enter();
+    }
     count = static_cast<int>(min(end - row, static_cast<int64_t>(kBlockT)));
   }
 };
@@ -122,7 +130,7 @@ struct Kernel {
                     static_cast<int>(threadIdx.x)};
     const uint32_t stages = shared_address(shared);
 
-    Chunks ahead(p.offsets, share);
+    Chunks ahead(p.spans, share);
     for (int stage = 0; stage < kStages - 1; ++stage, ahead.next()) {
       load_stage(stages + stage * kStageBytes, p, ahead, tile);
     }
@@ -132,7 +140,7 @@ struct Kernel {
     int stage = 0;
     for (int b = share.first; b < share.last; ++b) {
       float grad[2 * kPairs] = {};
-      for (int64_t done = p.offsets[b]; done < p.offsets[b + 1]; done += kBlockT) {
+      for (int64_t done = p.spans[2 * b]; done < p.spans[2 * b + 1]; done += kBlockT) {
         wait_for_copies<kStages - 2>();
         __syncthreads();
         load_stage(stages + (stage + kStages - 1) % kStages * kStageBytes, p, ahead, tile);

@@ -19,7 +19,7 @@ namespace {
 constexpr int kBlockO = 128, kBlockT = 64, kBox = 64, kGroupThreads = 128, kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kGroupThreads, kWarps = 4;
 constexpr int kBoxBytes = kBlockT * kBox * 2;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 // Named barriers; of the tail and the turn there is one for each consumer.
 constexpr int kStateBarrier = 1, kTailBarrier = 2, kTurnBarrier = kTailBarrier + kConsumers;
 
@@ -72,9 +72,11 @@ struct Kernel {
     }
   };
 
-  __device__ static int num_chunks(const LinearProblem& p, int b) {
-    return static_cast<int>((p.offsets[b + 1] - p.offsets[b] + kBlockT - 1) / kBlockT);
+  __device__ static int num_tokens(const LinearProblem& p, int b) {
+    return static_cast<int>(p.spans[2 * b + 1] - p.spans[2 * b]);
   }
+
+  __device__ static int num_chunks(const LinearProblem& p, int b) { return (num_tokens(p, b) + kBlockT - 1) / kBlockT; }
 
   __device__ static void produce(const LinearProblem& p, const CUtensorMap* x, const CUtensorMap* dy, int splits,
                                  int work, Pipeline pipe) {
@@ -82,10 +84,11 @@ struct Kernel {
       const TilePosition tile = tile_of(p, item / splits);
       const Share share = share_of(p.examples, splits, item % splits);
       for (int b = share.first; b < share.last; ++b) {
-        for (int64_t row = p.offsets[b]; row < p.offsets[b + 1]; row += kBlockT, ++pipe.count) {
+        const int last = static_cast<int>(p.spans[2 * b + 1]);
+        for (int row = static_cast<int>(p.spans[2 * b]); row < last; row += kBlockT, ++pipe.count) {
           hopper::barrier_wait(pipe.empty(), pipe.parity() ^ 1);
           hopper::barrier_expect(pipe.full(), kStageBytes);
-          load_stage(x, dy, pipe, tile, static_cast<int>(row));
+          load_stage(x, dy, pipe, tile, row);
         }
       }
     }
@@ -109,7 +112,7 @@ struct Kernel {
     }
   }
 
-  // The last chunk of an example also brought tokens of the next one: both operands become 0 there.
+  // The last chunk of an example also brought padding or tokens of the next one: both operands become 0 there.
   __device__ static void clear_tail(uint32_t stage, int tokens, int group) {
     const int thread = threadIdx.x % kGroupThreads, words = (kBlockT - tokens) * kBox * 2 / 16;
     for (int box = 0; box < kBoxesO + kBoxesI; ++box) {
@@ -151,13 +154,13 @@ struct Kernel {
   }
 
   // grad = dYᵀX of one example; its chunks are the next ones in the pipeline.
-  __device__ static void example_gradient(int64_t tokens, int group, Pipeline& pipe, float (&grad)[2 * kPairs]) {
+  __device__ static void example_gradient(int tokens, int group, Pipeline& pipe, float (&grad)[2 * kPairs]) {
 #pragma unroll
     for (int i = 0; i < 2 * kPairs; ++i) grad[i] = 0.f;
     uint32_t used = 0;
-    for (int64_t left = tokens; left > 0; left -= kBlockT, ++pipe.count) {
+    for (int left = tokens; left > 0; left -= kBlockT, ++pipe.count) {
       hopper::barrier_wait(pipe.full(), pipe.parity());
-      if (left < kBlockT) clear_tail(pipe.stage(), static_cast<int>(left), group);
+      if (left < kBlockT) clear_tail(pipe.stage(), left, group);
       hopper::hold_in_place(grad);
       multiply_stage(pipe.stage(), grad);
       hopper::wgmma_wait<1>();
@@ -194,7 +197,7 @@ struct Kernel {
         // the other group has seen all of its chunks.
         if (b > share.first) hopper::named_barrier(kTurnBarrier + group, kConsumers * kGroupThreads);
         float grad[2 * kPairs];
-        example_gradient(p.offsets[b + 1] - p.offsets[b], group, pipe, grad);
+        example_gradient(num_tokens(p, b), group, pipe, grad);
         if (b + 1 < share.last) {
           hopper::named_barrier_arrive(kTurnBarrier + (group + 1) % kConsumers, kConsumers * kGroupThreads);
         }

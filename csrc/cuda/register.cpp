@@ -70,13 +70,13 @@ Kernel kernel_named(const std::string& name) {
                   "' is not in this build: expected mma, or wgmma or wgmma_cluster where 90a was built");
 }
 
-Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets, const Tensor& q, const Tensor& exp_avg,
+Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& spans, const Tensor& q, const Tensor& exp_avg,
                      const Tensor& exp_avg_sq, const Tensor& param, double a1, double a2, double s1, double s2,
                      double eps, double decay, double lr, std::string kernel, int64_t stream_address) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  STD_TORCH_CHECK(offsets.is_cuda() && offsets.is_contiguous() && offsets.scalar_type() == ScalarType::Long,
-                  "offsets: expected a contiguous int64 CUDA tensor");
+  STD_TORCH_CHECK(spans.is_cuda() && spans.is_contiguous() && spans.scalar_type() == ScalarType::Long,
+                  "spans: expected a contiguous int64 CUDA tensor [B, 2]");
   LinearProblem p{};
   p.x = array_of(x, "x");
   p.dy = array_of(dy, "dy");
@@ -85,9 +85,9 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets, c
   p.exp_avg_sq = array_of(exp_avg_sq, "exp_avg_sq");
   p.param = array_of(param, "param");
   STD_TORCH_CHECK(p.x.dtype == p.dy.dtype && p.x.dtype != Dtype::kFloat32, "x, dy: expected bfloat16 or float16, both");
-  p.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
+  p.spans = static_cast<const int64_t*>(spans.const_data_ptr());
   p.tokens = x.size(0);
-  p.examples = static_cast<int>(offsets.numel() - 1);
+  p.examples = static_cast<int>(spans.size(0));
   p.sets = static_cast<int>(q.size(0));
   p.out = static_cast<int>(q.size(1));
   p.in = static_cast<int>(q.size(2));
@@ -116,7 +116,7 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& offsets, c
 
 STABLE_TORCH_LIBRARY(montessori_cuda, library) {
   library.def(
-      "linear_scores(Tensor x, Tensor dy, Tensor offsets, Tensor q, Tensor exp_avg, Tensor exp_avg_sq, Tensor param, "
+      "linear_scores(Tensor x, Tensor dy, Tensor spans, Tensor q, Tensor exp_avg, Tensor exp_avg_sq, Tensor param, "
       "float a1, float a2, float s1, float s2, float eps, float decay, float lr, str kernel, int stream) -> Tensor");
 }
 

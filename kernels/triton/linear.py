@@ -40,12 +40,12 @@ def add_rows(
 
 @triton.jit
 def example_gradient(
-    x_ptr, dy_ptr, offsets_ptr, b, outs, columns, out_mask, in_mask, grad, O, I,
+    x_ptr, dy_ptr, spans_ptr, b, outs, columns, out_mask, in_mask, grad, O, I,
     BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad + dYᵀX of example b in the tile, in float32."""
-    start = tl.load(offsets_ptr + b)
-    length = (tl.load(offsets_ptr + b + 1) - start).to(tl.int32)
+    start = tl.load(spans_ptr + 2 * b)
+    length = (tl.load(spans_ptr + 2 * b + 1) - start).to(tl.int32)
     token = tl.arange(0, BLOCK_T)
     dy_ptrs = dy_ptr + start * O + token[:, None] * O + outs[None, :]
     x_ptrs = x_ptr + start * I + token[:, None] * I + columns[None, :]
@@ -61,7 +61,7 @@ def example_gradient(
 
 @triton.jit(do_not_specialize=["num_examples", "examples_per_program"])
 def linear_influence_kernel(
-    x_ptr, dy_ptr, offsets_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr,
+    x_ptr, dy_ptr, spans_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr,
     row_ids_ptr, row_grad_ptr, row_bounds_ptr, partial_ptr,
     num_examples, O, I, num_tiles, examples_per_program, a1, a2, s1, s2, eps, decay, l2,
     SETS: tl.constexpr, SETS_PADDED: tl.constexpr, ADAM: tl.constexpr, MOMENT: tl.constexpr, DECAY: tl.constexpr,
@@ -95,7 +95,7 @@ def linear_influence_kernel(
         if L2:
             grad = l2 * tl.load(param_ptr + at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         grad = example_gradient(
-            x_ptr, dy_ptr, offsets_ptr, b, outs, columns, out_mask, in_mask, grad, O, I, BLOCK_T, PRECISION
+            x_ptr, dy_ptr, spans_ptr, b, outs, columns, out_mask, in_mask, grad, O, I, BLOCK_T, PRECISION
         )
         if TIED:
             bounds = row_bounds_ptr + b * (tiles_o + 1) + tile_o
@@ -117,14 +117,17 @@ def linear_influence_kernel(
 
 
 def linear_influence_launch(
-    x, dy, offsets, q, exp_avg, exp_avg_sq, param, rows, partial,
+    x, dy, spans, q, exp_avg, exp_avg_sq, param, rows, partial,
     constants, flags, tile, examples_per_program, precision,
 ):  # fmt: skip
-    """Fill partial [K, B, tiles]. `rows`: sorted ids, gradients and bounds [B, tiles_o + 1] int32, or three None."""
+    """Fill partial [K, B, tiles]; example b has the rows spans[b, 0] to spans[b, 1] of x and dy, spans int64 [B, 2].
+
+    `rows`: sorted ids, gradients and bounds [B, tiles_o + 1] int32, or three None.
+    """
     (num_out, num_in), (num_sets, num_examples, num_tiles) = param.shape, partial.shape
     grid = (num_tiles, triton.cdiv(num_examples, examples_per_program))
     linear_influence_kernel[grid](
-        x, dy, offsets, q, exp_avg, exp_avg_sq, param, *rows, partial,
+        x, dy, spans, q, exp_avg, exp_avg_sq, param, *rows, partial,
         num_examples, num_out, num_in, num_tiles, examples_per_program, *constants,
         SETS=num_sets, SETS_PADDED=triton.next_power_of_2(num_sets), **flags, TIED=rows[0] is not None,
         HOLD=tile.hold and num_sets == 1, PRECISION=precision,

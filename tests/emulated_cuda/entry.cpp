@@ -26,13 +26,13 @@ extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** func
 }
 
 // scores [B, K] float64. dtypes of x and dy, q, exp_avg, exp_avg_sq, param as in `Dtype`; sizes T, B, K, O, I.
-extern "C" int emulate(const char* kernel, const void* const* arrays, const int* dtypes, const int64_t* offsets,
+extern "C" int emulate(const char* kernel, const void* const* arrays, const int* dtypes, const int64_t* spans,
                        const int* sizes, const float* constants, int splits, double scale, double* scores) {
   using namespace montessori;
   const auto array = [&](int i) { return Array{arrays[i], static_cast<Dtype>(dtypes[i])}; };
   LinearProblem p{};
   p.x = array(0), p.dy = array(1), p.q = array(2), p.exp_avg = array(3), p.exp_avg_sq = array(4), p.param = array(5);
-  p.offsets = offsets;
+  p.spans = spans;
   p.tokens = sizes[0], p.examples = sizes[1], p.sets = sizes[2], p.out = sizes[3], p.in = sizes[4];
   p.a1 = constants[0], p.a2 = constants[1], p.s1 = constants[2], p.s2 = constants[3];
   p.eps = constants[4], p.decay = constants[5];
