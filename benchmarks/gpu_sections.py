@@ -5,7 +5,6 @@ Times are medians in milliseconds by device events. Dimensions as in `montessori
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from montessori import AdamWState, AdamWStep, InfluenceEstimator, cuda, gpu, ops, reference, tiles
+from benchmarks import gpu_models
+from benchmarks.gpu_timing import milliseconds
+from montessori import AdamWStep, cuda, gpu, ops, reference, tiles
 from montessori.ops import SparseRows
-from montessori.optim_state import ParameterState
+from montessori.spans import Spans, spans_of
 
 STEP = AdamWStep(lr=1e-3, eps=1e-8, weight_decay=0.1, step=12)
 # [O, I] of the layers that hold most of the weights.
@@ -29,6 +30,10 @@ SHAPES = {
 }
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 PACKED_TOKENS = 16384
+COPIED = 1 << 29  # elements
+SQUARE = 8192
+ELEMENTS = 1 << 28
+TOKENS, FEATURES, WORDS = 4096, 4096, 128256  # of the vocabulary head
 CHECKED = ((96, 72, (5, 0, 64, 1, 130)), (264, 200, (17, 64)), (1024, 512, (300, 1, 0, 700)))
 
 
@@ -44,7 +49,7 @@ class Problem:
 
     x: Tensor
     dy: Tensor
-    bounds: list[int]
+    offsets: Tensor
     q: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -55,45 +60,34 @@ class Problem:
     def state(self) -> tuple[Tensor, ...]:
         return self.q, self.exp_avg, self.exp_avg_sq, self.param
 
+    @property
+    def spans(self) -> Spans:
+        return spans_of(self.offsets)
+
     def arguments(self) -> tuple[Any, ...]:
-        return self.x, self.dy, self.bounds, *self.state, STEP, self.rows
+        return self.x, self.dy, self.spans, *self.state, STEP, self.rows
 
 
 def problem(shape, lengths, operand=torch.bfloat16, state=torch.float32, sets=1, tied=False, seed=0) -> Problem:
     """Random activations, and moments of the size that such gradients leave behind."""
     generator = torch.Generator("cuda").manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device="cuda")
-    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    tokens, scale = bounds[-1], max(1, max(lengths, default=1)) ** 0.5
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    tokens, scale = int(offsets[-1]), max(1, max(lengths, default=1)) ** 0.5
     rows = None
     if tied:
         ids = torch.randint(0, shape[0], (tokens,), generator=generator, device="cuda")
-        rows = SparseRows(ids, normal(tokens, shape[1]).to(operand), torch.tensor(bounds))
+        rows = SparseRows(ids, normal(tokens, shape[1]).to(operand), offsets)
     return Problem(
         x=normal(tokens, shape[1]).to(operand),
         dy=normal(tokens, shape[0]).to(operand),
-        bounds=bounds,
+        offsets=offsets,
         q=normal(sets, *shape).to(state),
         exp_avg=(normal(*shape) * scale).to(state),
         exp_avg_sq=((normal(*shape) * scale) ** 2 + 0.1).to(state),
         param=normal(*shape),
         rows=rows,
     )
-
-
-def milliseconds(work: Callable[[], object], repeats: int = 12) -> float:
-    """Median of single runs after three warm-ups."""
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def describe_device() -> dict[str, Any]:
@@ -104,13 +98,13 @@ def describe_device() -> dict[str, Any]:
 
 def ceilings() -> dict[str, Any]:
     """Measured copy bandwidth and matrix product rate, the two limits that times are read against."""
-    source = torch.randn(1 << 29, device="cuda")
+    source = torch.randn(COPIED, device="cuda")
     copied = milliseconds(lambda: source.clone())
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     multiplied = milliseconds(lambda: a @ b)
     row = {
         "copy TB/s": 2 * source.numel() * 4 / copied / 1e9,
-        "bf16 product TFLOP/s": 2 * 8192**3 / multiplied / 1e9,
+        "bf16 product TFLOP/s": 2 * SQUARE**3 / multiplied / 1e9,
     }
     return {"rows": [row]}
 
@@ -120,8 +114,8 @@ def specified(p: Problem, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     state = [tensor.to(wide) for tensor in p.state]
     scores = []
-    for b in range(len(p.bounds) - 1):
-        span = slice(p.bounds[b], p.bounds[b + 1])
+    for low, high in p.spans:
+        span = slice(low, high)
         grad = reference.linear_gradient(p.x[span].to(dtype), p.dy[span].to(dtype)).to(wide)
         if p.rows is not None:
             grad = grad.index_add(0, p.rows.ids[span], p.rows.grad[span].to(wide))
@@ -157,7 +151,7 @@ def checks_triton() -> dict[str, Any]:
     rows += check(gpu.linear_influence, NARROW, HELD, sets=3)["rows"]
     rows += check(gpu.linear_influence, NARROW, HELD, tied=True)["rows"]
     for tile in tiles.RIVALS:
-        rows += check(partial(gpu.linear_influence, tile=tile), (torch.bfloat16,), HELD)["rows"]
+        rows += check(partial(gpu.linear_influence, tile=tile), NARROW[:1], HELD)["rows"]
     return {"rows": rows + _check_small()}
 
 
@@ -166,13 +160,18 @@ def _check_small() -> list[dict[str, Any]]:
     p = problem((300, 200), (7, 0, 40), sets=2)
     grad = torch.randn(3, 300, 200, device="cuda")
     table = SparseRows(torch.randint(0, 300, (47,), device="cuda"), torch.randn(47, 200, device="cuda"),
-                       torch.tensor(p.bounds))  # fmt: skip
+                       p.offsets)  # fmt: skip
     wide = [tensor.double() for tensor in p.state]
     wide_table = SparseRows(table.ids, table.grad.double(), table.offsets)
     hidden, weight = torch.randn(65, 256, device="cuda"), torch.randn(5000, 256, device="cuda")
     targets = torch.randint(0, 5000, (65,), device="cuda")
     token_loss = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    rows, times = (torch.randn(47, 200, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    scale = torch.rand(47, device="cuda")
+    product = rows.double() * times.double() * scale.double()[:, None]
     pairs = {
+        "sums": (ops.example_sums(rows, p.offsets, times=times, scale=scale, impl="triton").double(),
+                 torch.stack([product[low:high].sum(0) for low, high in p.spans])),
         "ready": (ops.adam_influence(grad, *p.state, STEP, impl="triton"),
                   ops.adam_influence(grad.double(), *wide, STEP, impl="reference")),
         "table": (ops.embedding_influence(table, *p.state, STEP, impl="triton"),
@@ -199,7 +198,7 @@ def _load_cuda() -> None:
 
 def _unfused(adam_dot: Callable[..., Tensor], p: Problem) -> list[Tensor]:
     scores = []
-    for low, high in zip(p.bounds[:-1], p.bounds[1:], strict=True):
+    for low, high in p.spans:
         scores.append(adam_dot(p.dy[low:high].T @ p.x[low:high], *p.state))
     return scores
 
@@ -257,23 +256,32 @@ def rival_tiles() -> dict[str, Any]:
 
 def small() -> dict[str, Any]:
     """Memory-bound kernels: bytes that must move over time, beside the copy of the same run."""
-    size = 1 << 28
+    size = ELEMENTS
     tensors = [torch.randn(size, device="cuda") for _ in range(4)]
     grad, q, exp_avg, param = tensors
     second, source = exp_avg.square() + 0.1, param.clone()
     copy = 2 * 4 * size / milliseconds(lambda: param.copy_(source)) / 1e9
     scored = milliseconds(lambda: gpu.adam_influence(grad[None], q[None], exp_avg, second, param, STEP))
     stepped = milliseconds(lambda: gpu.adam_step_(param, source, grad, exp_avg, second, STEP))
-    # Scores read g, q, m, v, θ; the step reads g, m, v, θ and writes θ.
-    moved = {"copy": copy, "ready gradients": 20 * size / scored / 1e9, "step": 20 * size / stepped / 1e9}
+    # Eight examples of a norm, with as many features as fill the memory.
+    dy, x = (tensor.bfloat16().view(TOKENS, -1) for tensor in (grad, exp_avg))
+    spans = [(low, low + TOKENS // 8) for low in range(0, TOKENS, TOKENS // 8)]
+    summed = milliseconds(lambda: gpu.example_sums(dy, spans, x, second[:TOKENS]))
+    # Scores read g, q, m, v, θ; the step reads g, m, v, θ and writes θ; sums read dY and X in bfloat16.
+    moved = {
+        "copy": copy,
+        "ready gradients": 20 * size / scored / 1e9,
+        "step": 20 * size / stepped / 1e9,
+        "sums of norms": 4 * size / summed / 1e9,
+    }
     return {"rows": [{"kernel": name, "TB/s": rate, "of copy": rate / copy} for name, rate in moved.items()]}
 
 
 def head() -> dict[str, Any]:
     """Token losses of a vocabulary head of 128,256 words, with and without its logits in memory."""
-    hidden = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16) / 64
-    targets = torch.randint(0, 128256, (4096,), device="cuda")
+    hidden = torch.randn(TOKENS, FEATURES, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(WORDS, FEATURES, device="cuda", dtype=torch.bfloat16) / 64
+    targets = torch.randint(0, WORDS, (TOKENS,), device="cuda")
 
     def plain() -> Tensor:
         return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
@@ -287,92 +295,8 @@ def head() -> dict[str, Any]:
     return {"rows": rows}
 
 
-def score(backend: str) -> dict[str, Any]:
-    """`InfluenceEstimator.score` on TinyLlama's shape against plain forward + backward of the same batches."""
-    model = random_llama(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4,
-    )  # fmt: skip
-    rows = random_rows(64, 32000)
-    plain = plain_milliseconds(model, rows, batch_size=32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6)
-    ids = torch.tensor([row["input_ids"] for row in rows[:4]], device="cuda")
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    estimator = InfluenceEstimator(model, optimizer, rows[:8], backend=backend, pilot=2)
-    return {"rows": [{"backend": backend, **_scored(estimator, rows, plain, PACKED_TOKENS)}]}
-
-
-def score_8b() -> dict[str, Any]:
-    """`InfluenceEstimator.score` on Llama-3-8B's shape, weights, m, v and q in bfloat16, on one 80 GB card."""
-    model = random_llama(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8,
-    )  # fmt: skip
-    rows = random_rows(16, 128256)
-    plain = plain_milliseconds(model, rows, batch_size=4)
-    step = AdamWStep(lr=5e-6, step=12)
-    state = AdamWState(
-        {
-            name: ParameterState(step, torch.randn_like(p).mul_(1e-4), torch.rand_like(p).mul_(1e-8).add_(1e-10))
-            for name, p in model.named_parameters()
-        }
-    )
-    settings = {"method": "first_order", "reference_dtype": "model", "reference_batch_tokens": 2048}
-    estimator = InfluenceEstimator(model, state, rows[:4], **settings)
-    return {"rows": [{"backend": "auto", **_scored(estimator, rows, plain, 2048)}]}
-
-
-def random_llama(**shape: int) -> torch.nn.Module:
-    """A model of the Llama family with random bfloat16 weights on the device."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(max_position_embeddings=2048, tie_word_embeddings=False, **shape)
-    with torch.device("cuda"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def random_rows(count: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """Rows of 512 tokens, the last 384 with labels."""
-    rows = [{"input_ids": torch.randint(0, vocabulary, (512,)).tolist()} for _ in range(count)]
-    return [{**row, "labels": [-100] * 128 + row["input_ids"][128:]} for row in rows]
-
-
-def plain_milliseconds(model: torch.nn.Module, rows: list[dict[str, list[int]]], batch_size: int) -> float:
-    """Forward and backward of all rows, gradients of all weights included."""
-    batches = [
-        {name: torch.tensor([row[name] for row in rows[i : i + batch_size]], device="cuda") for name in rows[0]}
-        for i in range(0, len(rows), batch_size)
-    ]
-
-    def run() -> None:
-        for batch in batches:
-            model(**batch).loss.backward()
-            model.zero_grad()
-
-    return milliseconds(run, repeats=5)
-
-
-def _scored(
-    estimator: InfluenceEstimator, rows: list[dict[str, list[int]]], plain: float, batch_tokens: int
-) -> dict[str, Any]:
-    # What is done once may need more than the scores, and has to fit as well.
-    torch.cuda.reset_peak_memory_stats()
-    estimator.prepare(rows)
-    ours = milliseconds(lambda: estimator.score(rows, batch_tokens=batch_tokens), repeats=5)
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    return {
-        "plain tokens/s": tokens / plain * 1e3,
-        "score tokens/s": tokens / ours * 1e3,
-        "speed": plain / ours,
-        "peak GB": torch.cuda.max_memory_allocated() / 1e9,
-    }
-
-
-def _named(work: Callable[..., dict[str, Any]], argument: str) -> Callable[[], dict[str, Any]]:
-    run = partial(work, argument)
+def _named(work: Callable[..., dict[str, Any]], *arguments: str) -> Callable[[], dict[str, Any]]:
+    run = partial(work, *arguments)
     run.__doc__ = work.__doc__
     return run
 
@@ -388,11 +312,12 @@ SECTIONS = {
     "linear wgmma": Section(_named(linear_cuda, "wgmma"), 60),
     "linear wgmma_cluster": Section(_named(linear_cuda, "wgmma_cluster"), 60),
     "linear mma": Section(_named(linear_cuda, "mma"), 60),
-    "score triton": Section(_named(score, "triton"), 90),
-    "score 8B": Section(score_8b, 100),
+    "score triton": Section(_named(gpu_models.score, "triton"), 90),
+    "score mixed": Section(_named(gpu_models.score, "auto", "mixed"), 90),
+    "score 8B": Section(gpu_models.score_8b, 100),
     "small": Section(small, 40),
     "linear unfused": Section(linear_unfused, 90),
     "tiles": Section(rival_tiles, 60),
     "head": Section(head, 40),
-    "score cuda": Section(_named(score, "cuda"), 90),
+    "score cuda": Section(_named(gpu_models.score, "cuda"), 90),
 }

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,13 @@ import transformers
 from pretend_gpu import DEVICE, pretended_gpu, to_device
 from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, warm_optimizer
 
-from montessori import InfluenceEstimator
+from benchmarks import gpu_models, gpu_sections
+from montessori import InfluenceEstimator, tiles
 from montessori.models import load_model
 from montessori.spans import spans_on
 
+# Their library cannot be called here.
+CUDA_KERNELS = ("mma", "wgmma", "wgmma_cluster", "cuda")
 ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
 # Float32 sums of the same terms, in another order: some hundred roundings of the largest score. An anchor, and a real
 # step, subtract two losses of whose roundings no influence is free.
@@ -89,3 +94,46 @@ def test_a_checkpoint_is_scored_and_audited(student):
         got, audit = estimator.score(rows), estimator.audit(rows, k=4)
     np.testing.assert_allclose(got.influence, want.influence, rtol=0, atol=ROUNDINGS * abs(want.loss).max())
     assert audit.agreement["reference"].pearson > 0.99
+
+
+LITTLE = {
+    "SHAPES": dict.fromkeys(gpu_sections.SHAPES, (24, 40)),
+    "LENGTHS": (8, 16),
+    "PACKED_TOKENS": 32,
+    "CHECKED": ((24, 20, (5, 0, 1)),),
+    "COPIED": 64,
+    "SQUARE": 8,
+    "ELEMENTS": 1 << 10,
+    "TOKENS": 16,
+    "FEATURES": 8,
+    "WORDS": 70,
+    # The interpreter multiplies bfloat16 as raw bits.
+    "NARROW": (torch.float16,),
+}
+LLAMA = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def once(work, repeats=1) -> float:
+    work()
+    return 1.0
+
+
+@pytest.mark.parametrize("name", [name for name in gpu_sections.SECTIONS if not name.endswith(CUDA_KERNELS)])
+def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
+    for constant, value in LITTLE.items():
+        monkeypatch.setattr(gpu_sections, constant, value)
+    for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "ROW_TOKENS": 12}.items():
+        monkeypatch.setattr(gpu_models, constant, value)
+    monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
+    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3})
+    for module in (gpu_models, gpu_sections):
+        monkeypatch.setattr(module, "milliseconds", once)
+    monkeypatch.setattr(tiles, "RIVALS", (tiles.INTERPRETER,))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    with pretended_gpu():
+        rows = gpu_sections.SECTIONS[name].work()["rows"]
+    assert rows
+    assert json.loads(json.dumps(rows)) == rows

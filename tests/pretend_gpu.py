@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.__future__ import get_overwrite_module_params_on_conversion, set_overwrite_module_params_on_conversion
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -73,6 +74,12 @@ class OnDevice(Tensor):
         parts = index if isinstance(index, tuple) else (index,)
         parts = tuple(torch.tensor(part, device=DEVICE) if isinstance(part, list) else part for part in parts)
         return super().__getitem__(parts if isinstance(index, tuple) else parts[0])
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        if id(self) not in memo:
+            copy = OnDevice(self.inner.clone())
+            memo[id(self)] = nn.Parameter(copy, self.requires_grad) if isinstance(self, nn.Parameter) else copy
+        return memo[id(self)]
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
@@ -188,6 +195,13 @@ class Event:
         return float(end.tick - self.tick)
 
 
+class Generator(torch.Generator):
+    """Random numbers of the CPU for any device."""
+
+    def __new__(cls, device: object = "cpu") -> Generator:
+        return super().__new__(cls)
+
+
 PROPERTIES = SimpleNamespace(
     name="a pretended GPU", total_memory=80 << 30, multi_processor_count=1, L2_cache_size=50 << 20, major=9, minor=0
 )
@@ -209,11 +223,12 @@ CUDA = {
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[PretendGpu]:
     """Within, "cuda" is a device and Triton's kernels take its tensors. Needs TRITON_INTERPRET=1."""
-    gpu, tensor, generator = PretendGpu(), torch.tensor, torch.Generator
+    gpu, tensor = PretendGpu(), torch.tensor
 
     def make_tensor(data, *, dtype=None, device=None, requires_grad=False):
-        made = tensor(data, dtype=dtype)
-        return (made if device is None else made.to(device)).requires_grad_(requires_grad)
+        made = tensor(data, dtype=dtype, device="cpu")
+        on_device = torch.device(device or torch.empty(0).device).type == "cuda"
+        return (made.to(DEVICE) if on_device else made).requires_grad_(requires_grad)
 
     with contextlib.ExitStack() as stack:
 
@@ -224,7 +239,7 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         for name, value in CUDA.items():
             put(torch.cuda, name, value)
         put(torch, "tensor", make_tensor)
-        put(torch, "Generator", lambda device="cpu": generator())
+        put(torch, "Generator", Generator)
         # Whole tiles would take the interpreter minutes.
         put(tiles, "choose_tile", lambda operand: tiles.INTERPRETER)
         put(tiles, "choose_logits_tile", lambda operand: tiles.INTERPRETER)
@@ -232,6 +247,9 @@ def pretended_gpu() -> Iterator[PretendGpu]:
             module = importlib.import_module(f"montessori.kernels.triton.{part}")
             for name in [name for name in vars(module) if name.endswith("_launch")]:
                 put(module, name, gpu.launch(getattr(module, name), name))
+        # A parameter of another dtype is a new one: shared storage is what a wrapper does not have.
+        stack.callback(set_overwrite_module_params_on_conversion, get_overwrite_module_params_on_conversion())
+        set_overwrite_module_params_on_conversion(True)
         PretendGpu.now = gpu
         stack.enter_context(gpu)
         yield gpu
