@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,15 +29,23 @@ LLAMA_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 BATCH_TOKENS = {"TinyLlama": 16384, "8B": 2048}
-NUM_ROWS = {"TinyLlama": 64, "8B": 16}
+NUM_ROWS = {"TinyLlama": 64, "8B": 16, "small": 24}
 # Tokens of a row; the first quarter of a row is its prompt.
 ROW_TOKENS = 512
 
 
 def score(backend: str, lengths: str = "equal") -> dict[str, Any]:
     """`InfluenceEstimator.score` on TinyLlama's shape against plain forward + backward of the same batches."""
-    model = random_llama(**TINYLLAMA)
+    model = random_llama(torch.bfloat16, **TINYLLAMA)
     rows = random_rows(NUM_ROWS["TinyLlama"], TINYLLAMA["vocab_size"], lengths)
     plain = plain_milliseconds(model, rows, BATCH_TOKENS["TinyLlama"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6)
@@ -51,7 +60,7 @@ def score(backend: str, lengths: str = "equal") -> dict[str, Any]:
 
 def score_8b() -> dict[str, Any]:
     """`InfluenceEstimator.score` on Llama-3-8B's shape, weights, m, v and q in bfloat16, on one 80 GB card."""
-    model = random_llama(**LLAMA_8B)
+    model = random_llama(torch.bfloat16, **LLAMA_8B)
     rows = random_rows(NUM_ROWS["8B"], LLAMA_8B["vocab_size"])
     plain = plain_milliseconds(model, rows, BATCH_TOKENS["8B"])
     step = AdamWStep(lr=5e-6, step=12)
@@ -66,14 +75,43 @@ def score_8b() -> dict[str, Any]:
     return {"rows": [{"backend": "auto", **_scored(estimator, rows, plain, BATCH_TOKENS["8B"])}]}
 
 
-def random_llama(**shape: int) -> torch.nn.Module:
-    """A model of the Llama family with random bfloat16 weights on the device."""
+def fidelity() -> dict[str, Any]:
+    """Influences of a small model against its own real float32 steps, by dtype of candidates, of state, by backend.
+
+    The whole estimator on the device. Both sides start from the weights rounded to the candidates' dtype.
+    """
+    model = random_llama(torch.float32, **SMALL)
+    rows = random_rows(NUM_ROWS["small"], SMALL["vocab_size"], "mixed")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state, measured = AdamWState.from_optimizer(model, optimizer), []
+    for operand in (torch.float32, torch.bfloat16):
+        narrow = copy.deepcopy(model).to(operand)
+        for held in (torch.float32, torch.bfloat16):
+            entries = {name: ParameterState(entry.step, *(tensor.to(held) for _, tensor in entry.tensors()))
+                       for name, entry in state.items()}  # fmt: skip
+            for backend in ("reference", "triton"):
+                estimator = InfluenceEstimator(
+                    narrow, AdamWState(entries), rows[::4], backend=backend, lr=5e-6, pilot=4
+                )
+                agreement = estimator.audit(rows, k=len(rows)).agreement["reference"]
+                names = {"candidates": str(operand), "state": str(held), "backend": backend}
+                measured.append({**names, **agreement.to_dict()})
+    return {"rows": measured}
+
+
+def random_llama(dtype: torch.dtype, **shape: int) -> torch.nn.Module:
+    """A model of the Llama family with random weights on the device."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(max_position_embeddings=2048, tie_word_embeddings=False, **shape)
     with torch.device("cuda"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def random_rows(count: int, vocabulary: int, lengths: str = "equal") -> list[dict[str, list[int]]]:

@@ -308,6 +308,7 @@ SECTIONS = {
     "checks wgmma": Section(_named(checks_cuda, "wgmma"), 40),
     "checks wgmma_cluster": Section(_named(checks_cuda, "wgmma_cluster"), 40),
     "checks mma": Section(_named(checks_cuda, "mma"), 40),
+    "fidelity": Section(gpu_models.fidelity, 60),
     "linear triton": Section(linear_triton, 60),
     "linear wgmma": Section(_named(linear_cuda, "wgmma"), 60),
     "linear wgmma_cluster": Section(_named(linear_cuda, "wgmma_cluster"), 60),

@@ -327,8 +327,12 @@ class Capture:
 
 def _touched(batch: Batch) -> list[Tensor]:
     """Sorted ids of each example's tokens."""
-    lines = zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
-    return [ids[real].unique() for ids, real in lines]
+    example, token = batch.attention_mask.bool().nonzero(as_tuple=True)
+    ids = batch.input_ids[example, token]
+    table = int(ids.max()) + 1
+    keys = (example * table + ids).unique()
+    counts = torch.bincount(keys // table, minlength=batch.size)
+    return list((keys % table).split(counts.tolist()))
 
 
 def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:

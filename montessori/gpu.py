@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -121,21 +121,20 @@ def _rows_by_tile(rows: SparseRows, num_out: int, block_o: int) -> tuple[Tensor,
     return rows.ids[order].int(), rows.grad[order].contiguous(), bounds.int()
 
 
-def embedding_influence(
+def row_changes(
     rows: SparseRows,
     q: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
     param: Tensor,
     step: OptimizerStep,
-    drift: Tensor,
+    base: Sequence[tuple[Tensor, Tensor]] | None,
 ) -> Tensor:
-    """Eq. 6, one program per touched row; see `montessori.ops.embedding_influence`."""
+    """f(h + g) − f(h), one program per touched row; see `montessori.ops.row_changes`."""
     (num_rows, width), num_examples = param.shape, rows.offsets.numel() - 1
-    start = drift.double().to(param.device).expand(num_examples, -1)
     if 0 in (rows.ids.numel(), width, q.shape[0]):
-        return start.clone()
-    from montessori.kernels.triton.embedding import embedding_influence_launch
+        return q.new_zeros(num_examples, q.shape[0], dtype=torch.float64)
+    from montessori.kernels.triton.embedding import row_changes_launch
 
     key, order = (_example_of(rows) * num_rows + rows.ids).sort(stable=True)
     segments, counts = torch.unique_consecutive(key, return_counts=True)
@@ -143,14 +142,18 @@ def embedding_influence(
     per_row = -(-width // tiles.BLOCK_ELEMENTS)
     partial = _partials(q, q.shape[0], segments.numel(), per_row)
     step_map = StepMap.of(step, exp_avg)
+    table: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if base is not None:
+        base_key = torch.cat([ids + example * num_rows for example, (ids, _) in enumerate(base)])
+        table = torch.searchsorted(base_key, segments), torch.cat([grad for _, grad in base])
     with _on(param):
-        embedding_influence_launch(
-            order, starts, segments % num_rows, rows.grad.contiguous(), q.contiguous(),
+        row_changes_launch(
+            order, starts, segments % num_rows, rows.grad.contiguous(), *table, q.contiguous(),
             *_contiguous(exp_avg, exp_avg_sq, param), partial, step_map.constants, step_map.flags,
             min(tiles.BLOCK_ELEMENTS, _power_of_2(width)),
         )  # fmt: skip
     example = torch.arange(num_examples + 1, device=key.device)
-    return start + _total(partial, torch.searchsorted(segments, example * num_rows) * per_row).mul_(-step.lr)
+    return _total(partial, torch.searchsorted(segments, example * num_rows) * per_row).mul_(-step.lr)
 
 
 def adam_influence(
@@ -175,6 +178,7 @@ def adam_influence(
         adam_influence_launch(
             grad.reshape(num_examples, size).contiguous(), q.contiguous(), *_contiguous(exp_avg, exp_avg_sq, param),
             partial, step_map.constants, step_map.flags, tiles.BLOCK_ELEMENTS,
+            tiles.examples_per_program(partial.shape[2], num_examples, param.device),
         )  # fmt: skip
     return _total(partial, steps_on(num_examples, partial.shape[2], param.device)).mul_(-step.lr)
 

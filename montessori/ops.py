@@ -229,9 +229,7 @@ def embedding_influence(
     if drift is None:
         drift = adam_influence(None, q, exp_avg, exp_avg_sq, param, step, impl=impl)[0]
     check_shape("drift", drift, (q.shape[0],), "[K]")
-    if _choose_dense(impl, step, rows.grad, q, exp_avg, exp_avg_sq, param) == "triton":
-        return gpu.embedding_influence(rows, q, exp_avg, exp_avg_sq, param, step, drift)
-    return drift + row_changes(rows, q, exp_avg, exp_avg_sq, param, step, impl=impl)
+    return drift.to(param.device) + row_changes(rows, q, exp_avg, exp_avg_sq, param, step, impl=impl)
 
 
 @torch.no_grad()
@@ -252,6 +250,8 @@ def row_changes(
     have from elsewhere, as a tied head's; U covers every row the example touches. Returns float64 [B, K].
     """
     chosen = _choose_dense(impl, step, rows.grad, q, exp_avg, exp_avg_sq, param)
+    if chosen == "triton":
+        return gpu.row_changes(rows, q, exp_avg, exp_avg_sq, param, step, base)
     wide = torch.promote_types(torch.promote_types(rows.grad.dtype, q.dtype), torch.float32)
     scores = torch.zeros(rows.offsets.numel() - 1, q.shape[0], dtype=torch.float64, device=param.device)
     for b, (low, high) in enumerate(pairwise(rows.offsets.tolist())):

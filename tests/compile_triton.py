@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from montessori import tiles
 
-FLOAT_POINTERS = ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale", "sums")
+FLOAT_POINTERS = ("param", "source", "partial", "highest", "total", "target_logit", "lse", "scale", "sums", "base")
 FLOATS = ("a1", "a2", "s1", "s2", "eps", "decay", "l2", "lr")
 SGD = {"ADAM": False, "MOMENT": False, "DECAY": False, "exp_avg_ptr": None, "exp_avg_sq_ptr": None}
 ADAMW = {"ADAM": True, "MOMENT": True, "DECAY": True, "L2": False}
@@ -30,7 +30,7 @@ def pointer_types(operand: str, state: str) -> dict[str, str]:
     types = dict.fromkeys(("x", "dy", "grad", "hidden", "weight", "row_grad", "rows", "times"), operand)
     types |= dict.fromkeys(("q", "exp_avg", "exp_avg_sq"), state)
     types |= dict.fromkeys(FLOAT_POINTERS, "fp32")
-    types |= dict.fromkeys(("offsets", "spans", "order", "starts", "ids", "targets"), "i64")
+    types |= dict.fromkeys(("offsets", "spans", "order", "starts", "ids", "targets", "base_at"), "i64")
     return types | {"row_ids": "i32", "row_bounds": "i32", "scores": "fp64"}
 
 
@@ -72,7 +72,7 @@ def other_kernels() -> dict[str, tuple]:
     return {
         "elementwise": (elementwise.adam_influence_kernel, ("fp32", "fp32"), {**plain, **ADAMW}, 4, 1),
         "step": (elementwise.adam_step_kernel, ("fp32", "fp32"), step, 4, 1),
-        "embedding": (embedding.embedding_influence_kernel, ("bf16", "fp32"), {**plain, **without_decay}, 4, 1),
+        "embedding": (embedding.row_changes_kernel, ("bf16", "fp32"), {**plain, **without_decay, "BASE": True}, 4, 1),
         "cross entropy": (cross_entropy.linear_cross_entropy_kernel, ("bf16", "fp32"), logits, 8, 3),
         "logits gradient": (cross_entropy.logits_gradient_kernel, ("bf16", "fp32"), logits, 8, 3),
         "partials": (partials.sum_partials_kernel, ("fp32", "fp32"), {"BLOCK": 512}, 4, 1),

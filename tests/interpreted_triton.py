@@ -7,6 +7,7 @@ The interpreter multiplies bfloat16 as raw bits, so operands here are float32 an
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def narrow_state(case: Case) -> Case:
 def test_state_in_bfloat16_is_computed_in_float32(name):
     narrow = narrow_state(CASES[name])
     assert torch.equal(narrow.run(impl="triton"), narrow.to(torch.float32).run(impl="triton"))
+
+
+@pytest.mark.parametrize("step", [STEPS["adamw"], STEPS["adam_l2"]], ids=["adamw", "adam_l2"])
+def test_rows_that_have_a_gradient_from_elsewhere_change_as_specified(step):
+    case = replace(CASES["wide_table"], **make_state(tuple(CASES["wide_table"].param.shape), 2, step))
+    generator = torch.Generator().manual_seed(4)
+    base = []
+    for low, high in pairwise(case.offsets.tolist() if case.offsets is not None else case.rows.offsets.tolist()):
+        # One row more than the example touches, where there is room.
+        ids = torch.cat([case.rows.ids[low:high], torch.tensor([2])]).unique()
+        base.append((ids, torch.randn(len(ids), case.param.shape[1], generator=generator, dtype=torch.float64)))
+    want = ops.row_changes(case.rows, *case.state, base=base, impl="reference")
+    narrow = case.to(torch.float32)
+    narrow_base = [(ids, grad.float()) for ids, grad in base]
+    plain = ops.row_changes(narrow.rows, *narrow.state, base=narrow_base, impl="reference")
+    got = ops.row_changes(narrow.rows, *narrow.state, base=narrow_base, impl="triton")
+    # The plain path subtracts two sums over whole rows and loses what they share; the kernel subtracts by element.
+    assert torch.all((got - want).abs() <= 2 * (plain - want).abs() + 8 * torch.finfo(torch.float32).eps * want.abs())
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -65,21 +65,22 @@ def test_every_setting_is_scored(name, options):
     assert_equal_scores(name, **options)
 
 
-def test_the_host_does_not_wait_for_every_layer():
+@pytest.mark.parametrize("name", ["llama_tied", "llama_biases"])
+def test_the_host_waits_neither_for_every_layer_nor_for_every_example(name):
     waits = []
-    for layers in (1, 4):
+    for layers, size in ((1, 2), (4, 5)):
         torch.manual_seed(0)
-        config = CONFIGS["llama_biases"]()
+        config = CONFIGS[name]()
         config.num_hidden_layers = layers
         model = transformers.AutoModelForCausalLM.from_config(config)
         optimizer = warm_optimizer(model)
         with pretended_gpu() as gpu:
             to_device(model, optimizer)
             estimator = InfluenceEstimator(model, optimizer, REFERENCES, pilot=1)
-            estimator.prepare(ROWS)
+            estimator.prepare(ROWS[:size])
             gpu.waits.clear()
             spans_on.cache_clear()
-            estimator.score(ROWS)
+            estimator.score(ROWS[:size])
         waits.append(gpu.waits)
     assert waits[0] == waits[1]
 
@@ -125,10 +126,10 @@ def once(work, repeats=1) -> float:
 def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
     for constant, value in LITTLE.items():
         monkeypatch.setattr(gpu_sections, constant, value)
-    for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "ROW_TOKENS": 12}.items():
+    for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 12}.items():
         monkeypatch.setattr(gpu_models, constant, value)
     monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
-    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3})
+    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 5})
     for module in (gpu_models, gpu_sections):
         monkeypatch.setattr(module, "milliseconds", once)
     monkeypatch.setattr(tiles, "RIVALS", (tiles.INTERPRETER,))

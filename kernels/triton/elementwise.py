@@ -6,10 +6,10 @@ import triton.language as tl
 from .update import load_state, step_update
 
 
-@triton.jit(do_not_specialize=["num_examples"])
+@triton.jit(do_not_specialize=["num_examples", "examples_per_program"])
 def adam_influence_kernel(
     grad_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr, partial_ptr,
-    num_examples, size, num_tiles, a1, a2, s1, s2, eps, decay, l2,
+    num_examples, size, num_tiles, examples_per_program, a1, a2, s1, s2, eps, decay, l2,
     SETS: tl.constexpr, ADAM: tl.constexpr, MOMENT: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -22,7 +22,8 @@ def adam_influence_kernel(
     param = zeros
     if DECAY or L2:
         param = tl.load(param_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    for b in range(num_examples):
+    first = tl.program_id(1) * examples_per_program
+    for b in range(first, tl.minimum(first + examples_per_program, num_examples)):
         grad = tl.load(grad_ptr + tl.cast(b, tl.int64) * size + at, mask=mask, other=0.0).to(tl.float32)
         update = step_update(grad + l2 * param, momentum, second, a2, s2, eps, ADAM) + decay * param
         for k in tl.static_range(SETS):
@@ -31,11 +32,12 @@ def adam_influence_kernel(
             tl.store(partial_ptr + where, tl.sum(q * update))
 
 
-def adam_influence_launch(grad, q, exp_avg, exp_avg_sq, param, partial, constants, flags, block):
+def adam_influence_launch(grad, q, exp_avg, exp_avg_sq, param, partial, constants, flags, block, examples_per_program):
     """Fill partial [K, B, tiles] from contiguous grad [B, n] and flat state [n]."""
     num_sets, num_examples, num_tiles = partial.shape
-    adam_influence_kernel[(num_tiles,)](
-        grad, q, exp_avg, exp_avg_sq, param, partial, num_examples, grad.shape[1], num_tiles, *constants,
+    adam_influence_kernel[(num_tiles, triton.cdiv(num_examples, examples_per_program))](
+        grad, q, exp_avg, exp_avg_sq, param, partial, num_examples, grad.shape[1], num_tiles, examples_per_program,
+        *constants,
         SETS=num_sets, **flags, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
