@@ -238,6 +238,8 @@ def pretended_gpu() -> Iterator[PretendGpu]:
 
         for name, value in CUDA.items():
             put(torch.cuda, name, value)
+        # An optimizer asks it for its stream, which takes a driver where torch was built for CUDA.
+        put(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         put(torch, "tensor", make_tensor)
         put(torch, "Generator", Generator)
         # Whole tiles would take the interpreter minutes.

@@ -90,6 +90,13 @@ def test_scores_are_as_specified(library, kernel, operand, state, sets):
     assert torch.all((got - case.to(torch.float64).specified()).abs() <= case.to(torch.float64).allowed(torch.float32))
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+def test_several_tiles_of_a_cluster_are_as_specified(library, state):
+    case = ragged(torch.bfloat16, state, num_out=264, num_in=264, lengths=(5, 70))
+    got = run(library, "wgmma_cluster", case)
+    assert torch.all((got - case.to(torch.float64).specified()).abs() <= case.to(torch.float64).allowed(torch.float32))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_share_of_a_block_does_not_change_a_bit(library, kernel):
     case = ragged(lengths=(35, 3, 0, 65, 1), num_out=16, num_in=24)

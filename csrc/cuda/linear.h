@@ -53,7 +53,7 @@ cudaError_t launch_linear_mma(const LinearProblem& p, int splits, cudaStream_t s
 Cut wgmma_cut(const LinearProblem& p);
 cudaError_t launch_linear_wgmma(const LinearProblem& p, int splits, cudaStream_t stream);
 
-// The same in clusters of 2 × 2 blocks, which fetch each operand once for two of them.
+// The same in clusters of four or eight blocks, which fetch each operand once for all that share it.
 Cut wgmma_cluster_cut(const LinearProblem& p);
 cudaError_t launch_linear_wgmma_cluster(const LinearProblem& p, int splits, cudaStream_t stream);
 

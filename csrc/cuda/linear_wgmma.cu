@@ -6,7 +6,7 @@
 // functions), the other multiplies (tensor cores). Both use the same slots of optimizer state, since they hold the
 // same elements in the same threads.
 //
-// In a cluster of SIDE × SIDE blocks, each block fetches a part of the tokens of its operands and sends them to the
+// In a cluster of SIDE_O × SIDE_I blocks, each block fetches a part of the tokens of its operands and sends them to the
 // blocks that need them too: those of its row of tiles for dY, those of its column for X.
 #include <algorithm>
 
@@ -23,9 +23,12 @@ constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 // Named barriers; of the tail and the turn there is one for each consumer.
 constexpr int kStateBarrier = 1, kTailBarrier = 2, kTurnBarrier = kTailBarrier + kConsumers;
 
-template <typename Operand, typename State, int BLOCK_I, int SIDE>
+template <typename Operand, typename State, int BLOCK_I, int SIDE_O, int SIDE_I>
 struct Kernel {
-  static constexpr int kBlocks = SIDE * SIDE, kTokens = kBlockT / SIDE;
+  static constexpr int kBlocks = SIDE_O * SIDE_I;
+  // Tokens of dY and of X that one block fetches for all that share them.
+  static constexpr int kTokensDy = kBlockT / SIDE_I, kTokensX = kBlockT / SIDE_O;
+  static_assert(kTokensDy % 8 == 0 && kTokensX % 8 == 0, "the swizzle repeats after eight tokens");
   static constexpr int kBoxesO = kBlockO / kBox, kBoxesI = BLOCK_I / kBox;
   static constexpr int kStageBytes = (kBoxesO + kBoxesI) * kBoxBytes;
   static constexpr int kStages = BLOCK_I == 128 ? 4 : 5;
@@ -47,18 +50,18 @@ struct Kernel {
   struct Place {
     int o, i;
     // Blocks that share its dY, and those that share its X, as bits.
-    __device__ uint16_t row() const { return ((1 << SIDE) - 1) << (o * SIDE); }
-    __device__ uint16_t column() const { return (SIDE == 1 ? 1 : 5) << i; }
+    __device__ uint16_t row() const { return ((1 << SIDE_I) - 1) << (o * SIDE_I); }
+    __device__ uint16_t column() const { return (SIDE_O == 1 ? 1 : 1 | 1 << SIDE_I) << i; }
   };
-  static_assert(SIDE == 1 || SIDE == 2);
+  static_assert(SIDE_O == 1 || SIDE_O == 2);
 
   __device__ static Place place() {
     const int rank = static_cast<int>(hopper::cluster_rank());
-    return {rank / SIDE, rank % SIDE};
+    return {rank / SIDE_I, rank % SIDE_I};
   }
 
   __device__ static TilePosition tile_of(const LinearProblem& p, int index) {
-    const TilePosition tile = tile_position<SIDE * kBlockO, SIDE * BLOCK_I>(p, index);
+    const TilePosition tile = tile_position<SIDE_O * kBlockO, SIDE_I * BLOCK_I>(p, index);
     const Place here = place();
     return {tile.first_o + here.o * kBlockO, tile.first_i + here.i * BLOCK_I};
   }
@@ -102,10 +105,10 @@ struct Kernel {
       const CUtensorMap* map = out ? dy : x;
       const int column = out ? tile.first_o + box * kBox : tile.first_i + (box - kBoxesO) * kBox;
       const uint32_t to = pipe.stage() + box * kBoxBytes;
-      if constexpr (SIDE == 1) {
+      if constexpr (kBlocks == 1) {
         hopper::copy_box(to, map, pipe.full(), column, row);
       } else {
-        const int token = (out ? here.i : here.o) * kTokens;
+        const int token = out ? here.i * kTokensDy : here.o * kTokensX;
         hopper::copy_box_to(to + token * kBox * 2, map, pipe.full(), column, row + token,
                             out ? here.row() : here.column());
       }
@@ -142,7 +145,7 @@ struct Kernel {
   // Tells every block that sends to this one that the stage is free here.
   __device__ static void release(uint32_t empty) {
     if (threadIdx.x % 32 != 0) return;
-    if constexpr (SIDE == 1) {
+    if constexpr (kBlocks == 1) {
       hopper::barrier_arrive(empty);
     } else {
       const Place here = place();
@@ -216,11 +219,11 @@ struct Kernel {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         hopper::barrier_init(pipe.barriers + stage * 16, 1);
-        hopper::barrier_init(pipe.barriers + stage * 16 + 8, kWarps * (2 * SIDE - 1));
+        hopper::barrier_init(pipe.barriers + stage * 16 + 8, kWarps * (SIDE_O + SIDE_I - 1));
       }
       hopper::fence_barrier_init();
     }
-    if constexpr (SIDE == 1) {
+    if constexpr (kBlocks == 1) {
       __syncthreads();
     } else {
       hopper::cluster_sync();
@@ -233,16 +236,16 @@ struct Kernel {
       consume(p, splits, work, pipe, slots);
     }
     // No block leaves while another may still tell it that a stage is free.
-    if constexpr (SIDE > 1) hopper::cluster_sync();
+    if constexpr (kBlocks > 1) hopper::cluster_sync();
   }
 };
 
-template <typename Operand, typename State, int BLOCK_I, int SIDE>
+template <typename Operand, typename State, int BLOCK_I, int SIDE_O, int SIDE_I>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ LinearProblem p, const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ CUtensorMap dy, int splits, int work) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  Kernel<Operand, State, BLOCK_I, SIDE>::run(p, &x, &dy, splits, work);
+  Kernel<Operand, State, BLOCK_I, SIDE_O, SIDE_I>::run(p, &x, &dy, splits, work);
 #endif
 }
 
@@ -270,16 +273,16 @@ bool encode(Encode encoder, CUtensorMap* map, const Array& array, int64_t tokens
                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <typename Operand, typename State, int BLOCK_I, int SIDE>
+template <typename Operand, typename State, int BLOCK_I, int SIDE_O, int SIDE_I>
 cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
-  using Chosen = Kernel<Operand, State, BLOCK_I, SIDE>;
+  using Chosen = Kernel<Operand, State, BLOCK_I, SIDE_O, SIDE_I>;
   static const Encode encoder = tensor_map_encoder();
   CUtensorMap x, dy;
-  if (!encoder || !encode(encoder, &x, p.x, p.tokens, p.in, Chosen::kTokens) ||
-      !encode(encoder, &dy, p.dy, p.tokens, p.out, Chosen::kTokens)) {
+  if (!encoder || !encode(encoder, &x, p.x, p.tokens, p.in, Chosen::kTokensX) ||
+      !encode(encoder, &dy, p.dy, p.tokens, p.out, Chosen::kTokensDy)) {
     return cudaErrorNotSupported;
   }
-  const auto kernel = linear_wgmma_kernel<Operand, State, BLOCK_I, SIDE>;
+  const auto kernel = linear_wgmma_kernel<Operand, State, BLOCK_I, SIDE_O, SIDE_I>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Chosen::kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster{};
@@ -296,41 +299,59 @@ cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
   if ((error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) != cudaSuccess) return error;
   if (clusters == 0) return cudaErrorLaunchOutOfResources;
   splits = std::max(1, std::min(splits, p.examples));
-  const Cut cut{SIDE * kBlockO, SIDE * BLOCK_I, Chosen::kBlocks, kWarps};
+  const Cut cut{SIDE_O * kBlockO, SIDE_I * BLOCK_I, Chosen::kBlocks, kWarps};
   const int work = static_cast<int>(num_tiles(p, cut)) * splits;
   config.gridDim = std::min(work, clusters) * Chosen::kBlocks;
   return cudaLaunchKernelEx(&config, kernel, p, x, dy, splits, work);
 }
 
-template <typename Operand, int SIDE>
-cudaError_t launch_operand(const LinearProblem& p, int splits, cudaStream_t stream) {
-  return holds_bfloat16(p) ? launch<Operand, __nv_bfloat16, 128, SIDE>(p, splits, stream)
-                           : launch<Operand, float, 64, SIDE>(p, splits, stream);
+// Tiles of a cluster are 256 × 256 whatever the state: where a block's own tile is narrower, more stand side by side.
+template <typename State>
+struct Shape {
+  static constexpr int kBlockI = sizeof(State) == 2 ? 128 : 64, kSideO = 2, kSideI = 256 / kBlockI;
+};
+
+template <typename Operand, typename State>
+cudaError_t launch_state(const LinearProblem& p, int splits, cudaStream_t stream, bool clustered) {
+  using S = Shape<State>;
+  return clustered ? launch<Operand, State, S::kBlockI, S::kSideO, S::kSideI>(p, splits, stream)
+                   : launch<Operand, State, S::kBlockI, 1, 1>(p, splits, stream);
 }
 
-template <int SIDE>
-cudaError_t launch_side(const LinearProblem& p, int splits, cudaStream_t stream) {
-  return p.x.dtype == Dtype::kBFloat16 ? launch_operand<__nv_bfloat16, SIDE>(p, splits, stream)
-                                       : launch_operand<__half, SIDE>(p, splits, stream);
+template <typename Operand>
+cudaError_t launch_operand(const LinearProblem& p, int splits, cudaStream_t stream, bool clustered) {
+  return holds_bfloat16(p) ? launch_state<Operand, __nv_bfloat16>(p, splits, stream, clustered)
+                           : launch_state<Operand, float>(p, splits, stream, clustered);
 }
 
-template <int SIDE>
-Cut cut(const LinearProblem& p) {
-  return {SIDE * kBlockO, SIDE * (holds_bfloat16(p) ? 128 : 64), SIDE * SIDE, kWarps};
+cudaError_t launch_linear(const LinearProblem& p, int splits, cudaStream_t stream, bool clustered) {
+  return p.x.dtype == Dtype::kBFloat16 ? launch_operand<__nv_bfloat16>(p, splits, stream, clustered)
+                                       : launch_operand<__half>(p, splits, stream, clustered);
+}
+
+template <typename State>
+Cut cut_of(bool clustered) {
+  using S = Shape<State>;
+  if (!clustered) return {kBlockO, S::kBlockI, 1, kWarps};
+  return {S::kSideO * kBlockO, S::kSideI * S::kBlockI, S::kSideO * S::kSideI, kWarps};
+}
+
+Cut cut(const LinearProblem& p, bool clustered) {
+  return holds_bfloat16(p) ? cut_of<__nv_bfloat16>(clustered) : cut_of<float>(clustered);
 }
 
 }  // namespace
 
-Cut wgmma_cut(const LinearProblem& p) { return cut<1>(p); }
+Cut wgmma_cut(const LinearProblem& p) { return cut(p, false); }
 
 cudaError_t launch_linear_wgmma(const LinearProblem& p, int splits, cudaStream_t stream) {
-  return launch_side<1>(p, splits, stream);
+  return launch_linear(p, splits, stream, false);
 }
 
-Cut wgmma_cluster_cut(const LinearProblem& p) { return cut<2>(p); }
+Cut wgmma_cluster_cut(const LinearProblem& p) { return cut(p, true); }
 
 cudaError_t launch_linear_wgmma_cluster(const LinearProblem& p, int splits, cudaStream_t stream) {
-  return launch_side<2>(p, splits, stream);
+  return launch_linear(p, splits, stream, true);
 }
 
 }  // namespace montessori
