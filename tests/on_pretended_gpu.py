@@ -16,6 +16,7 @@ from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, w
 
 from benchmarks import gpu_models, gpu_sections
 from montessori import InfluenceEstimator, tiles
+from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 from montessori.models import load_model
 from montessori.spans import spans_on
 
@@ -95,6 +96,20 @@ def test_a_checkpoint_is_scored_and_audited(student):
         got, audit = estimator.score(rows), estimator.audit(rows, k=4)
     np.testing.assert_allclose(got.influence, want.influence, rtol=0, atol=ROUNDINGS * abs(want.loss).max())
     assert audit.agreement["reference"].pearson > 0.99
+
+
+def test_a_teacher_writes_the_same_texts(student):
+    asked = [Request(str(seed), prompt, seed) for seed, prompt in enumerate(["what is the capital", "say hello"] * 2)]
+    sampling = Sampling(max_new_tokens=8, presence_penalty=0.5, repetition_penalty=1.1)
+
+    def texts(device: str) -> list[str]:
+        engine = open_engine(EngineSettings(device=device))
+        engine.load(student)
+        return [sample.text for sample in engine.generate(asked, sampling)]
+
+    want = texts("cpu")
+    with pretended_gpu():
+        assert texts(str(DEVICE)) == want
 
 
 LITTLE = {

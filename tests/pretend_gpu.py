@@ -119,6 +119,12 @@ class PretendGpu(TorchDispatchMode):
         return self.dispatch(func, args, kwargs or {})
 
     def dispatch(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.is_inference_mode_enabled():
+            # There, operations that are made of others come whole.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         device = kwargs.get("device")
         onto = None if device is None else torch.device(device).type in ("cuda", "meta")
         if func is aten._to_copy.default:

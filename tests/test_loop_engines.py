@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -117,6 +118,13 @@ def test_learned_positions_and_sliding_windows_survive_padding(name, tmp_path):
     sampling = Sampling(max_new_tokens=20, presence_penalty=0)
     together = write_all(opened(tmp_path, batch_size=8), asked, sampling)
     assert together == write_all(opened(tmp_path, batch_size=1), asked, sampling)
+
+
+def test_the_cache_goes_by_the_word_that_the_installed_transformers_has_for_it(teacher):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        written = write_all(opened(teacher), requests(PROMPTS), Sampling(max_new_tokens=5))
+    assert all(sample.num_tokens for sample in written)
 
 
 def test_presence_penalty_falls_on_what_was_written_alone():

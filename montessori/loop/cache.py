@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,12 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Te
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.past_key_values, mask, output.logits[:, -1].float()
+    return output[cache_name(model)], mask, output.logits[:, -1].float()
+
+
+def cache_name(model: Any) -> str:
+    """What the model calls its cache, as an argument and in its output: transformers 5.24 and later have a new word."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _stack(parts: Sequence[Tensor], length: int, back: Tensor) -> Tensor:

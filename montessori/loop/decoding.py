@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from montessori.loop.cache import read_prompts
+from montessori.loop.cache import cache_name, read_prompts
 from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
 from montessori.models import free_models, load_model
 from montessori.options import resolve_device
@@ -115,8 +115,8 @@ class _Decoder:
             input_ids=tokens.to(self.device)[:, None],
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_name(self.model): self.cache},
         )
         self.logits = output.logits[:, -1].float()
 
