@@ -62,6 +62,8 @@ def _norm_rows(module: nn.Module, rule: ModuleRule, x: Tensor, dy: Tensor) -> li
     if type(module) is nn.LayerNorm:
         normed = F.layer_norm(x, module.normalized_shape, None, None, module.eps).detach()
         return [_RowGradients(dy, normed if key == "weight" else None) for key in rule.parameters]
+    if type(module) is nn.RMSNorm:
+        return [_RowGradients(dy, F.rms_norm(x, module.normalized_shape, None, module.eps).detach())]
     eps = _rms_eps(module, rule, x)
     if eps is None:
         return None
@@ -83,21 +85,20 @@ def _rms_eps(module: nn.Module, rule: ModuleRule, x: Tensor) -> float | None:
 
 
 def _probed_rms_eps(module: nn.Module, x: Tensor) -> float | None:
-    """ε if the module's weight has the gradient of an RMS norm's on rows of very different size."""
+    """ε if, in float32, the module's weight has the gradient of an RMS norm's on rows of very different size."""
     weight = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     if not isinstance(weight, Tensor) or weight.shape != x.shape[-1:] or not isinstance(eps, float):
         return None
     wave = torch.arange(3 * x.shape[-1], device=x.device).sin().reshape(3, -1)
-    sizes = torch.tensor([[max(eps, 1e-12) ** 0.5], [1.0], [30.0]], device=x.device)
-    rows = (sizes * wave).to(x.dtype)
-    found = _rowwise_gradients(module, {"weight": weight.detach()}, rows, torch.ones_like(rows))
+    rows = torch.tensor([[max(eps, 1e-12) ** 0.5], [1.0], [30.0]], device=x.device) * wave
+    found = _rowwise_gradients(module, {"weight": weight.detach().float()}, rows, torch.ones_like(rows))
     if found is None:
         return None
-    want = F.rms_norm(rows.float(), weight.shape, None, eps)
-    # A rounding for each operation of the module on the way to its normed rows.
-    roundings = 8 * torch.finfo(x.dtype).eps * want.abs() + torch.finfo(torch.float32).tiny
-    return eps if bool(((found[0].values.float() - want).abs() <= roundings).all()) else None
+    want = F.rms_norm(rows, weight.shape, None, eps)
+    # Some ten roundings on the way to a normed row.
+    close = (found[0].values - want).abs() <= 16 * torch.finfo(torch.float32).eps * want.abs()
+    return eps if bool(close.all()) else None
 
 
 def _rowwise_gradients(module: nn.Module, own: dict[str, Tensor], x: Tensor, dy: Tensor) -> list[_RowGradients] | None:
