@@ -15,12 +15,12 @@ from pretend_gpu import DEVICE, pretended_gpu, to_device
 from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, warm_optimizer
 
 from benchmarks import gpu_models, gpu_sections
-from montessori import InfluenceEstimator, tiles
+from montessori import InfluenceEstimator, cuda, tiles
 from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 from montessori.models import load_model
 from montessori.spans import spans_on
 
-# Their library cannot be called here.
+# Sections that need the CUDA library.
 CUDA_KERNELS = ("mma", "wgmma", "wgmma_cluster", "cuda")
 ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
 # Float32 sums of the same terms, in another order: some hundred roundings of the largest score. An anchor, and a real
@@ -98,6 +98,23 @@ def test_a_checkpoint_is_scored_and_audited(student):
     assert audit.agreement["reference"].pearson > 0.99
 
 
+@pytest.mark.skipif(cuda.load_error() is not None, reason=f"{cuda.load_error()}")
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
+def test_the_compiled_kernels_are_given_what_they_take(name):
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    config.vocab_size = 64
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    optimizer, scores = warm_optimizer(model), {}
+    with pretended_gpu():
+        to_device(model, optimizer)
+        for backend in ("cuda", "reference"):
+            settings = {"method": "first_order", "reference_dtype": "model", "backend": backend}
+            scores[backend] = InfluenceEstimator(model, optimizer, REFERENCES, **settings).score(ROWS).influence
+    # The same bfloat16 factors; sums in float64 and float32.
+    assert abs(scores["cuda"] - scores["reference"]).max() <= ROUNDINGS * abs(scores["reference"]).max()
+
+
 def test_a_teacher_writes_the_same_texts(student):
     asked = [Request(str(seed), prompt, seed) for seed, prompt in enumerate(["what is the capital", "say hello"] * 2)]
     sampling = Sampling(max_new_tokens=8, presence_penalty=0.5, repetition_penalty=1.1)
@@ -127,7 +144,7 @@ LITTLE = {
     "NARROW": (torch.float16,),
 }
 LLAMA = {
-    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
 
@@ -137,8 +154,10 @@ def once(work, repeats=1) -> float:
     return 1.0
 
 
-@pytest.mark.parametrize("name", [name for name in gpu_sections.SECTIONS if not name.endswith(CUDA_KERNELS)])
+@pytest.mark.parametrize("name", gpu_sections.SECTIONS)
 def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
+    if name.endswith(CUDA_KERNELS) and cuda.load_error() is not None:
+        pytest.skip(cuda.load_error())
     for constant, value in LITTLE.items():
         monkeypatch.setattr(gpu_sections, constant, value)
     for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 12}.items():

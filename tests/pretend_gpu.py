@@ -1,8 +1,9 @@
 """A GPU that is not there: tensors that say they lie on "cuda", hold their values on the CPU and compute there.
 
 For tests of everything around the kernels. What a real GPU refuses is refused here: operands on two devices, and host
-tensors given to a kernel. `PretendGpu.waits` counts what would make the host wait for the device, by place. Kernels run
-under Triton's interpreter. It says nothing of speed, streams or what a kernel does on real hardware.
+tensors given to a kernel. Triton's kernels run under its interpreter; the operator of the CUDA library is written anew
+in torch. `PretendGpu.waits` counts what would make the host wait for the device, by place. Nothing here tells of speed,
+of streams or of what a kernel does on real hardware.
 
 A tensor is a wrapper on torch's "meta" device, as torch's own fake tensors are: autograd then asks for no driver.
 """
@@ -15,6 +16,7 @@ import itertools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch.__future__ import get_overwrite_module_params_on_conversion, set_over
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from montessori import tiles
+from montessori import cuda, tiles
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
@@ -185,6 +187,25 @@ class PretendGpu(TorchDispatchMode):
         return run
 
 
+def cuda_linear_scores(schema: torch.FunctionSchema, *args: Any) -> Tensor:
+    """What the CUDA library's operator computes, from arguments in the order of its schema."""
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=True))
+    tensors = {name: given[name] for name in ("x", "dy", "spans", "q", "exp_avg", "exp_avg_sq", "param")}
+    if not all(isinstance(tensor, OnDevice) and tensor.is_contiguous() for tensor in tensors.values()):
+        raise RuntimeError("linear_scores: expected contiguous tensors of the device")
+    if given["kernel"] not in ("mma", "wgmma", "wgmma_cluster") or given["spans"].dtype is not torch.int64:
+        raise RuntimeError(f"linear_scores: unknown kernel or spans, {given['kernel']}, {given['spans'].dtype}")
+    with _disable_current_modes():
+        x, dy, spans, q, exp_avg, exp_avg_sq, param = (values(tensor).double() for tensor in tensors.values())
+        scores = []
+        for low, high in spans.long().tolist():
+            grad = dy[low:high].T @ x[low:high]
+            root = (given["s1"] * exp_avg_sq + given["s2"] * grad.square()).sqrt() + given["eps"]
+            update = (given["a1"] * exp_avg + given["a2"] * grad) / root + given["decay"] * param
+            scores.append((q * update).sum((1, 2)) * -given["lr"])
+        return OnDevice(torch.stack(scores))
+
+
 class Event:
     """Stands in for torch.cuda.Event."""
 
@@ -258,6 +279,9 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         # A parameter of another dtype is a new one: shared storage is what a wrapper does not have.
         stack.callback(set_overwrite_module_params_on_conversion, get_overwrite_module_params_on_conversion())
         set_overwrite_module_params_on_conversion(True)
+        if cuda.load_error() is None:
+            operator = torch.ops.montessori_cuda.linear_scores
+            put(torch.ops.montessori_cuda, "linear_scores", partial(cuda_linear_scores, operator.default._schema))
         PretendGpu.now = gpu
         stack.enter_context(gpu)
         yield gpu
