@@ -160,10 +160,10 @@ def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
         pytest.skip(cuda.load_error())
     for constant, value in LITTLE.items():
         monkeypatch.setattr(gpu_sections, constant, value)
-    for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 12}.items():
+    for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 8}.items():
         monkeypatch.setattr(gpu_models, constant, value)
     monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
-    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 5})
+    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 3})
     for module in (gpu_models, gpu_sections):
         monkeypatch.setattr(module, "milliseconds", once)
     monkeypatch.setattr(tiles, "RIVALS", (tiles.INTERPRETER,))

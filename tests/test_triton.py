@@ -39,10 +39,14 @@ def require_interpreter() -> None:
         pytest.skip("the interpreter of triton before 3.7 fails on loops with numpy 2.4 and later")
 
 
-@pytest.mark.parametrize("checks", ["interpreted_triton.py", "on_pretended_gpu.py"])
-def test_interpreted_kernels_are_as_specified(checks):
+@pytest.mark.parametrize(
+    ("checks", "chosen"),
+    [("interpreted_triton.py", ""), ("on_pretended_gpu.py", "section"), ("on_pretended_gpu.py", "not section")],
+)
+def test_interpreted_kernels_are_as_specified(checks, chosen):
     require_interpreter()
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / checks, TRITON_INTERPRET="1")
+    options = ("-q", "-p", "no:cacheprovider", "-k", chosen)
+    done = run("-m", "pytest", *options, HERE / checks, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
