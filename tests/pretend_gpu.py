@@ -5,7 +5,8 @@ tensors given to a kernel. Triton's kernels run under its interpreter; the opera
 in torch. `PretendGpu.waits` counts what would make the host wait for the device, by place. Nothing here tells of speed,
 of streams or of what a kernel does on real hardware.
 
-A tensor is a wrapper on torch's "meta" device, as torch's own fake tensors are: autograd then asks for no driver.
+A tensor is a wrapper on torch's "meta" device, as torch's own fake tensors are: autograd then asks for no driver. So
+there is no "meta" device beside it, and what builds models there, as `from_pretrained` does, comes before.
 """
 
 from __future__ import annotations
