@@ -53,10 +53,12 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnDevice:
-        self = Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device="meta",
-        )  # fmt: skip
+        # A wrapper of inference mode has no version, which older torch wants to set.
+        with torch.inference_mode(False):
+            self = Tensor._make_wrapper_subclass(
+                cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+                device="meta",
+            )  # fmt: skip
         self.inner = inner
         return self
 
