@@ -369,10 +369,11 @@ def example_sums(
         check_shape("scale", scale, (rows.shape[0],), "[N]")
     spans = check_spans(offsets, starts, rows.shape[0])
     reason = gpu.unsupported(rows, times, scale)
-    asked = check_impl(impl) in ("triton", "cuda") or (impl == "auto" and _AUTO.get(rows.device.type) == "triton")
-    if impl == "triton" and reason is not None:
-        raise ArgumentError(f"impl='triton': {reason}; pass impl='auto' or 'reference'")
-    return (gpu if asked and reason is None else blocked).example_sums(rows, spans, times, scale)
+    by_name = check_impl(impl) in ("triton", "cuda")
+    if by_name and reason is not None:
+        raise ArgumentError(f"impl={impl!r}: {reason}; pass impl='auto' or 'reference'")
+    fused = by_name or (impl == "auto" and reason is None and _AUTO.get(rows.device.type) == "triton")
+    return (gpu if fused else blocked).example_sums(rows, spans, times, scale)
 
 
 def _choose_dense(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
