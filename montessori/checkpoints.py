@@ -1,7 +1,8 @@
 """Optimizer state from the directories that training programs leave behind.
 
 Recognised by the files in the directory: this package's own format, a checkpoint of Hugging Face
-Trainer or TRL (`optimizer.pt`), and `accelerate.save_state` (`optimizer.bin`).
+Trainer or TRL (`optimizer.pt`), `accelerate.save_state` (`optimizer.bin`), FSDP's sharded states
+(`optimizer_0/.metadata`, or the directory itself) and DeepSpeed's ZeRO (`*_optim_states.pt`).
 
 A torch state dict counts parameters instead of naming them. The names are restored from the order in
 which the optimizer was given the parameters, and every shape is checked. Two parameters of one shape
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from torch import nn
 
 from montessori.errors import StateError
 from montessori.optim_state import JSON_FILE, TENSOR_FILE, AdamWState, ParameterState, parameter_state
+from montessori.sharded import METADATA_FILE, read_distributed
+from montessori.zero import read_zero, zero_directory
 
 TRAINER_FILE = "optimizer.pt"
 ACCELERATE_FILE = "optimizer.bin"
@@ -48,7 +52,7 @@ def read_state(directory: str | os.PathLike[str], model: nn.Module) -> AdamWStat
     if (path / JSON_FILE).exists() or (path / TENSOR_FILE).exists():
         state = AdamWState.load(path)
     else:
-        state = _read_torch_state(_optimizer_file(path), model)
+        state = _read_torch_state(path, model)
     state.check_layout(model)
     return state
 
@@ -71,13 +75,29 @@ def read_optimizer(
     return state.beside(model)
 
 
-def _optimizer_file(path: Path) -> Path:
-    several = sorted(file.name for file in path.glob("optimizer_*.bin"))
-    found = [name for name in (TRAINER_FILE, ACCELERATE_FILE) if (path / name).is_file()]
-    if len(found) + len(several) > 1:
-        raise StateError(f"{path}: expected one optimizer, got {', '.join(found + several)}: {_LIVE}")
+def _optimizers(path: Path, model: nn.Module) -> dict[str, Callable[[], dict]]:
+    """How to read each optimizer that lies in `path`, by what it lies in."""
+    found: dict[str, Callable[[], dict]] = {}
+    for file in [path / TRAINER_FILE, path / ACCELERATE_FILE, *sorted(path.glob("optimizer_*.bin"))]:
+        if file.is_file():
+            found[file.name] = partial(_load, file)
+    for folder in [path, *sorted(path.glob("optimizer_*"))]:
+        if (folder / METADATA_FILE).is_file():
+            found[f"{folder.name}/{METADATA_FILE}"] = partial(read_distributed, folder)
+    zero = zero_directory(path)
+    if zero is not None:
+        found[zero.name] = partial(read_zero, zero, _decayed_names(model).__contains__)
+    return found
+
+
+def _saved_optimizer(path: Path, model: nn.Module) -> tuple[str, dict]:
+    """What the optimizer in `path` lies in, and its state dict."""
+    found = _optimizers(path, model)
+    if len(found) > 1:
+        raise StateError(f"{path}: expected one optimizer, got {', '.join(found)}: {_LIVE}")
     if found:
-        return path / found[0]
+        name, read = found.popitem()
+        return name, read()
     checkpoints = sorted(
         (entry.name for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)),
         key=lambda name: int(name.removeprefix("checkpoint-")),
@@ -86,14 +106,15 @@ def _optimizer_file(path: Path) -> Path:
         raise StateError(f"{path}: expected one checkpoint, got a run: name one of {', '.join(checkpoints)}")
     raise StateError(
         f"{path}: no optimizer state: expected {TRAINER_FILE} (Trainer, TRL), {ACCELERATE_FILE} "
-        f"(accelerate.save_state) or {JSON_FILE} with {TENSOR_FILE}; save the optimizer with the model"
+        f"(accelerate.save_state), optimizer_0/{METADATA_FILE} (FSDP), *_optim_states.pt (DeepSpeed) or {JSON_FILE} "
+        f"with {TENSOR_FILE}; save the optimizer with the model"
     )
 
 
-def _read_torch_state(file: Path, model: nn.Module) -> AdamWState:
-    saved = _load(file)
+def _read_torch_state(path: Path, model: nn.Module) -> AdamWState:
+    name, saved = _saved_optimizer(path, model)
     groups, entries = saved["param_groups"], saved["state"]
-    names_by_group = _parameter_names(file, groups, model)
+    names_by_group = _parameter_names(path / name, groups, model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     states: dict[str, ParameterState] = {}
     for group, names in zip(groups, names_by_group, strict=True):

@@ -63,10 +63,18 @@ def check_checkpoint(name_or_path: str | os.PathLike[str]) -> None:
         if not _is_checkpoint(directory) and not (directory / "adapter_config.json").is_file():
             raise ModelError(
                 f"{directory}: no config.json or adapter_config.json: expected a checkpoint directory; "
-                "name the checkpoint inside it"
+                + _how_to_make_whole(directory)
             )
     elif name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise ModelError(f"{name}: expected a checkpoint directory, none is there: check the path")
+
+
+def _how_to_make_whole(directory: Path) -> str:
+    if any(directory.glob("pytorch_model_fsdp_*")):
+        return "merge the weights of FSDP with `accelerate merge-weights` into a folder with config.json and tokenizer"
+    if (directory / "zero_to_fp32.py").is_file():
+        return "merge the weights of DeepSpeed with its zero_to_fp32.py into a folder with config.json and tokenizer"
+    return "name the checkpoint inside it"
 
 
 def checkpoint_name(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> str:

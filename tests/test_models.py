@@ -343,3 +343,12 @@ def test_frozen_eight_bit_and_empty_weights_are_checked_too():
     validate_model(model)
     model.scale = nn.Parameter(torch.full((4,), float("nan")).to(torch.float8_e4m3fn), requires_grad=False)
     assert invalid(model).startswith("scale has NaN or Inf")
+
+
+@pytest.mark.parametrize(
+    ("left", "tool"), [("pytorch_model_fsdp_0", "merge-weights"), ("zero_to_fp32.py", "zero_to_fp32")]
+)
+def test_a_sharded_checkpoint_names_the_tool_that_merges_it(tmp_path, left, tool):
+    (tmp_path / left).touch()
+    with pytest.raises(ModelError, match=tool):
+        load_model(tmp_path)

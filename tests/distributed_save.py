@@ -1,0 +1,42 @@
+"""What each process of the FSDP test does: steps of a sharded student, saved as accelerate does, and of a whole one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from montessori.optim_state import AdamWState
+from tests.state_support import make_adamw, take_steps, tiny_llama
+
+
+def main(directory: str) -> None:
+    processes = PartialState(cpu=True)
+    model = tiny_llama(**uneven_shape())
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = make_adamw(model)
+    take_steps(model, optimizer)
+    saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(saved, storage_writer=dcp.FileSystemWriter(Path(directory) / "optimizer_0"))
+    if processes.is_main_process:
+        whole = tiny_llama(**uneven_shape())
+        optimizer = make_adamw(whole)
+        take_steps(whole, optimizer)
+        AdamWState.from_optimizer(whole, optimizer).save(Path(directory) / "whole")
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
+
+
+def uneven_shape() -> dict:
+    """A vocabulary and width that two ranks do not divide."""
+    return {"vocab_size": 67, "intermediate_size": 33, "tie_word_embeddings": True}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

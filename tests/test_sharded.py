@@ -1,0 +1,129 @@
+"""Optimizer state from directories of torch.distributed.checkpoint, as FSDP with sharded states leaves them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+from montessori.checkpoints import read_state
+from montessori.optim_state import AdamWState
+from tests import distributed_save
+from tests.state_support import assert_reads_as_live, assert_same, make_adamw, refusal, take_steps, tiny_llama
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@pytest.fixture
+def trained():
+    model = tiny_llama()
+    optimizer = make_adamw(model)
+    take_steps(model, optimizer)
+    return model, optimizer
+
+
+def save(directory: Path, saved: dict) -> Path:
+    dcp.save(saved, storage_writer=dcp.FileSystemWriter(directory), no_dist=True)
+    return directory
+
+
+def test_two_ranks_of_fsdp(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = str(Path(distributed_save.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
+    finished = subprocess.run(
+        [*command, distributed_save.__file__, str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert len(list((tmp_path / "optimizer_0").glob("*.distcp"))) == 2
+    model = tiny_llama(**distributed_save.uneven_shape())
+    state = read_state(tmp_path, model)
+    state.validate(model)
+    # Both ranks see the same rows, and half the sum of two equal float32 numbers is exact.
+    assert_same(state, AdamWState.load(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("options", [None, FLAT], ids=["nested", "flat"])
+@pytest.mark.parametrize("place", ["alone", "named", "beside a model"])
+def test_saved_by_torch(tmp_path, trained, options, place):
+    model, optimizer = trained
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    whole = {
+        "alone": saved,
+        "named": {"optimizer": saved},
+        "beside a model": {"app": {"model": get_model_state_dict(model), "optim": saved}, "step": 3},
+    }
+    assert_reads_as_live(save(tmp_path / "saved", whole[place]), model, optimizer)
+
+
+def test_a_frozen_parameter_is_not_asked_for(tmp_path, trained):
+    model, optimizer = trained
+    save(tmp_path / "optimizer_0", {"optimizer": get_optimizer_state_dict(model, optimizer)})
+    model.model.norm.requires_grad_(False)
+    assert "model.norm.weight" not in read_state(tmp_path, model)
+
+
+def test_what_is_not_one_optimizer_is_refused(tmp_path, trained):
+    model, optimizer = trained
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert "got none" in refusal(save(tmp_path / "weights", {"model": get_model_state_dict(model)}), model)
+    assert "got first, second" in refusal(save(tmp_path / "two", {"first": saved, "second": saved}), model)
+    both = save(tmp_path / "both" / "optimizer_0", {"optimizer": saved}).parent
+    torch.save(optimizer.state_dict(), both / "optimizer.pt")
+    assert "expected one optimizer, got optimizer.pt, optimizer_0/.metadata" in refusal(both, model)
+    assert "of another model" in refusal(save(tmp_path / "other", saved), tiny_llama(hidden_size=32))
+
+
+def test_damaged_files_are_refused(tmp_path, trained):
+    model, optimizer = trained
+    saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    (pieces,) = save(tmp_path / "cut", saved).glob("*.distcp")
+    pieces.write_bytes(pieces.read_bytes()[:3000])
+    assert "cannot be read as plain tensors" in refusal(tmp_path / "cut", model)
+    pieces.unlink()
+    assert "cannot be read as plain tensors" in refusal(tmp_path / "cut", model)
+    (tmp_path / "cut" / ".metadata").write_bytes(b"")
+    assert "cannot be read as the index" in refusal(tmp_path / "cut", model)
+
+
+class Exploit:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_nothing_in_the_files_runs(tmp_path, trained):
+    model, optimizer = trained
+    directory = save(tmp_path / "saved", {"optimizer": get_optimizer_state_dict(model, optimizer)})
+    index = pickle.loads((directory / ".metadata").read_bytes())
+    (directory / ".metadata").write_bytes(pickle.dumps(Exploit(tmp_path / "ran")))
+    assert "does not belong there" in refusal(directory, model)
+    (pieces,) = directory.glob("*.distcp")
+    with pieces.open("wb") as stream:
+        torch.save(Exploit(tmp_path / "ran"), stream)
+    for stored in index.storage_data.values():
+        stored.offset, stored.length = 0, pieces.stat().st_size
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
+    assert "cannot be read as plain tensors" in refusal(directory, model)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_file_outside_of_the_directory_is_read(tmp_path, trained):
+    model, optimizer = trained
+    directory = save(tmp_path / "saved", {"optimizer": get_optimizer_state_dict(model, optimizer)})
+    index = pickle.loads((directory / ".metadata").read_bytes())
+    for stored in index.storage_data.values():
+        stored.relative_path = "../elsewhere"
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
+    (tmp_path / "elsewhere").write_bytes(b"")
+    assert "outside of the checkpoint" in refusal(directory, model)
