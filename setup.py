@@ -44,12 +44,23 @@ def cuda_toolkit() -> Path | None:
     return None
 
 
-def compile_device_code(toolkit: Path, build: Path) -> list[str]:
+def known_archs(toolkit: Path) -> list[str]:
+    """Those of `cuda_archs` that this compiler can build for; the others are named, not passed over in silence."""
+    command = [str(toolkit / "bin/nvcc"), "--list-gpu-arch"]
+    listed = subprocess.run(command, check=False, capture_output=True, text=True).stdout.split()
+    known = [arch for arch in cuda_archs() if f"compute_{arch.rstrip('af')}" in listed]
+    for arch in cuda_archs():
+        if arch not in known:
+            print(f"montessori: {toolkit} does not know capability {arch}: built without it", file=sys.stderr)
+    return known
+
+
+def compile_device_code(toolkit: Path, build: Path, archs: list[str]) -> list[str]:
     """Object files of the CUDA sources, each for all its capabilities."""
     build.mkdir(parents=True, exist_ok=True)
     flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DNDEBUG"]
-    sources = {name: cuda_archs() for name in DEVICE_SOURCES}
-    if HOPPER in cuda_archs():
+    sources = dict.fromkeys(DEVICE_SOURCES, archs)
+    if HOPPER in archs:
         sources[HOPPER_SOURCE] = [HOPPER]
     objects = []
     for name, archs in sources.items():
@@ -76,7 +87,7 @@ def extension_arguments() -> dict:
                 self.extensions = [extension]
                 try:
                     if extension is cuda_library:
-                        extension.extra_objects = compile_device_code(toolkit, Path(self.build_temp) / "cuda")
+                        extension.extra_objects = compile_device_code(toolkit, Path(self.build_temp) / "cuda", archs)
                     super().build_extensions()
                 except Exception as error:
                     if os.environ.get("MONTESSORI_REQUIRE_KERNELS"):
@@ -94,8 +105,9 @@ def extension_arguments() -> dict:
         )
     ]
     toolkit, cuda_library = cuda_toolkit(), None
-    if toolkit is not None and cuda_archs():
-        without_hopper = [] if HOPPER in cuda_archs() else ["-DMONTESSORI_WITHOUT_WGMMA"]
+    archs = known_archs(toolkit) if toolkit is not None and cuda_archs() else []
+    if toolkit is not None and archs:
+        without_hopper = [] if HOPPER in archs else ["-DMONTESSORI_WITHOUT_WGMMA"]
         cuda_library = CppExtension(
             "montessori._cuda",
             ["csrc/cuda/register.cpp"],

@@ -140,6 +140,7 @@ LITTLE = {
     "SHAPES": dict.fromkeys(gpu_sections.SHAPES, (24, 40)),
     "LENGTHS": (8, 16),
     "PACKED_TOKENS": 32,
+    "MIXED": (3, 7),
     "CHECKED": ((24, 20, (5, 0, 1)),),
     "COPIED": 64,
     "SQUARE": 8,

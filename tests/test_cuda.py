@@ -113,3 +113,13 @@ def test_the_list_of_capabilities_is_read_from_the_environment(monkeypatch):
     assert build.cuda_archs() == ["80", "90a"]
     monkeypatch.setenv("MONTESSORI_CUDA_ARCHS", "")
     assert build.cuda_archs() == []
+
+
+def test_capabilities_that_the_compiler_does_not_know_are_left_out_by_name(monkeypatch, tmp_path, capsys):
+    (tmp_path / "bin").mkdir()
+    compiler = tmp_path / "bin/nvcc"
+    compiler.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\n'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("MONTESSORI_CUDA_ARCHS", "80;90a;100")
+    assert setup_module_of_the_build().known_archs(tmp_path) == ["80", "90a"]
+    assert "does not know capability 100: built without it" in capsys.readouterr().err

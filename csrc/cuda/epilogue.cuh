@@ -5,21 +5,26 @@
 // none needs a barrier but the one after loading.
 #pragma once
 
+#include <type_traits>
+
 #include "instructions.cuh"
 #include "linear.h"
 
 namespace montessori {
 
-// Rows have an even length and pairs start at an even column, so one access takes both.
-__device__ inline float2 read_pair(const Array& array, int64_t at) {
+// Calls `use` with the pairs of `array` and what widens one to float32: decided once, so that no branch stands between
+// loads and many are on their way at a time. Rows have an even length, so a pair never spans two.
+template <typename Use>
+__device__ inline void with_pairs(const Array& array, Use use) {
   switch (array.dtype) {
     case Dtype::kBFloat16:
-      return __bfloat1622float2(
-          *reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(array.data) + at));
+      use(static_cast<const __nv_bfloat162*>(array.data), [](__nv_bfloat162 pair) { return __bfloat1622float2(pair); });
+      break;
     case Dtype::kFloat16:
-      return __half22float2(*reinterpret_cast<const __half2*>(static_cast<const __half*>(array.data) + at));
+      use(static_cast<const __half2*>(array.data), [](__half2 pair) { return __half22float2(pair); });
+      break;
     default:
-      return *reinterpret_cast<const float2*>(static_cast<const float*>(array.data) + at);
+      use(static_cast<const float2*>(array.data), [](float2 pair) { return pair; });
   }
 }
 
@@ -44,6 +49,8 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+__device__ inline bool is_inside(const LinearProblem& p, int2 at) { return at.x < p.out && at.y < p.in; }
+
 __device__ inline float adam_update(const LinearProblem& p, float grad, float exp_avg, float exp_avg_sq) {
   const float momentum = fmaf(p.a2, grad, p.a1 * exp_avg);
   const float second = fmaf(p.s2 * grad, grad, p.s1 * exp_avg_sq);
@@ -61,19 +68,37 @@ struct TileState {
 
   __device__ Slot& slot(int array, int pair) const { return slots[(array * PAIRS + pair) * THREADS + thread]; }
 
-  // Pairs first..last-1 from global memory. Outside the parameter v = 1, so that 0 / 0 does not arise with ε = 0.
-  template <typename Position>
-  __device__ void load(const LinearProblem& p, Position position, int first, int last) const {
-#pragma unroll 4
-    for (int pair = first; pair < last; ++pair) {
-      const int2 at = position(pair);
-      const bool inside = at.x < p.out && at.y < p.in;
-      const int64_t element = static_cast<int64_t>(at.x) * p.in + at.y;
-      const float2 zero = make_float2(0.f, 0.f);
-      slot(0, pair) = Pair<State>::pack(inside ? read_pair(p.exp_avg, element) : zero);
-      slot(1, pair) = Pair<State>::pack(inside ? read_pair(p.exp_avg_sq, element) : make_float2(1.f, 1.f));
-      slot(2, pair) = Pair<State>::pack(inside ? read_pair(p.q, element) : zero);
-    }
+  // COUNT pairs from `first` on, from global memory. Outside the parameter v = 1, so that 0 / 0 does not arise with
+  // ε = 0.
+  template <int COUNT, typename Position>
+  __device__ void load(const LinearProblem& p, Position position, int first) const {
+    fill<COUNT>(p, 0, p.exp_avg, 0.f, position, first);
+    fill<COUNT>(p, 1, p.exp_avg_sq, 1.f, position, first);
+    fill<COUNT>(p, 2, p.q, 0.f, position, first);
+  }
+
+  template <int COUNT, typename Position>
+  __device__ void fill(const LinearProblem& p, int array, const Array& source, float outside, Position position,
+                       int first) const {
+    constexpr int kBatch = COUNT < 16 ? COUNT : 16;
+    static_assert(COUNT % kBatch == 0);
+    with_pairs(source, [&](const auto* pairs, auto widen) {
+      using Given = std::remove_cv_t<std::remove_reference_t<decltype(*pairs)>>;
+#pragma unroll 1
+      for (int base = first; base < first + COUNT; base += kBatch) {
+        Given given[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int2 at = position(base + i);
+          given[i] = pairs[is_inside(p, at) ? (static_cast<int64_t>(at.x) * p.in + at.y) / 2 : 0];
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const bool inside = is_inside(p, position(base + i));
+          slot(array, base + i) = Pair<State>::pack(inside ? widen(given[i]) : make_float2(outside, outside));
+        }
+      }
+    });
   }
 
   // Gradients become updates in place; returns this thread's Σ q · update for the first set.
@@ -95,14 +120,37 @@ struct TileState {
   template <typename Position>
   __device__ float further_set(const LinearProblem& p, Position position, int k,
                                const float (&update)[2 * PAIRS]) const {
-    const int64_t set = static_cast<int64_t>(k) * p.out * p.in;
+    if constexpr (std::is_same_v<State, __nv_bfloat16>) {
+      const auto* pairs = static_cast<const __nv_bfloat162*>(p.q.data);
+      return set_sum(p, pairs, [](__nv_bfloat162 pair) { return __bfloat1622float2(pair); }, position, k, update);
+    } else {
+      float sum = 0.f;
+      with_pairs(p.q, [&](const auto* pairs, auto widen) { sum = set_sum(p, pairs, widen, position, k, update); });
+      return sum;
+    }
+  }
+
+  // Outside the parameter updates are 0, so any q will do there.
+  template <typename Given, typename Widen, typename Position>
+  __device__ static float set_sum(const LinearProblem& p, const Given* pairs, Widen widen, Position position, int k,
+                                  const float (&update)[2 * PAIRS]) {
+    pairs += static_cast<int64_t>(k) * p.out * p.in / 2;
+    constexpr int kBatch = 8;
     float sum = 0.f;
 #pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair) {
-      const int2 at = position(pair);
-      if (at.x < p.out && at.y < p.in) {
-        const float2 q = read_pair(p.q, set + static_cast<int64_t>(at.x) * p.in + at.y);
-        sum = fmaf(q.x, update[2 * pair], fmaf(q.y, update[2 * pair + 1], sum));
+    for (int base = 0; base < PAIRS; base += kBatch) {
+      compute_here(position.row);
+      compute_here(position.column);
+      Given given[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int2 at = position(base + i);
+        given[i] = pairs[(static_cast<int64_t>(min(at.x, p.out - 1)) * p.in + min(at.y, p.in - 2)) / 2];
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float2 q = widen(given[i]);
+        sum = fmaf(q.x, update[2 * (base + i)], fmaf(q.y, update[2 * (base + i) + 1], sum));
       }
     }
     return sum;
@@ -113,26 +161,6 @@ struct TileState {
 __device__ inline void store_partial(const LinearProblem& p, int64_t parts, int k, int row, int64_t part, float sum) {
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) p.partial[(static_cast<int64_t>(k) * (p.examples + 1) + row) * parts + part] = sum;
-}
-
-// decay · Σ q · θ over this thread's pairs, for every set, into the row that all examples share.
-template <int PAIRS, typename Position>
-__device__ void store_decay(const LinearProblem& p, Position position, int64_t parts, int64_t part) {
-  for (int k = 0; k < p.sets; ++k) {
-    const int64_t set = static_cast<int64_t>(k) * p.out * p.in;
-    float sum = 0.f;
-    if (p.decay != 0.f) {
-      for (int pair = 0; pair < PAIRS; ++pair) {
-        const int2 at = position(pair);
-        if (at.x < p.out && at.y < p.in) {
-          const int64_t element = static_cast<int64_t>(at.x) * p.in + at.y;
-          const float2 q = read_pair(p.q, set + element), theta = read_pair(p.param, element);
-          sum = fmaf(q.x, theta.x, fmaf(q.y, theta.y, sum));
-        }
-      }
-    }
-    store_partial(p, parts, k, p.examples, part, p.decay * sum);
-  }
 }
 
 // Tiles in an order in which those that run at one time form a near-square patch and share operands in the L2 cache.

@@ -136,15 +136,8 @@ __device__ inline uint64_t operand_descriptor(uint32_t address, int box) {
       "+f"(d[i + 7])
 #define MONTESSORI_32(d, i) MONTESSORI_8(d, i), MONTESSORI_8(d, i + 8), MONTESSORI_8(d, i + 16), MONTESSORI_8(d, i + 24)
 
-// d += A B for 16 tokens, 64 rows of A and 64 or 128 columns of B, both token by token (transposed flags 1, 1).
-#define MONTESSORI_WGMMA_64(TYPES)                                                                             \
-  asm volatile(                                                                                                \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES                                                      \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 1, 1;"                            \
-      : MONTESSORI_32(d, 0)                                                                                    \
-      : "l"(a), "l"(b))
-#define MONTESSORI_WGMMA_128(TYPES)                                                                                \
+// d += A B for 16 tokens, 64 rows of A and 128 columns of B, both token by token (transposed flags 1, 1).
+#define MONTESSORI_WGMMA(TYPES)                                                                                    \
   asm volatile(                                                                                                    \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES                                                         \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "     \
@@ -154,28 +147,19 @@ __device__ inline uint64_t operand_descriptor(uint32_t address, int box) {
       : MONTESSORI_32(d, 0), MONTESSORI_32(d, 32)                                                                  \
       : "l"(a), "l"(b))
 
-template <typename Operand, int COLUMNS>
+template <typename Operand>
 struct Product;
 template <>
-struct Product<__nv_bfloat16, 64> {
-  __device__ static void add(float* d, uint64_t a, uint64_t b) { MONTESSORI_WGMMA_64("bf16.bf16"); }
+struct Product<__nv_bfloat16> {
+  __device__ static void add(float* d, uint64_t a, uint64_t b) { MONTESSORI_WGMMA("bf16.bf16"); }
 };
 template <>
-struct Product<__half, 64> {
-  __device__ static void add(float* d, uint64_t a, uint64_t b) { MONTESSORI_WGMMA_64("f16.f16"); }
-};
-template <>
-struct Product<__nv_bfloat16, 128> {
-  __device__ static void add(float* d, uint64_t a, uint64_t b) { MONTESSORI_WGMMA_128("bf16.bf16"); }
-};
-template <>
-struct Product<__half, 128> {
-  __device__ static void add(float* d, uint64_t a, uint64_t b) { MONTESSORI_WGMMA_128("f16.f16"); }
+struct Product<__half> {
+  __device__ static void add(float* d, uint64_t a, uint64_t b) { MONTESSORI_WGMMA("f16.f16"); }
 };
 
 #undef MONTESSORI_8
 #undef MONTESSORI_32
-#undef MONTESSORI_WGMMA_64
-#undef MONTESSORI_WGMMA_128
+#undef MONTESSORI_WGMMA
 
 }  // namespace montessori::hopper

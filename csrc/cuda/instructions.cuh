@@ -20,6 +20,9 @@ __device__ inline float fast_reciprocal(float value) {
   return inverse;
 }
 
+// What follows from `value` is computed after this point, not once and then kept in registers that are needed.
+__device__ inline void compute_here(int& value) { asm volatile("" : "+r"(value)); }
+
 // The block's dynamic shared memory.
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char bytes[];

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace montessori {
@@ -40,6 +41,25 @@ inline int64_t num_tiles(const LinearProblem& p, const Cut& cut) {
   return tiles_o * ((p.in + cut.block_i - 1) / cut.block_i);
 }
 
+// A positive number that is asked of the runtime once for each device: such calls may wait for copies under way.
+class PerDevice {
+ public:
+  template <typename Ask>
+  cudaError_t get(int* value, Ask ask) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    std::atomic<int>& known = known_[device % kSlots];
+    if (device < kSlots && (*value = known.load()) > 0) return cudaSuccess;
+    const cudaError_t error = ask(value);
+    if (error == cudaSuccess && device < kSlots) known = *value;
+    return error;
+  }
+
+ private:
+  static constexpr int kSlots = 64;
+  std::atomic<int> known_[kSlots] = {};
+};
+
 // State that is bfloat16 throughout is held so, and leaves room for a tile twice as wide.
 inline bool holds_bfloat16(const LinearProblem& p) {
   return p.q.dtype == Dtype::kBFloat16 && p.exp_avg.dtype == Dtype::kBFloat16 && p.exp_avg_sq.dtype == Dtype::kBFloat16;
@@ -56,6 +76,9 @@ cudaError_t launch_linear_wgmma(const LinearProblem& p, int splits, cudaStream_t
 // The same in clusters of four or eight blocks, which fetch each operand once for all that share it.
 Cut wgmma_cluster_cut(const LinearProblem& p);
 cudaError_t launch_linear_wgmma_cluster(const LinearProblem& p, int splits, cudaStream_t stream);
+
+// Row B of partial: decay · Σ q_k · θ in `parts` stretches, 0 without decay.
+cudaError_t launch_decay(const LinearProblem& p, int64_t parts, cudaStream_t stream);
 
 // scores [B, K] float64: partial[k, b] and the shared row partial[k, B], each added up in a fixed order, times scale.
 cudaError_t launch_sum_partials(const float* partial, int64_t parts, int examples, int sets, double scale,

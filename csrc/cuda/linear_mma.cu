@@ -22,14 +22,19 @@ struct Panel {
     return base + token * (WIDTH * 2) + (((column / 8) ^ (token & 7)) * 16);
   }
 
+  // A thread copies the same column of tokens kThreads / kPieces apart.
   __device__ static void load(uint32_t base, const void* data, int64_t row, int count, int first, int width) {
-    constexpr int kPieces = WIDTH / 8;
+    constexpr int kPieces = WIDTH / 8, kStep = kThreads / kPieces;
+    static_assert(kThreads % kPieces == 0 && kBlockT % kStep == 0);
+    int thread = threadIdx.x;
+    compute_here(thread);
+    const int token = thread / kPieces, column = thread % kPieces * 8;
+    const uint16_t* from = static_cast<const uint16_t*>(data) + (row + token) * width + first + column;
+    const bool inside = first + column < width;
 #pragma unroll
-    for (int piece = threadIdx.x; piece < kBlockT * kPieces; piece += kThreads) {
-      const int token = piece / kPieces, column = piece % kPieces * 8;
-      const bool given = token < count && first + column < width;
-      const int64_t element = given ? (row + token) * width + first + column : 0;
-      copy_async(at(base, token, column), static_cast<const uint16_t*>(data) + element, given);
+    for (int i = 0; i < kBlockT / kStep; ++i) {
+      const bool given = inside && token + i * kStep < count;
+      copy_async(at(base, token + i * kStep, column), given ? from + i * kStep * width : data, given);
     }
   }
 };
@@ -134,13 +139,12 @@ struct Kernel {
     for (int stage = 0; stage < kStages - 1; ++stage, ahead.next()) {
       load_stage(stages + stage * kStageBytes, p, ahead, tile);
     }
-    held.load(p, position, 0, kPairs);
-    if (blockIdx.y == 0) store_decay<kPairs>(p, position, parts, part);
+    held.template load<kPairs>(p, position, 0);
 
     int stage = 0;
     for (int b = share.first; b < share.last; ++b) {
       float grad[2 * kPairs] = {};
-      for (int64_t done = p.spans[2 * b]; done < p.spans[2 * b + 1]; done += kBlockT) {
+      for (int64_t left = p.spans[2 * b + 1] - p.spans[2 * b]; left > 0; left -= kBlockT) {
         wait_for_copies<kStages - 2>();
         __syncthreads();
         load_stage(stages + (stage + kStages - 1) % kStages * kStageBytes, p, ahead, tile);
@@ -164,7 +168,12 @@ template <typename Operand, typename State, int BLOCK_I>
 cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
   constexpr int kBytes = Kernel<Operand, State, BLOCK_I>::kSharedBytes;
   const auto kernel = linear_mma_kernel<Operand, State, BLOCK_I>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static PerDevice known;
+  int unused = 0;
+  const cudaError_t error = known.get(&unused, [&](int* value) {
+    *value = 1;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  });
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   splits = std::max(1, std::min(splits, p.examples));

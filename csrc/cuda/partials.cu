@@ -1,4 +1,5 @@
-#include "linear.h"
+// What the tiles of a parameter share, and the sums over them.
+#include "epilogue.cuh"
 
 namespace montessori {
 namespace {
@@ -29,7 +30,37 @@ __global__ void sum_partials_kernel(const float* partial, int64_t parts, int exa
   if (threadIdx.x == 0) scores[static_cast<int64_t>(b) * sets + k] = scale * (own + shared);
 }
 
+// decay · Σ q_k · θ, the part of the step that no example changes: a warp for each of `parts` equal stretches.
+__global__ void decay_kernel(const __grid_constant__ LinearProblem p, int64_t parts) {
+  const int64_t part = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (part >= parts) return;
+  const int64_t pairs = static_cast<int64_t>(p.out) * p.in / 2, share = (pairs + parts - 1) / parts;
+  const int64_t first = part * share, last = min(first + share, pairs), set = blockIdx.y * pairs;
+  float sum = 0.f;
+  if (p.decay != 0.f) {
+    with_pairs(p.q, [&](const auto* q, auto widen_q) {
+      with_pairs(p.param, [&](const auto* param, auto widen_param) {
+#pragma unroll 8
+        for (int64_t pair = first + threadIdx.x % 32; pair < last; pair += 32) {
+          const float2 a = widen_q(q[set + pair]), b = widen_param(param[pair]);
+          sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
+        }
+      });
+    });
+  }
+  store_partial(p, parts, blockIdx.y, p.examples, part, p.decay * sum);
+}
+
 }  // namespace
+
+cudaError_t launch_decay(const LinearProblem& p, int64_t parts, cudaStream_t stream) {
+  constexpr int kWarps = kThreads / 32;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((parts + kWarps - 1) / kWarps), p.sets);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, decay_kernel, p, parts);
+}
 
 cudaError_t launch_sum_partials(const float* partial, int64_t parts, int examples, int sets, double scale,
                                 double* scores, cudaStream_t stream) {

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <string>
 
 #include "linear.h"
@@ -47,12 +48,20 @@ void check_launch(cudaError_t error, const char* what) {
 
 int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
-// Shares of the examples, so that a small parameter fills the processors about twice.
-int splits_for(int64_t blocks) {
+// Shares of the examples: enough that the last round of blocks is not a lone one, few enough that reading the state of
+// a tile for each share, as long as the products of some 2,000 tokens, does not outweigh it.
+int splits_for(const LinearProblem& p, int64_t tiles, int blocks_per_tile) {
+  constexpr int64_t kMost = 16, kStateTokens = 2048;
   int device = 0, processors = 0;
   check_launch(cudaGetDevice(&device), "cudaGetDevice");
   check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return static_cast<int>(ceil_div(2 * static_cast<int64_t>(processors), blocks));
+  const int64_t at_a_time = std::max(processors / blocks_per_tile, 1);
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= std::min<int64_t>(kMost, p.examples); ++splits) {
+    const int64_t cost = ceil_div(tiles * splits, at_a_time) * (ceil_div(p.tokens, splits) + kStateTokens);
+    if (splits == 1 || cost < least) best = splits, least = cost;
+  }
+  return static_cast<int>(best);
 }
 
 struct Kernel {
@@ -100,12 +109,15 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& spans, con
   p.decay = static_cast<float>(decay);
   const Kernel chosen = kernel_named(kernel);
   const Cut cut = chosen.cut(p);
-  const int64_t tiles = montessori::num_tiles(p, cut), blocks = tiles * cut.blocks,
-                parts = blocks * cut.parts_per_block;
+  const int64_t tiles = montessori::num_tiles(p, cut), parts = tiles * cut.blocks * cut.parts_per_block;
   const Tensor partial = torch::stable::new_empty(q, {p.sets, p.examples + 1, parts}, ScalarType::Float);
   const Tensor scores = torch::stable::new_empty(q, {p.examples, p.sets}, ScalarType::Double);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  check_launch(chosen.launch(p, splits_for(blocks), stream), "linear_scores");
+  const int splits = splits_for(p, tiles, cut.blocks);
+  const std::string what = "linear_scores, kernel " + kernel + ", " + std::to_string(p.tokens) + " tokens, param [" +
+                           std::to_string(p.out) + ", " + std::to_string(p.in) + "]";
+  check_launch(chosen.launch(p, splits, stream), what.c_str());
+  check_launch(montessori::launch_decay(p, parts, stream), "decay");
   check_launch(montessori::launch_sum_partials(p.partial, parts, p.examples, p.sets, -lr,
                                                static_cast<double*>(scores.mutable_data_ptr()), stream),
                "sum_partials");

@@ -25,6 +25,11 @@ extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** func
   return cudaSuccess;
 }
 
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
 // scores [B, K] float64. dtypes of x and dy, q, exp_avg, exp_avg_sq, param as in `Dtype`; sizes T, B, K, O, I.
 extern "C" int emulate(const char* kernel, const void* const* arrays, const int* dtypes, const int64_t* spans,
                        const int* sizes, const float* constants, int splits, double scale, double* scores) {
@@ -46,5 +51,6 @@ extern "C" int emulate(const char* kernel, const void* const* arrays, const int*
   std::vector<float> partial(p.sets * (p.examples + 1) * parts, std::numeric_limits<float>::quiet_NaN());
   p.partial = partial.data();
   if (const cudaError_t error = launch(p, splits, nullptr)) return error;
+  if (const cudaError_t error = launch_decay(p, parts, nullptr)) return error;
   return launch_sum_partials(p.partial, parts, p.examples, p.sets, scale, scores, nullptr);
 }

@@ -82,11 +82,11 @@ inline uint16_t operand_bits(uint64_t descriptor, int column, int token) {
   return shared_bits(swizzled(address + column / 64 * box + token / 8 * 1024 + token % 8 * 128 + column % 64 * 2));
 }
 
-template <typename Operand, int COLUMNS>
+template <typename Operand>
 struct Product {
   static void add(float* d, uint64_t a, uint64_t b) {
     const int warp = threadIdx.x % 128 / 32, lane = emulated::lane();
-    for (int i = 0; i < COLUMNS / 2; ++i) {
+    for (int i = 0; i < 64; ++i) {
       const int row = warp * 16 + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       for (int token = 0; token < 16; ++token) {
         d[i] += widen<Operand>(operand_bits(a, row, token)) * widen<Operand>(operand_bits(b, column, token));
