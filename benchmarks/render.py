@@ -16,7 +16,11 @@ from benchmarks import results
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/supported.md")
+PAGES = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("kernels", "performance", "supported")))
+LINEAR = {"linear triton": "Triton", "linear wgmma": "`wgmma`", "linear wgmma_cluster": "`wgmma_cluster`",
+          "linear mma": "`mma`", "linear unfused": "unfused"}  # fmt: skip
+SCORES = {"score triton": "TinyLlama-1.1B", "score cuda": "TinyLlama-1.1B", "score mixed": "TinyLlama-1.1B, mixed",
+          "score 8B": "Llama-3-8B"}  # fmt: skip
 
 
 def fidelity(records: list[dict[str, Any]]) -> str:
@@ -150,6 +154,42 @@ def architectures(record: dict[str, Any]) -> str:
     )
 
 
+def gpu_linear(records: list[dict[str, Any]]) -> str:
+    """Time of each kernel over that of the plain dW product, by shape, length and dtype of the state."""
+    lines = [f"| device | shape | T | sets | state | {' | '.join(LINEAR.values())} |", "|---" * (5 + len(LINEAR)) + "|"]
+    for record in records:
+        found: dict[tuple, dict[str, float]] = {}
+        for section in LINEAR:
+            for row in _rows(record, section):
+                key = (row["shape"], row["T"], row["sets"], row["state"])
+                found.setdefault(key, {})[section] = row["ratio"]
+        for key, ratios in found.items():
+            cells = [f"{ratios[section]:.2f}" if section in ratios else "–" for section in LINEAR]
+            lines.append(f"| {' | '.join([record['device']['name'], *map(str, key), *cells])} |")
+    return "\n".join(lines)
+
+
+def gpu_scores(records: list[dict[str, Any]]) -> str:
+    """Tokens per second of `score` beside plain forward + backward."""
+    lines = [
+        "| device | model | backend | plain, tokens/s | score, tokens/s | score / plain | peak |",
+        "|---" * 7 + "|",
+    ]
+    for record in records:
+        for section, model in SCORES.items():
+            for row in _rows(record, section):
+                lines.append(
+                    f"| {record['device']['name']} | {model} | {row['backend']} | {row['plain tokens/s']:,.0f} "
+                    f"| {row['score tokens/s']:,.0f} | {row['speed']:.2f} | {row['peak GB']:.1f} GB |"
+                )
+    return "\n".join(lines)
+
+
+def _rows(record: dict[str, Any], section: str) -> list[dict[str, Any]]:
+    """Of a section that ran to its end, else none."""
+    return record["sections"].get(section, {}).get("result", {}).get("rows", [])
+
+
 def _run(record: dict[str, Any]) -> list[str]:
     """Backend, threads, products and tokens of a run of `benchmarks.speed`."""
     backend = "kernels" if record["backend"] == "auto" else record["backend"]
@@ -196,6 +236,9 @@ def main() -> None:
     for name, table_of in singles.items():
         records = _records(f"{name}.json")
         tables[name] = table_of(records[0]) if records else "Not run yet."
+    on_gpus = _records("gpu_*.json")
+    for name, table_of_all in {"gpu_linear": gpu_linear, "gpu_scores": gpu_scores}.items():
+        tables[name] = table_of_all(on_gpus) if on_gpus else "No GPU has run it yet."
     pooled = results.pooled_effect("small")
     tables["effect"] = "Not run yet." if pooled is None else results.effect(pooled).strip()
     for page in PAGES:

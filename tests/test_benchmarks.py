@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import make_model, make_rows, slow_influence, warm_optimizer
 
-from benchmarks import effect, naive, results, truth
+from benchmarks import effect, naive, render, results, truth
 from benchmarks.peers.entries import ENTRIES
 from benchmarks.peers.less import AdamDot
 from benchmarks.peers.montessori_peer import FirstOrder, Montessori, RealStep
@@ -264,3 +264,18 @@ def test_seeds_of_different_settings_are_not_pooled(tmp_path, monkeypatch):
     write_seed(tmp_path, 2, assignments=["data.evaluation_rows=64"])
     with pytest.raises(ArgumentError, match=r"data.evaluation_rows=128.*seed 2 too.*data.evaluation_rows=64"):
         results.pooled_effect("small")
+
+
+def test_tables_of_a_gpu_have_what_ran_and_dashes_for_the_rest():
+    linear = {"shape": "q", "T": "256", "sets": 1, "state": "float32", "ratio": 1.234}
+    score = {"backend": "triton", "plain tokens/s": 1000.0, "score tokens/s": 900.0, "speed": 0.9, "peak GB": 4.0}
+    sections = {
+        "linear wgmma": {"seconds": 1.0, "result": {"rows": [linear]}},
+        "linear mma": {"seconds": 1.0, "error": "took more than 60 s"},
+        "score triton": {"seconds": 1.0, "result": {"rows": [score]}},
+    }
+    records = [{"device": {"name": "card"}, "sections": sections}]
+    assert render.gpu_linear(records).splitlines()[2:] == ["| card | q | 256 | 1 | float32 | – | 1.23 | – | – | – |"]
+    assert render.gpu_scores(records).splitlines()[2:] == [
+        "| card | TinyLlama-1.1B | triton | 1,000 | 900 | 0.90 | 4.0 GB |"
+    ]
