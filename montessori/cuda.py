@@ -64,6 +64,8 @@ def unsupported(step: OptimizerStep, *tensors: Tensor | None) -> str | None:
         return "it has no SGD"
     if not step.decoupled and step.weight_decay:
         return "it has no Adam with L2 weight decay"
+    if not (step.beta1 > 0 and step.beta2 > 0):
+        return "it has no Adam with a beta of 0"
     if any(row_grad is not None for row_grad in tied):
         return "it has no weights tied to an embedding"
     return _unsupported_tensors((x, dy), (q, exp_avg, exp_avg_sq, param))

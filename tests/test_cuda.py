@@ -62,7 +62,8 @@ def test_no_kernel_spills_registers(source, archs, kernels, most_registers, tmp_
     for name, stored, loaded, registers in entries:
         assert (int(stored), int(loaded)) == (0, 0), name
         assert int(registers) <= most_registers, name
-    assert "warning" not in report.lower(), report  # among others: products that the compiler had to serialise
+    assert "warning" not in report.lower(), report
+    assert "Performance Loss" not in report, report  # products that the compiler makes wait for each other
 
 
 @pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA kernels were not built")
@@ -95,6 +96,8 @@ def arguments(dtype=torch.bfloat16, size=16):
         ({5: torch.ones(257)[1:].view(16, 16)}, AdamWStep(lr=0.1), "multiple of 16 bytes"),
         ({6: torch.ones(1, 16)}, AdamWStep(lr=0.1), "tied"),
         ({}, AdamWStep(lr=0.1, weight_decay=0.1, decoupled=False), "L2"),
+        ({}, AdamWStep(lr=0.1, beta1=0.0), "beta of 0"),
+        ({}, AdamWStep(lr=0.1, beta2=0.0), "beta of 0"),
         ({}, SGDStep(lr=0.1), "no SGD"),
     ],
 )

@@ -40,7 +40,7 @@ template <>
 struct Pair<__nv_bfloat16> {
   using type = __nv_bfloat162;
   __device__ static type pack(float2 value) { return __float22bfloat162_rn(value); }
-  __device__ static float2 unpack(type value) { return __bfloat1622float2(value); }
+  __device__ static float2 unpack(type value) { return widen_pair(value); }
 };
 
 __device__ inline float warp_sum(float value) {
@@ -52,8 +52,8 @@ __device__ inline float warp_sum(float value) {
 __device__ inline bool is_inside(const LinearProblem& p, int2 at) { return at.x < p.out && at.y < p.in; }
 
 __device__ inline float adam_update(const LinearProblem& p, float grad, float exp_avg, float exp_avg_sq) {
-  const float momentum = fmaf(p.a2, grad, p.a1 * exp_avg);
-  const float second = fmaf(p.s2 * grad, grad, p.s1 * exp_avg_sq);
+  const float momentum = fmaf(p.a, grad, exp_avg);
+  const float second = fmaf(p.s * grad, grad, exp_avg_sq);
   return momentum * fast_reciprocal(fast_sqrt(second) + p.eps);
 }
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 
 namespace montessori {
@@ -15,7 +16,7 @@ struct Array {
   Dtype dtype;
 };
 
-// Σ q · ((a1 m + a2 g) / (sqrt(s1 v + s2 g²) + ε) + decay θ) per example and set, g = dYᵀX (Eq. 1 and 5).
+// Σ q · ((m + a g) / (sqrt(v + s g²) + ε) + decay θ) per example and set, g = dYᵀX (Eq. 1 and 5 over a constant).
 struct LinearProblem {
   Array x;               // [T, I], bfloat16 or float16, 16-byte aligned rows
   Array dy;              // [T, O], of the same dtype
@@ -27,8 +28,19 @@ struct LinearProblem {
   float* partial;        // [K, B+1, parts]; row B takes the decay, which all examples share
   int64_t tokens;
   int examples, sets, out, in;
-  float a1, a2, s1, s2, eps, decay;
+  float a, s, eps, decay;
 };
+
+// Sets a, s, ε and decay from (a1 m + a2 g) / (sqrt(s1 v + s2 g²) + ε) + decay θ, and returns the constant that the two
+// differ by. a1 and s1 are positive.
+inline double fold_constants(LinearProblem& p, double a1, double a2, double s1, double s2, double eps, double decay) {
+  const double constant = a1 / std::sqrt(s1);
+  p.a = static_cast<float>(a2 / a1);
+  p.s = static_cast<float>(s2 / s1);
+  p.eps = static_cast<float>(eps / std::sqrt(s1));
+  p.decay = static_cast<float>(decay / constant);
+  return constant;
+}
 
 // How a kernel cuts the problem: tiles of (block_o, block_i), each worked on by `blocks` blocks together, of which each
 // gives `parts_per_block` partial scores.

@@ -141,17 +141,23 @@ struct Kernel {
     }
   }
 
-  // Starts the products of the first `tokens` of a stage, in steps of 16.
+  // Starts the products of the first `tokens` of a stage, in steps of 16. Steps whose number is not known are groups of
+  // their own: otherwise the compiler makes every product wait for the one before, in whole chunks too.
   __device__ static void multiply_stage(uint32_t stage, int tokens, float (&grad)[2 * kPairs]) {
-    hopper::wgmma_fence();
     if (tokens >= kBlockT) {
+      hopper::wgmma_fence();
 #pragma unroll
       for (int token = 0; token < kBlockT; token += kStepT) multiply_step(stage, token, grad);
+      hopper::wgmma_commit();
     } else {
 #pragma unroll 1
-      for (int token = 0; token < tokens; token += kStepT) multiply_step(stage, token, grad);
+      for (int token = 0; token < tokens; token += kStepT) {
+        hopper::hold_in_place(grad);
+        hopper::wgmma_fence();
+        multiply_step(stage, token, grad);
+        hopper::wgmma_commit();
+      }
     }
-    hopper::wgmma_commit();
   }
 
   // Tells every block that sends to this one that the stage is free here.

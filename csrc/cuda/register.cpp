@@ -101,12 +101,8 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& spans, con
   p.out = static_cast<int>(q.size(1));
   p.in = static_cast<int>(q.size(2));
   STD_TORCH_CHECK(p.out % 8 == 0 && p.in % 8 == 0, "param: expected sizes divisible by 8");
-  p.a1 = static_cast<float>(a1);
-  p.a2 = static_cast<float>(a2);
-  p.s1 = static_cast<float>(s1);
-  p.s2 = static_cast<float>(s2);
-  p.eps = static_cast<float>(eps);
-  p.decay = static_cast<float>(decay);
+  STD_TORCH_CHECK(a1 > 0 && s1 > 0, "expected moments with weights above 0");
+  const double constant = montessori::fold_constants(p, a1, a2, s1, s2, eps, decay);
   const Kernel chosen = kernel_named(kernel);
   const Cut cut = chosen.cut(p);
   const int64_t tiles = montessori::num_tiles(p, cut), parts = tiles * cut.blocks * cut.parts_per_block;
@@ -118,7 +114,7 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& spans, con
                            std::to_string(p.out) + ", " + std::to_string(p.in) + "]";
   check_launch(chosen.launch(p, splits, stream), what.c_str());
   check_launch(montessori::launch_decay(p, parts, stream), "decay");
-  check_launch(montessori::launch_sum_partials(p.partial, parts, p.examples, p.sets, -lr,
+  check_launch(montessori::launch_sum_partials(p.partial, parts, p.examples, p.sets, -lr * constant,
                                                static_cast<double*>(scores.mutable_data_ptr()), stream),
                "sum_partials");
   return scores;

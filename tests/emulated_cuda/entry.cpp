@@ -39,8 +39,7 @@ extern "C" int emulate(const char* kernel, const void* const* arrays, const int*
   p.x = array(0), p.dy = array(1), p.q = array(2), p.exp_avg = array(3), p.exp_avg_sq = array(4), p.param = array(5);
   p.spans = spans;
   p.tokens = sizes[0], p.examples = sizes[1], p.sets = sizes[2], p.out = sizes[3], p.in = sizes[4];
-  p.a1 = constants[0], p.a2 = constants[1], p.s1 = constants[2], p.s2 = constants[3];
-  p.eps = constants[4], p.decay = constants[5];
+  scale *= fold_constants(p, constants[0], constants[1], constants[2], constants[3], constants[4], constants[5]);
   const std::string name = kernel;
   const Cut cut = name == "mma" ? mma_cut(p) : name == "wgmma" ? wgmma_cut(p) : wgmma_cluster_cut(p);
   const auto launch = name == "mma"     ? launch_linear_mma

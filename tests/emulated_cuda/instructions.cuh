@@ -11,6 +11,7 @@ namespace montessori {
 inline float fast_sqrt(float value) { return std::sqrt(value); }
 inline float fast_reciprocal(float value) { return 1.f / value; }
 inline void compute_here(int&) {}
+inline float2 widen_pair(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
 inline unsigned char* dynamic_shared() { return emulated::block->base + 128; }
 
 inline uint32_t shared_address(const void* pointer) {
