@@ -23,11 +23,11 @@ from torch import nn
 
 from montessori.errors import StateError
 from montessori.optim_state import JSON_FILE, TENSOR_FILE, AdamWState, ParameterState, parameter_state
-from montessori.sharded import METADATA_FILE, read_distributed
 from montessori.zero import read_zero, zero_directory
 
 TRAINER_FILE = "optimizer.pt"
 ACCELERATE_FILE = "optimizer.bin"
+METADATA_FILE = ".metadata"
 _LIVE = "pass the live optimizer instead: AdamWState.from_optimizer(model, optimizer)"
 
 
@@ -83,11 +83,18 @@ def _optimizers(path: Path, model: nn.Module) -> dict[str, Callable[[], dict]]:
             found[file.name] = partial(_load, file)
     for folder in [path, *sorted(path.glob("optimizer_*"))]:
         if (folder / METADATA_FILE).is_file():
-            found[f"{folder.name}/{METADATA_FILE}"] = partial(read_distributed, folder)
+            found[f"{folder.name}/{METADATA_FILE}"] = partial(_read_distributed, folder)
     zero = zero_directory(path)
     if zero is not None:
         found[zero.name] = partial(read_zero, zero, _decayed_names(model).__contains__)
     return found
+
+
+def _read_distributed(folder: Path) -> dict:
+    # Imports torch's distributed checkpoints, which take longer than reading most of them.
+    from montessori.sharded import read_distributed
+
+    return read_distributed(folder / METADATA_FILE)
 
 
 def _saved_optimizer(path: Path, model: nn.Module) -> tuple[str, dict]:

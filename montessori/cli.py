@@ -15,23 +15,40 @@ from rich.console import Console
 
 from montessori import inspection, processes, runs
 from montessori.data import Rows, load_rows, one_line
-from montessori.encoding import TRUNCATIONS, encode_rows
-from montessori.errors import MontessoriError
+from montessori.encoding import INVALID_ROWS, TRUNCATIONS, encode_rows
+from montessori.errors import ArgumentError, MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
 from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import check_token_ids, load_model
 from montessori.options import METHODS, REFERENCE_DTYPES, default_max_length
 from montessori.referenceset import WEIGHTINGS
-from montessori.runs import DTYPES, ScoreSettings
+from montessori.runs import BACKENDS, DTYPES, ScoreSettings
 from montessori.scores import Scores
+from montessori.warmup import RECORD_FILE
 from montessori.warmup import warmup as run_warmup
 
 Command = Callable[..., Any]
+POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def _use_config(context: click.Context, _option: click.Parameter, path: str | None) -> None:
     if path is not None:
         context.default_map = {**(context.default_map or {}), **runs.read_settings(path)}
+
+
+class OutputFile(click.Path):
+    """Path of a file to write, whose name must end as the format of its content is called."""
+
+    def __init__(self, suffix: str) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.name.lower().endswith(self.suffix):
+            option = "" if param is None else f"--{param.name} "
+            raise ArgumentError(f"{option}{path}: expected a name that ends in {self.suffix}, which is what is written")
+        return path
 
 
 class JsonObject(click.ParamType):
@@ -64,7 +81,9 @@ TEXT_OPTIONS = [
         show_default=True,
         help="What happens to longer examples.",
     ),
-    click.option("--chat-template", help="Jinja template, path to one, or chatml / plain. [default: the tokenizer's]"),
+    click.option(
+        "--chat-template", help="Jinja template, path to one, or chatml / plain / none. [default: the tokenizer's]"
+    ),
     click.option(
         "--chat-template-kwargs",
         type=JsonObject(),
@@ -88,7 +107,13 @@ SCORING_OPTIONS = [
         "--reference", required=True, multiple=True, help="As --candidates; repeat as name=path for several sets."
     ),
     click.option("--method", type=click.Choice(METHODS), default="anchored", show_default=True),
-    click.option("--backend", default="auto", show_default=True),
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="What computes the scores; auto takes the fastest that was made for the device.",
+    ),
     click.option(
         "--batch-tokens",
         type=click.IntRange(min=1),
@@ -110,7 +135,7 @@ SCORING_OPTIONS = [
         show_default=True,
         help="Share of each weight to score; less is faster, with a standard error.",
     ),
-    click.option("--max-grad-norm", type=float, help="Clip each step by global norm. [default: no clipping]"),
+    click.option("--max-grad-norm", type=POSITIVE, help="Clip each step by global norm. [default: no clipping]"),
     click.option("--lr", type=float, help="Learning rate of the step. [default: the optimizer's]"),
     click.option("--reference-weighting", type=click.Choice(WEIGHTINGS), default="example_mean", show_default=True),
     click.option(
@@ -119,6 +144,20 @@ SCORING_OPTIONS = [
         default="float32",
         show_default=True,
         help="model: no float32 copy of a narrower student; needs --method first_order.",
+    ),
+    click.option(
+        "--reference-batch-tokens",
+        type=click.IntRange(min=1),
+        default=4096,
+        show_default=True,
+        help="As --batch-tokens, for the reference.",
+    ),
+    click.option(
+        "--invalid-rows",
+        type=click.Choice(INVALID_ROWS),
+        default="error",
+        show_default=True,
+        help="What happens to candidates that are no example: no answer, columns missing.",
     ),
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
     click.option("--device", default="auto", show_default=True),
@@ -142,6 +181,8 @@ def _settings(values: dict[str, Any]) -> ScoreSettings:
 def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = None, **training: Any) -> Path:
     text = {"max_length": None, "truncation": "error", "split": "train", **(text or {})}
     rows = load_rows(data, split=text.pop("split"), name="data")
+    # Before the model, which may take long to load.
+    runs.check_writable(out / RECORD_FILE)
     model, tokenizer = load_model(student)
     text["max_length"] = text["max_length"] or default_max_length(model)
     encoded = encode_rows(rows, tokenizer, name="data", **text)
@@ -165,15 +206,17 @@ def cli() -> None:
 @cli.command()
 @click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name.")
 @click.option("--data", required=True, help="JSONL or Parquet file, dataset directory or hub name.")
-@click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.option("--learning-rate", type=float, default=5e-6, show_default=True)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Directory of the checkpoints."
+)
+@click.option("--learning-rate", type=POSITIVE, default=5e-6, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option("--per-device-train-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--epochs", type=float, default=1.0, show_default=True)
-@click.option("--max-steps", type=int, default=-1, show_default=True, help="Steps; overrides --epochs.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
-@click.option("--max-grad-norm", type=float, help="Clip by global norm; score with the same. [default: no clipping]")
-@click.option("--seed", type=int, default=42, show_default=True)
+@click.option("--epochs", type=POSITIVE, default=1.0, show_default=True)
+@click.option("--max-steps", type=int, default=-1, help="Steps, in the place of --epochs. [default: as --epochs says]")
+@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--max-grad-norm", type=POSITIVE, help="Clip by global norm; score with the same. [default: no clipping]")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True)
 @_with(TEXT_OPTIONS)
 def warmup(student: str, data: str, out: Path, epochs: float, **training: Any) -> None:
     """Fine-tune a student for a few AdamW steps and keep its optimizer state."""
@@ -185,8 +228,8 @@ def warmup(student: str, data: str, out: Path, epochs: float, **training: Any) -
 
 @cli.command()
 @_with(SCORING_OPTIONS)
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Parquet file to write.")
-@click.option("--audit", type=click.IntRange(min=0), default=0, help="Check against this many real steps.")
+@click.option("--out", required=True, type=OutputFile(".parquet"), help="Parquet file to write.")
+@click.option("--audit", type=click.IntRange(min=0), default=0, help="Check against this many real steps, 2 or more.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Go on with a killed run, or forget it.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> None:
@@ -202,11 +245,13 @@ def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> No
 @cli.command()
 @_with(SCORING_OPTIONS)
 @click.option("-k", "size", type=click.IntRange(min=2), default=16, show_default=True, help="Candidates to step on.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file with both sides of the comparison.")
+@click.option("--out", type=OutputFile(".json"), help="JSON file with both sides of the comparison.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     """Compare predicted influence with real float32 steps on a sample of the candidates."""
-    bench = runs.open_workbench(_settings(values))
+    if out is not None:
+        runs.check_writable(out)
+    bench = runs.open_workbench(_settings(values), audit=size)
     result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()
     console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))
@@ -222,7 +267,7 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
 @click.option("--top", type=click.IntRange(min=0), default=5, show_default=True)
 @click.option("--quantity", type=click.Choice(inspection.QUANTITIES), default="influence", show_default=True)
 @click.option("--set", "name", help="Reference set, where there are several. [default: the first]")
-@click.option("--png", type=click.Path(path_type=Path), help="Write the histogram there.")
+@click.option("--png", type=OutputFile(".png"), help="Write the histogram there.")
 def inspect(scores_file: str, candidates: str | None, split: str, top: int, quantity: str,
             name: str | None, png: Path | None) -> None:  # fmt: skip
     """Show the best and worst candidates and the distribution of influence."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from montessori.data import Chat, called_functions
+from montessori.data import Chat
 from montessori.errors import DataError
+from montessori.messages import called_functions
 from montessori.templates import Template
 
 # Letters and digits pass every filter of a template; no text of a user holds these.
@@ -122,13 +124,13 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
     Neither lies before `earlier`, where the assistant's turn before ends.
     """
     content = _content(chat, turn)
-    shared = _count_shared(whole[earlier:end][::-1], content[::-1])
+    shared = count_shared(whole[earlier:end][::-1], content[::-1])
     begin = end - len(whole[end - shared : end].lstrip())
     before = chat.messages[turn - 1].get("content")
     if isinstance(before, str) and (place := whole.find(before.strip(), earlier, begin)) >= 0:
         earlier = place + len(before.strip())
     read, asked = text_of(chat, template, turn), text_of(chat, template, turn, add_generation_prompt=True)
-    header = asked[_count_shared(read, asked) :]
+    header = asked[count_shared(read, asked) :]
     # It may end with what the content begins with, such as an opening mark of thoughts.
     place = whole.rfind(header, earlier, min(begin + len(header), end)) if header else -1
     if place >= 0:
@@ -154,7 +156,7 @@ def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern
     alone = last.partition(_MARK.format(turn))[2]
     if tail.startswith(alone):
         return _ending(special, alone)
-    common = [match.end() for match in special.finditer(tail[: _count_shared(alone, tail)])]
+    common = [match.end() for match in special.finditer(tail[: count_shared(alone, tail)])]
     if common:
         return common[-1]
     stripped = tail.lstrip()
@@ -163,8 +165,8 @@ def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern
     raise _uncuttable(chat, turn, "ends a turn otherwise when another follows, and with no special token,")
 
 
-def _count_shared(one: str, other: str) -> int:
-    """Characters that both texts begin with."""
+def count_shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Characters that both texts begin with, or tokens that both lists do."""
     return next(
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )

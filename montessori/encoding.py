@@ -7,23 +7,26 @@ Each piece is tokenised on its own, the way the model meets it: it reads the pro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
-from montessori.cutting import cut, text_of
-from montessori.data import TOKEN_COLUMNS, Chat, Rows, column_set, read_chat
+from montessori.cutting import count_shared, cut, text_of
+from montessori.data import TEXT_COLUMNS, TOKEN_COLUMNS, Chat, Rows, Text, column_set, read_chat, read_text
 from montessori.errors import ArgumentError, DataError
-from montessori.templates import Template
+from montessori.templates import NO_TEMPLATE, Template
+from montessori.wording import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATIONS = ("error", "right", "skip")
+INVALID_ROWS = ("error", "skip")
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Bounds the memory of the tokenizer's own output, which is many times that of the ids.
 ROWS_PER_CALL = 512
@@ -34,14 +37,16 @@ class Encoded:
     """What `encode_rows` made of `num_rows` rows. Every row is in `examples` or in `skipped`.
 
     `examples` are in the order of the input, `Example.index` is the row number. `skipped` maps a row
-    number to "no_label_tokens" (nothing enters the loss) or "too_long". `truncated` lists the row numbers
-    of the examples whose end was cut off, and of none that was skipped.
+    number to "no_label_tokens" (nothing enters the loss), "too_long" or "invalid"; `reasons` says of each
+    invalid row in one line what is wrong with it. `truncated` lists the row numbers of the examples whose
+    end was cut off, and of none that was skipped.
     """
 
     examples: list[Example]
     skipped: dict[int, str]
     truncated: list[int]
     num_rows: int
+    reasons: dict[int, str] = field(default_factory=dict)
 
 
 def encode_rows(
@@ -50,6 +55,7 @@ def encode_rows(
     *,
     max_length: int,
     truncation: str = "error",
+    invalid_rows: str = "error",
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     name: str = "candidates",
@@ -57,10 +63,12 @@ def encode_rows(
     """Token ids and labels of `rows`: a label is the token itself where the assistant wrote it, else -100.
 
     A row holds `input_ids`, `labels` and, optionally, `attention_mask`; or `messages`; or `prompt` and
-    `completion` (texts or lists of messages); or `instruction`, optionally `input`, and `response`. The
-    first of these sets that is complete counts. A row of text may tell its template more: by names and
-    values in `chat_template_kwargs` and, where it has messages, by `tools`, a list of JSON schemas or its
-    JSON text. A message of the assistant holds `content`, `tool_calls`, or both.
+    `completion` (texts or lists of messages); or `instruction`, optionally `input`, and `response`; or
+    `conversations`, messages as ShareGPT writes them; or `instruction`, optionally `input`, and `output`; or
+    `text`. The first of these sets that is complete counts. A row of text may tell its template more: by names
+    and values in `chat_template_kwargs` and, where it has messages, by `tools`, a list of JSON schemas or its
+    JSON text. A message of the assistant holds `content`, `tool_calls`, or both; a content may be a list of
+    parts {"type": "text", "text": ...}.
 
     Labels of an assistant's turn end with its last special token; what the template writes after it (often
     a newline) has no label. Of `prompt` and `completion` as lists of messages only the turns of `completion`
@@ -71,32 +79,53 @@ def encode_rows(
     instruction, newline, response, end of text); without it the tokenizer's own is used. Special tokens
     come from the template alone; the two built-in ones start with the token that begins a text if this
     tokenizer puts one there. `chat_template_kwargs`, such as {"enable_thinking": False}, hold for all rows
-    but those that say otherwise. `max_length` is in tokens; an example beyond it is an error, is cut at the
-    end ("right") or is left out ("skip"). `name` is how errors call rows without an address.
+    but those that say otherwise.
+
+    With `chat_template="none"` texts are taken as they stand, as TRL takes prompts and completions that are
+    texts: the ids are `tokenizer(prompt + completion + eos_token)`, special tokens of the tokenizer included,
+    and labels begin where they part from `tokenizer(prompt)`; so of instruction (a blank line before its
+    input) and response. The end of text is not written twice. Messages are refused. Whatever the template, a
+    `text` is `tokenizer(text + eos_token)`, every token labelled.
+
+    `max_length` is in tokens; an example beyond it is an error, is cut at the end ("right") or is left out
+    ("skip"). With `invalid_rows="skip"` a row that is no example (columns missing, no answer, messages
+    malformed or such as its template refuses) is left out; what fails for any row, such as a template that
+    is broken, is an error all the same. `name` is how errors call rows without an address.
 
     Raises DataError, naming file and line, for a row or a template that cannot be used; ArgumentError for
-    a wrong `max_length`, `truncation`, `chat_template` or `chat_template_kwargs`.
+    a wrong `max_length`, `truncation`, `invalid_rows`, `chat_template` or `chat_template_kwargs`.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ArgumentError(f"max_length={max_length!r}: expected a positive number of tokens")
     if truncation not in TRUNCATIONS:
         raise ArgumentError(f"truncation={truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+    if invalid_rows not in INVALID_ROWS:
+        raise ArgumentError(f"invalid_rows={invalid_rows!r}: expected one of {', '.join(INVALID_ROWS)}")
+    if chat_template == NO_TEMPLATE and chat_template_kwargs:
+        raise ArgumentError("chat_template_kwargs: chat_template='none' is no template that could be told; remove them")
     table = rows if isinstance(rows, Rows) else Rows(rows, source=name)
+    invalid = _Invalid(invalid_rows == "skip")
     examples: dict[int, Example] = {}
     chats: list[Chat] = []
+    texts: list[Text] = []
     for index, row in enumerate(table):
-        columns = column_set(row, table.where(index))
-        if columns == TOKEN_COLUMNS:
-            examples[index] = _from_tokens(row, index, table.where(index))
-        else:
-            chats.append(read_chat(row, columns, index, table.where(index)))
-    if chats:
-        if tokenizer is None:
-            raise ArgumentError(f"{table.where(chats[0].index)}: a row of text needs tokenizer=, none was given")
-        template = Template.of(tokenizer, chat_template, chat_template_kwargs)
-        encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
-        examples.update((example.index, example) for example in encode(chats, template))
-    return _limit([examples[index] for index in range(len(table))], table, max_length, truncation)
+        where = table.where(index)
+        with invalid.kept_out(index):
+            columns = column_set(row, where)
+            if columns == TOKEN_COLUMNS:
+                examples[index] = _from_tokens(row, index, where)
+            elif columns == TEXT_COLUMNS or chat_template == NO_TEMPLATE:
+                texts.append(read_text(row, columns, index, where))
+            else:
+                chats.append(read_chat(row, columns, index, where))
+    if tokenizer is None and (chats or texts):
+        first = min([chat.index for chat in chats[:1]] + [text.index for text in texts[:1]])
+        raise ArgumentError(f"{table.where(first)}: a row of text needs tokenizer=, none was given")
+    if tokenizer is not None and texts:
+        examples |= _encode_texts(texts, tokenizer)
+    if tokenizer is not None and chats:
+        examples |= _encode_chats(chats, Template.of(tokenizer, chat_template, chat_template_kwargs), invalid)
+    return _limit(examples, table, max_length, truncation, invalid.reasons)
 
 
 def encode_continuations(
@@ -112,31 +141,57 @@ def encode_continuations(
     for start in range(0, len(texts), ROWS_PER_CALL):
         group = texts[start : start + ROWS_PER_CALL]
         places = [Chat(start + i, f"{name}, row {start + i}", []) for i in range(len(group))]
-        tokens = pieces.tokenise([list(pair) for pair in group], places)
-        encoded += [(prompt, completion) for prompt, completion in tokens]
+        tokens = pieces.tokenise([list(pair) for pair in group])
+        for place, row in zip(places, tokens, strict=True):
+            prompt, completion = (_without(context, ids, place) for context, ids in row)
+            encoded.append((prompt, completion))
     return encoded
 
 
-def _limit(examples: list[Example], table: Rows, max_length: int, truncation: str) -> Encoded:
+class _Invalid:
+    """Rows that are no examples: their errors are raised or, with `skip`, noted in `reasons` by row number."""
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.reasons: dict[int, str] = {}
+
+    @contextmanager
+    def kept_out(self, index: int) -> Iterator[None]:
+        """What is done here to the row `index` fails for that row alone."""
+        try:
+            yield
+        except DataError as error:
+            if not self.skip:
+                raise
+            self.reasons[index] = str(error)
+
+
+def _limit(
+    examples: Mapping[int, Example], table: Rows, max_length: int, truncation: str, reasons: Mapping[int, str]
+) -> Encoded:
     """Apply the limit of length; an example without labels is skipped for that, whatever its length."""
-    encoded = Encoded([], {}, [], len(examples))
-    for example in examples:
+    encoded = Encoded([], {}, [], len(table), dict(sorted(reasons.items())))
+    for index in range(len(table)):
+        if index in reasons:
+            encoded.skipped[index] = "invalid"
+            continue
+        example = examples[index]
         too_long = example.num_tokens > max_length
         if too_long and truncation == "error" and example.num_label_tokens:
             raise DataError(
-                f"{table.where(example.index)}: expected at most {max_length} tokens, got "
+                f"{table.where(index)}: expected at most {max_length} tokens, got "
                 f"{example.num_tokens}; raise --max-length, or pass --truncation right (cuts the end) or "
                 f"skip (leaves the row out)"
             )
         kept = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
         if example.num_label_tokens and too_long and truncation == "skip":
-            encoded.skipped[example.index] = "too_long"
+            encoded.skipped[index] = "too_long"
         elif kept.num_label_tokens == 0:
-            encoded.skipped[example.index] = "no_label_tokens"
+            encoded.skipped[index] = "no_label_tokens"
         else:
             encoded.examples.append(kept)
             if too_long:
-                encoded.truncated.append(example.index)
+                encoded.truncated.append(index)
     return encoded
 
 
@@ -147,38 +202,92 @@ def _from_tokens(row: Mapping, index: int, where: str) -> Example:
     except DataError as error:
         # The row number in the message counts within the list of one row passed above.
         raise DataError(f"{where}{str(error).removeprefix(f'{where} row 0')}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{where}: expected flat lists of integers ({one_line(error)})") from error
     return replace(example, index=index)
+
+
+# Texts without a template.
+
+
+def _encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> dict[int, Example]:
+    eos = tokenizer.eos_token
+    if eos is None:
+        raise DataError("texts without a chat template: expected a tokenizer with an eos_token, got None; set one")
+    examples = {}
+    for start in range(0, len(texts), ROWS_PER_CALL):
+        group = texts[start : start + ROWS_PER_CALL]
+        ends = ["" if text.labelled.endswith(eos) else eos for text in group]
+        whole = [f"{text.prompt or ''}{text.labelled}{end}" for text, end in zip(group, ends, strict=True)]
+        all_ids = tokenizer(whole, verbose=False)["input_ids"]
+        prompts = tokenizer([text.prompt or "" for text in group], verbose=False)["input_ids"]
+        for text, ids, prompt in zip(group, all_ids, prompts, strict=True):
+            input_ids = torch.tensor(ids, dtype=torch.int64)
+            labels = input_ids.clone()
+            # A token may span both, or end the prompt where a text ends: labels begin where the ids part.
+            labels[: 0 if text.prompt is None else count_shared(prompt, ids)] = IGNORE_INDEX
+            examples[text.index] = Example(input_ids, labels, text.index)
+    return examples
+
+
+# Conversations.
+
+# What any template can render.
+_PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]
+
+
+def _encode_chats(chats: list[Chat], template: Template, invalid: _Invalid) -> dict[int, Example]:
+    encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
+    examples = encode(chats, template, invalid)
+    if not examples:
+        _check_usable(encode, chats[0], template, invalid.reasons[chats[0].index])
+    return examples
+
+
+def _check_usable(encode: Callable[..., object], chat: Chat, template: Template, reason: str) -> None:
+    """Raise DataError for the `reason` of `chat` if it is the template or the tokenizer that fails, not the row."""
+    try:
+        encode([replace(chat, messages=_PROBE, first_labelled=0)], template, _Invalid(skip=False))
+    except DataError as error:
+        raise DataError(reason) from error
 
 
 # Templates that mark the assistant's text with {% generation %}.
 
 
-def _encode_marked(chats: list[Chat], template: Template) -> Iterator[Example]:
+def _encode_marked(chats: list[Chat], template: Template, invalid: _Invalid) -> dict[int, Example]:
     if not template.tokenizer.is_fast:
         raise DataError(
             "the chat template has a {% generation %} block: expected a fast tokenizer, got a slow one; load "
             "the fast one or give a template without that block"
         )
+    examples = {}
     for chat in chats:
-        output = template.apply(
-            chat.messages,
-            chat.where,
-            chat.variables,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
+        with invalid.kept_out(chat.index):
+            examples[chat.index] = _marked_example(chat, template)
+    return examples
+
+
+def _marked_example(chat: Chat, template: Template) -> Example:
+    output = template.apply(
+        chat.messages,
+        chat.where,
+        chat.variables,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    mask = torch.tensor(output["assistant_masks"], dtype=torch.bool)
+    if any(message["role"] == "assistant" for message in chat.messages[: chat.first_labelled]):
+        starts = torch.tensor([start for start, _ in output["offset_mapping"]])
+        mask &= starts >= _prompt_length(chat, template)
+    if not mask.any():
+        raise DataError(
+            f"{chat.where}: the chat template marks no token with {{% generation %}}; put the content of "
+            f"the assistant inside that block"
         )
-        mask = torch.tensor(output["assistant_masks"], dtype=torch.bool)
-        if any(message["role"] == "assistant" for message in chat.messages[: chat.first_labelled]):
-            starts = torch.tensor([start for start, _ in output["offset_mapping"]])
-            mask &= starts >= _prompt_length(chat, template)
-        if not mask.any():
-            raise DataError(
-                f"{chat.where}: the chat template marks no token with {{% generation %}}; put the content of "
-                f"the assistant inside that block"
-            )
-        input_ids = torch.tensor(output["input_ids"], dtype=torch.int64)
-        yield Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
+    input_ids = torch.tensor(output["input_ids"], dtype=torch.int64)
+    return Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
 
 
 def _prompt_length(chat: Chat, template: Template) -> int:
@@ -195,15 +304,34 @@ def _prompt_length(chat: Chat, template: Template) -> int:
 # Templates that mark nothing: the text is cut where the generation prompt ends.
 
 
-def _encode_cut(chats: list[Chat], template: Template) -> Iterator[Example]:
+def _encode_cut(chats: list[Chat], template: Template, invalid: _Invalid) -> dict[int, Example]:
     pieces = _Pieces.of(template.tokenizer)
+    examples = {}
     for start in range(0, len(chats), ROWS_PER_CALL):
-        group = chats[start : start + ROWS_PER_CALL]
-        cuts = [cut(chat, template, pieces.special) for chat in group]
-        for chat, parts in zip(group, pieces.tokenise(cuts, group), strict=True):
-            labels = [ids if place % 2 else [IGNORE_INDEX] * len(ids) for place, ids in enumerate(parts)]
-            input_ids = torch.tensor([*chain(*parts)], dtype=torch.int64)
-            yield Example(input_ids, torch.tensor([*chain(*labels)], dtype=torch.int64), chat.index)
+        group: list[Chat] = []
+        cuts: list[list[str]] = []
+        for chat in chats[start : start + ROWS_PER_CALL]:
+            with invalid.kept_out(chat.index):
+                cuts.append(cut(chat, template, pieces.special))
+                group.append(chat)
+        for chat, parts in zip(group, pieces.tokenise(cuts), strict=True):
+            with invalid.kept_out(chat.index):
+                examples[chat.index] = _cut_example(chat, parts)
+    return examples
+
+
+def _cut_example(chat: Chat, parts: _Tokens) -> Example:
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for place, (context, both) in enumerate(parts):
+        ids = _without(context, both, chat)
+        input_ids += ids
+        labels += ids if place % 2 else [IGNORE_INDEX] * len(ids)
+    return Example(torch.tensor(input_ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64), chat.index)
+
+
+# Of every piece of a text, the ids of its context and those of the context with the piece.
+_Tokens = Sequence[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -233,18 +361,16 @@ class _Pieces:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text taken alone, without the special tokens a tokenizer puts around a text."""
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # Tokenizers fail on no text at all.
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
-    def tokenise(self, cuts: list[list[str]], chats: list[Chat]) -> list[list[list[int]]]:
-        """Ids of every piece of every text; `chats` give the addresses for errors."""
+    def tokenise(self, cuts: list[list[str]]) -> list[_Tokens]:
+        """Of every text, what `_without` finds the ids of its pieces in."""
         contexts = [[self._context("".join(texts[:place])) for place in range(len(texts))] for texts in cuts]
         used = sorted({*chain(*contexts)})
         context_ids = dict(zip(used, self.ids(used), strict=True))
         flat = iter(self.ids([*map(str.__add__, chain(*contexts), chain(*cuts))]))
-        return [
-            [_without(context_ids[context], next(flat), chat) for context in row]
-            for row, chat in zip(contexts, chats, strict=True)
-        ]
+        return [[(context_ids[context], next(flat)) for context in row] for row in contexts]
 
     def _context(self, before: str) -> str:
         """What to put before a piece so that it is tokenised as in the middle of a text."""
@@ -253,6 +379,7 @@ class _Pieces:
 
 
 def _without(context: list[int], ids: list[int], chat: Chat) -> list[int]:
+    """The ids of a piece from those of its context and of both; DataError where the two are merged."""
     if ids[: len(context)] != context:
         raise DataError(
             f"{chat.where}: the tokenizer merges the pieces that the chat template is cut into; give a "

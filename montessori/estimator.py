@@ -8,34 +8,41 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from montessori import ops, processes
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.checkpoints import read_optimizer
+from montessori.collecting import collect
+from montessori.copies import check_copy, full_precision
 from montessori.coverage import proved_loss, proved_references, verified_plan
-from montessori.data import load_rows
+from montessori.data import COLUMN_SETS, load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
-from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, full_precision, real_drift
+from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
 from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
 from montessori.journal import ScoreJournal
-from montessori.live import fixed_parts, moving_parts, own_precision
+from montessori.live import Watch, own_precision, unwrapped
 from montessori.losses import LossFunction, response_loss
 from montessori.models import check_token_ids, validate_model
 from montessori.optim_state import AdamWState
-from montessori.options import Options, check_sampling, default_max_length, floating_dtype, steady_length
+from montessori.options import (
+    Options,
+    check_kinds,
+    check_positions,
+    check_sampling,
+    default_max_length,
+    floating_dtype,
+    steady_length,
+)
 from montessori.referenceset import ReferenceSets
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
-from montessori.scores import OK, Audit, Scores
+from montessori.scores import Audit, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NON_FINITE = "non_finite"
 
 
 @dataclass
@@ -52,18 +59,22 @@ class InfluenceEstimator:
     """Scores candidates by what one optimizer step on each would do to a reference loss.
 
     Args:
-        model: causal LM (any `nn.Module` with a `loss_fn`); only parameters with `requires_grad` count.
-            It is put back bit for bit after every call, and computes in its own dtype whatever autocast is on.
+        model: causal LM (any `nn.Module` with a `loss_fn`); only parameters with `requires_grad` count. The
+            wrappers of torch.compile, DataParallel and DistributedDataParallel are taken off. It is put back bit for
+            bit after every call, and computes in its own dtype whatever autocast is on.
         optimizer: the state that the step starts from: a live `torch.optim.AdamW`, `Adam` or `SGD`, a
             checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`. A live one may go on training
             between calls: every call scores the step that it would take now.
-        reference: rows, a dataset or a path; or a dict of several, scored together as K named sets.
+        reference: rows, a dataset or a path; or a dict (also a DatasetDict) of several, scored together as K named
+            sets: influence then has a column for each.
         method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
         backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`.
         lr: takes the place of the optimizer's own in every group.
         tokenizer: needed for rows of text; rows with `input_ids` and `labels` do without.
         max_length: tokens an example may have; by default 2048 or the model's own limit if smaller.
         truncation: what happens to longer ones: "error", "right" (cut the end) or "skip".
+        invalid_rows: candidates that are no example (no answer, columns missing): "error", or "skip" with their
+            status "invalid" and the reason in `Scores.info`; of the reference they are errors.
         chat_template, chat_template_kwargs: see `montessori.encoding.encode_rows`.
         pilot: number of candidates whose mean step is the anchor; 0 anchors at the step with g = 0.
             They are chosen by content, so the order of the candidates does not matter.
@@ -91,6 +102,7 @@ class InfluenceEstimator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         truncation: str = "error",
+        invalid_rows: str = "error",
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         pilot: int = 8,
@@ -102,8 +114,9 @@ class InfluenceEstimator:
         loss_fn: LossFunction = response_loss,
         reference_loss_fn: LossFunction = response_loss,
     ) -> None:
+        check_kinds(model, tokenizer, reference_batch_tokens)
+        self.model = model = unwrapped(model)
         validate_model(model)
-        self.model = model
         self.options = Options(
             method=method,
             backend=ops.check_impl(backend),
@@ -116,19 +129,24 @@ class InfluenceEstimator:
             chat_template_kwargs=chat_template_kwargs,
             sample=sample,
             reference_dtype=reference_dtype,
+            invalid_rows=invalid_rows,
         )
+        check_positions(model, self.options.max_length)
         if sample < 1:
             check_sampling(model, backend)
         self._tokenizer = tokenizer
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
         self._optimizer, self._lr = optimizer, lr
         self.state = read_optimizer(optimizer, model, lr)
-        self._fixed, self._moving = fixed_parts(model), moving_parts(model, optimizer)
-        self._named = isinstance(reference, Mapping) and not {"input_ids", "instruction"} & set(reference)
+        self._watch = Watch(model, optimizer)
+        is_row = isinstance(reference, Mapping) and any(reference.keys() >= {*columns} for columns in COLUMN_SETS)
+        self._named = isinstance(reference, Mapping) and not is_row
         named = reference if self._named else {"reference": reference}
         if not named:
             raise ArgumentError("reference={}: expected at least one named set of rows, got none")
-        sets = {str(name): self._encode_reference(rows, str(name)) for name, rows in named.items()}
+        if not all(isinstance(name, str) for name in named):
+            raise ArgumentError(f"reference: expected names of sets as text, got {', '.join(map(repr, named))}")
+        sets = {name: self._encode_reference(rows, name) for name, rows in named.items()}
         self._steady = steady_length(model)
         longest = max(example.num_tokens for examples in sets.values() for example in examples)
         # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
@@ -203,18 +221,18 @@ class InfluenceEstimator:
     def _at_work(self) -> Iterator[None]:
         """Everything in the weights' own precision; what was computed before the owner trained on is forgotten."""
         with own_precision(self.model):
-            fixed = fixed_parts(self.model)
-            if fixed != self._fixed:
-                self._plan, self._fixed = None, fixed
-            if self._moving != moving_parts(self.model, self._optimizer):
+            fixed, moved = self._watch.changes()
+            if fixed or moved:
                 validate_model(self.model)
-                if not isinstance(self._optimizer, str | os.PathLike):
+                if fixed or not isinstance(self._optimizer, str | os.PathLike):
                     self.state = read_optimizer(self._optimizer, self.model, self._lr)
+                self._plan = None if fixed else self._plan
                 self._expansions.clear()
+                self._watch.accept()
             try:
                 yield
             finally:
-                self._moving = moving_parts(self.model, self._optimizer)
+                self._watch.settle()
 
     def _score(
         self,
@@ -238,7 +256,7 @@ class InfluenceEstimator:
                 records, summary = self._pending(batches, method, progress, journal, pilot)
         if distributed:
             records = [record for part in processes.from_all(records) for record in part]
-        return self._collect(encoded, records, summary, method)
+        return collect(encoded, records, summary, method, self.options, self.references.names, self._named)
 
     def _pending(
         self,
@@ -266,6 +284,8 @@ class InfluenceEstimator:
         narrow = self.options.reference_dtype == "model" and method != "exact"
         full = self.model if narrow else full_precision(self.model)
         if not self._rows_proved:
+            if full is not self.model:
+                check_copy(self.model, full, self.references.shortest()[0], self._reference_loss)
             self.references = proved_references(full, self.references, self._reference_loss)
             self._rows_proved = True
         if method == "exact":
@@ -310,46 +330,6 @@ class InfluenceEstimator:
             )
         return self._expansions[key]
 
-    def _collect(
-        self, encoded: Encoded, records: Sequence[dict[str, Any]], summary: dict[str, Any], method: str
-    ) -> Scores:
-        size, sets = encoded.num_rows, len(self.references.names)
-        influence = np.full((size, sets), np.nan)
-        loss, variance = np.full(size, np.nan), np.full((size, sets), np.nan)
-        status = np.full(size, OK, dtype=object)
-        tokens = np.zeros((2, size), dtype=np.int64)
-        for example in encoded.examples:
-            tokens[:, example.index] = example.num_tokens, example.num_label_tokens
-        for row, reason in encoded.skipped.items():
-            status[row] = reason
-        for record in records:
-            influence[record["index"]] = -np.array(record["delta"], dtype=np.float64)
-            loss[record["index"]] = record["loss"]
-            variance[record["index"]] = record.get("variance", np.nan)
-        broken = (status == OK) & ~(np.isfinite(influence).all(axis=1) & np.isfinite(loss))
-        status[broken], influence[broken] = NON_FINITE, np.nan
-        shape = (size, sets) if self._named else (size,)
-        return Scores(
-            influence=influence.reshape(shape),
-            drift=self._per_set(summary["drift"]),
-            loss=loss,
-            num_tokens=tokens[0],
-            num_label_tokens=tokens[1],
-            status=status,
-            reference_loss=self._per_set(summary["reference_loss"]),
-            names=self.references.names,
-            method=method,
-            standard_error=np.sqrt(variance).reshape(shape) if self.options.sample < 1 and method != "exact" else None,
-            info={
-                **asdict(self.options),
-                "curvature": summary["curvature"],
-                "truncated": encoded.truncated,
-            },
-        )
-
-    def _per_set(self, values: Sequence[float]) -> float | np.ndarray:
-        return np.array(values) if self._named else float(values[0])
-
     def _fingerprint(self, encoded: Encoded, batches: Sequence[Sequence[Example]]) -> dict[str, Any]:
         return {
             "options": asdict(self.options),
@@ -373,13 +353,14 @@ class InfluenceEstimator:
     def _chunked_loss(self, full: nn.Module) -> LossFunction:
         return proved_loss(full, self.references.shortest(), self._reference_loss, self.options.backend)
 
-    def _encode(self, source: Any, name: str) -> Encoded:
+    def _encode(self, source: Any, name: str, invalid_rows: str | None = None) -> Encoded:
         rows = load_rows(source, name=name)
         encoded = encode_rows(
             rows,
             self._tokenizer,
             max_length=self.options.max_length,
             truncation=self.options.truncation,
+            invalid_rows=invalid_rows or self.options.invalid_rows,
             chat_template=self.options.chat_template,
             chat_template_kwargs=self.options.chat_template_kwargs,
             name=name,
@@ -393,10 +374,12 @@ class InfluenceEstimator:
         return encoded
 
     def _encode_reference(self, source: Any, name: str) -> list[Example]:
-        encoded = self._encode(source, name)
+        rows = load_rows(source, name=name)
+        encoded = self._encode(rows, name, invalid_rows="error")
         if encoded.skipped:
             row, reason = next(iter(encoded.skipped.items()))
-            raise DataError(f"{name} row {row}: {reason}; every reference row must count, remove it or shorten it")
+            where = rows.where(row)
+            raise DataError(f"{where}: {reason}; every row of the reference must count, remove it or shorten it")
         return encoded.examples
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,21 +43,6 @@ class Expansion:
     def drift_delta(self) -> Tensor:
         """ΔL of the step with g = 0, float64 [K]."""
         return self.constant + torch.stack(list(self.drift.values())).sum(0).cpu()
-
-
-def full_precision(model: nn.Module) -> nn.Module:
-    """The model itself in float32 or float64, else a float32 copy.
-
-    A step of 5e-6 on bfloat16 weights is mostly rounding, so everything about the reference loss is
-    computed on float32 weights.
-    """
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if dtypes <= {torch.float32, torch.float64}:
-        return model
-    # torch copies no tensor that a graph has made: states that a module keeps from its last forward pass.
-    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
-    return copy.deepcopy(model, memo).float()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

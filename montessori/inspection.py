@@ -16,6 +16,7 @@ from montessori.scores import Scores
 
 QUANTITIES = ("influence", "centred")
 BAR = 40
+SHOWN_CAUSES = 3
 
 
 def select(scores: Scores, quantity: str = "influence", name: str | None = None) -> np.ndarray:
@@ -35,7 +36,14 @@ def print_summary(console: Console, scores: Scores) -> None:
     console.print(f"{len(scores)} candidates, {len(scores) - len(skipped)} scored by [bold]{scores.method}[/bold]")
     for reason in sorted(set(skipped.values())):
         rows = [str(row) for row, why in skipped.items() if why == reason]
-        console.print(f"  not scored ({reason}): {len(rows)}, rows {', '.join(rows[:10])}{' …' if rows[10:] else ''}")
+        shown = f"{', '.join(rows[:10])}{' …' if rows[10:] else ''}"
+        console.print(f"  not scored ({reason}): {len(rows)}, rows {shown}", markup=False)
+        # Why a row is no example differs from row to row.
+        causes = [why for row in rows if (why := scores.info.get("invalid", {}).get(row)) and reason == "invalid"]
+        for why in causes[:SHOWN_CAUSES]:
+            console.print(f"    {why}", markup=False, soft_wrap=True)
+    if len(skipped) == len(scores):
+        return
     drift = np.atleast_1d(scores.drift)
     loss = np.atleast_1d(scores.reference_loss)
     for k, name in enumerate(scores.names):
@@ -58,7 +66,12 @@ def print_histogram(console: Console, values: np.ndarray, title: str, bins: int 
 
 
 def save_histogram(scores: Scores, path: Path, quantity: str = "influence") -> None:
-    """Histogram of every reference set as a PNG. Raises ResourceError when it cannot be written."""
+    """Histogram of every reference set as a PNG.
+
+    Raises ArgumentError for a name that does not end in .png, ResourceError when it cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise ArgumentError(f"{path}: expected a name that ends in .png")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -127,9 +140,16 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _one_line(row: Mapping) -> str:
-    if row.get("messages") is not None:
-        parts = [str(message.get("content", "")) for message in row["messages"]]
-    else:
-        keys = ("instruction", "prompt", "response", "completion")
-        parts = [str(row[key]) for key in keys if row.get(key) is not None]
-    return " → ".join(" ".join(part.split()) for part in parts)
+    keys = ("messages", "conversations", "instruction", "input", "prompt", "response", "completion", "output", "text")
+    parts = [part for key in keys if row.get(key) is not None for part in _texts(row[key])]
+    return " → ".join(" ".join(part.split()) for part in parts if part.strip())
+
+
+def _texts(value: object) -> list[str]:
+    """The text of a column; of a list of messages that of each, whose content may be a list of parts."""
+    if isinstance(value, Mapping):
+        named = (value.get(key) for key in ("content", "value", "text"))
+        return [" ".join(_texts(next((found for found in named if found is not None), "")))]
+    if isinstance(value, list):
+        return [text for entry in value for text in _texts(entry)]
+    return [str(value)]

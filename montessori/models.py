@@ -98,6 +98,11 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 def validate_model(model: nn.Module) -> None:
     """Raise ModelError unless `model` has trainable parameters and all of its weights are real and finite."""
     for name, parameter in model.named_parameters():
+        if _is_shard(parameter):
+            raise ModelError(
+                f"{name} is a shard of a weight: expected whole weights; save the run, merge its weights, load them "
+                "and give the checkpoint of the run as optimizer"
+            )
         if parameter.is_meta:
             raise ModelError(f"{name} is on the meta device, without values: load the model without offloading")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -127,6 +132,12 @@ def check_token_ids(model: nn.Module, examples: Sequence[Example], rows: Rows, l
                     f"{rows.where(example.index)}: {name} {int(wrong[0])} is outside the model's vocabulary of {size}; "
                     f"{'the tokenizer belongs to another model' if name == 'token id' else 'expected -100 or an id'}"
                 )
+
+
+def _is_shard(parameter: nn.Parameter) -> bool:
+    """Of FSDP 2, FSDP 1, or ZeRO 3, whose parameters are empty between passes; by name, without importing them."""
+    shards = any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__) or hasattr(parameter, "_is_flat_param")
+    return shards or (hasattr(parameter, "ds_id") and not parameter.numel())
 
 
 def _is_quantised(model: nn.Module) -> bool:

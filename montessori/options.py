@@ -10,7 +10,7 @@ from torch import nn
 
 from montessori import cpu
 from montessori.data import one_line
-from montessori.encoding import TRUNCATIONS
+from montessori.encoding import INVALID_ROWS, TRUNCATIONS
 from montessori.errors import ArgumentError
 
 METHODS = ("anchored", "first_order", "exact")
@@ -33,18 +33,19 @@ class Options:
     chat_template_kwargs: dict[str, Any] | None
     sample: float
     reference_dtype: str
+    invalid_rows: str = "error"
 
     def __post_init__(self) -> None:
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
             raise ArgumentError(f"max_length={self.max_length!r}: expected a positive number of tokens, or None")
         if self.method not in METHODS:
             raise ArgumentError(f"method={self.method!r}: expected one of {', '.join(METHODS)}")
-        if not isinstance(self.pilot, int) or self.pilot < 0:
-            raise ArgumentError(f"pilot={self.pilot}: expected a number of examples, 0 for the step with g = 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ArgumentError(f"max_grad_norm={self.max_grad_norm}: expected a positive number, or None")
-        if not 0 < self.sample <= 1:
-            raise ArgumentError(f"sample={self.sample}: expected a share of the weights' tiles, 0 < sample <= 1")
+        if isinstance(self.pilot, bool) or not isinstance(self.pilot, int) or self.pilot < 0:
+            raise ArgumentError(f"pilot={self.pilot!r}: expected a number of examples, 0 for the step with g = 0")
+        if self.max_grad_norm is not None and not (_is_number(self.max_grad_norm) and self.max_grad_norm > 0):
+            raise ArgumentError(f"max_grad_norm={self.max_grad_norm!r}: expected a positive number, or None")
+        if not (_is_number(self.sample) and 0 < self.sample <= 1):
+            raise ArgumentError(f"sample={self.sample!r}: expected a share of the weights' tiles, 0 < sample <= 1")
         if self.sample < 1 and self.method == "exact":
             raise ArgumentError(f"sample={self.sample}: method='exact' takes real steps, which cannot be sampled")
         if self.reference_dtype not in REFERENCE_DTYPES:
@@ -57,6 +58,40 @@ class Options:
             )
         if self.truncation not in TRUNCATIONS:
             raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+        if self.invalid_rows not in INVALID_ROWS:
+            raise ArgumentError(f"invalid_rows={self.invalid_rows!r}: expected one of {', '.join(INVALID_ROWS)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object) -> None:
+    """Raise ArgumentError for a name in the place of what it names, and for a number of tokens that is none."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; load it first, for example with "
+            "montessori.models.load_model"
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise ArgumentError(
+            f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}; load it first with "
+            "AutoTokenizer.from_pretrained"
+        )
+    if isinstance(reference_batch_tokens, bool) or not isinstance(reference_batch_tokens, int):
+        raise ArgumentError(f"reference_batch_tokens={reference_batch_tokens!r}: expected a number of tokens")
+    if reference_batch_tokens < 1:
+        raise ArgumentError(f"reference_batch_tokens={reference_batch_tokens}: expected at least 1")
+
+
+def check_positions(model: nn.Module, max_length: int) -> None:
+    """Raise ArgumentError for more tokens than a model with learned positions has positions for."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            limit = min(default_max_length(model, module.num_embeddings), module.num_embeddings)
+            if max_length > limit:
+                raise ArgumentError(f"max_length={max_length}: expected at most {limit}, the positions that {name} has")
 
 
 def check_sampling(model: nn.Module, backend: str) -> None:
@@ -87,10 +122,10 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-def default_max_length(model: Any) -> int:
+def default_max_length(model: Any, most: int = DEFAULT_MAX_LENGTH) -> int:
     """2048 tokens, or the own limit of the model, or of the model with this config, if that is smaller."""
     limit = getattr(getattr(model, "config", model), "max_position_embeddings", None)
-    return min(DEFAULT_MAX_LENGTH, limit) if isinstance(limit, int) else DEFAULT_MAX_LENGTH
+    return min(most, limit) if isinstance(limit, int) else most
 
 
 def steady_length(model: nn.Module) -> int | None:

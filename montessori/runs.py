@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from montessori import processes
+from montessori import ops, processes
 from montessori.agreement import Agreement
-from montessori.data import Rows, load_rows
-from montessori.errors import ArgumentError, DataError, ResourceError
+from montessori.data import Rows, load_rows, one_line
+from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError
 from montessori.estimator import InfluenceEstimator
 from montessori.fingerprint import content_digest, rows_digest
 from montessori.inspection import agreement_table
@@ -26,7 +26,9 @@ from montessori.models import load_model
 from montessori.options import resolve_device
 from montessori.scores import Audit, Scores
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# All that some installation accepts; `ops.check_impl` says why one is not to be had here.
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class ScoreSettings:
     split: str = "train"
     sample: float = 1.0
     reference_dtype: str = "float32"
+    reference_batch_tokens: int = 4096
+    invalid_rows: str = "error"
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,26 @@ class Workbench:
     candidates: Rows
 
 
-def open_workbench(settings: ScoreSettings) -> Workbench:
-    """Read data first (cheap to get wrong), then the model and its optimizer state."""
-    candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
-    references = _load_references(settings)
+def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
+    """The estimator and the candidates; what is cheap to get wrong is read and checked before the model.
+
+    `audit`: candidates that an audit will step on, 0 for none; too few of them are an error here.
+    Raises MontessoriError.
+    """
+    check_audit(audit)
     if settings.dtype not in DTYPES:
         raise ArgumentError(f"dtype={settings.dtype!r}: expected one of {', '.join(DTYPES)}")
+    try:
+        ops.check_impl(settings.backend)
+    except ArgumentError as error:
+        raise ArgumentError(f"--backend {settings.backend}: {error}") from error
+    device = resolve_device(settings.device, "--device")
+    candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
+    check_audit(audit, len(candidates))
+    references = _load_references(settings)
     model, tokenizer = load_model(settings.student, dtype=DTYPES[settings.dtype])
-    model = model.to(resolve_device(settings.device, "--device"))
     estimator = InfluenceEstimator(
-        model,
+        model.to(device),
         settings.optimizer,
         references,
         settings.method,
@@ -92,50 +106,87 @@ def open_workbench(settings: ScoreSettings) -> Workbench:
         max_grad_norm=settings.max_grad_norm,
         reference_weighting=settings.reference_weighting,
         reference_dtype=settings.reference_dtype,
+        reference_batch_tokens=settings.reference_batch_tokens,
+        invalid_rows=settings.invalid_rows,
     )
     return Workbench(estimator, candidates)
 
 
-def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int, progress: bool) -> Scores:
-    """Score, keep finished batches beside `out`, and write `out`, its config and the audit.
+def check_audit(size: int, num_candidates: int | None = None) -> None:
+    """Raise ArgumentError unless an audit of `size` candidates, 0 for none, has two of them to compare."""
+    if size < 0 or size == 1:
+        raise ArgumentError(f"audit of {size}: expected at least 2 candidates to compare, or 0 for no audit")
+    if size and num_candidates is not None and num_candidates < 2:
+        raise ArgumentError(f"audit of {size}: expected at least 2 candidates to compare, got {num_candidates}")
 
-    A killed run that is started again with the same settings goes on. `fresh` forgets earlier work.
-    Under torchrun the processes share the candidates, and the first writes.
-    Raises ArgumentError when `out` holds the scores of other settings.
+
+def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int, progress: bool) -> Scores:
+    """Score, keep finished batches beside `out`, and write `out`, its config and the audit; return the scores.
+
+    A killed run that is started again with the same settings goes on, and scores that are complete get the audit
+    that they lack. `fresh` forgets earlier work. Under torchrun the processes share the candidates, and the first
+    writes. Raises ArgumentError when `out` holds the scores of other settings and for an audit of fewer than 2.
     """
+    check_audit(audit)
     config_path = out.with_name(out.name + ".config.json")
     own = f".{processes.rank()}" if processes.rank() else ""
     journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
-    if fresh:
-        journal.remove()
     # Read before anything else: a mistyped path must not cost what is there.
     config = processes.from_main(
         {"command": "score", "settings": asdict(settings), "inputs": _inputs(settings), "versions": versions()}
         if processes.is_main()
         else None
     )
-    if not fresh and processes.from_main(out.exists() and not journal.path.exists()):
-        return _finished(out, config_path, config)
-    _check_writable(out)
-    bench = open_workbench(settings)
-    scores = bench.estimator.score(
-        bench.candidates,
-        batch_tokens=settings.batch_tokens,
-        progress=progress,
-        journal=journal,
-        distributed=True,
-    )
+    bench = None
+    scored = not fresh and processes.from_main(out.exists() and not journal.path.exists())
+    if scored:
+        scores = _finished(out, config_path, config)
+    else:
+        check_writable(out)
+        bench = open_workbench(settings, audit=audit)
+        if fresh:
+            journal.remove()
+        scores = bench.estimator.score(
+            bench.candidates,
+            batch_tokens=settings.batch_tokens,
+            progress=progress,
+            journal=journal,
+            distributed=True,
+        )
+        if processes.is_main():
+            # Neither an audit nor a config of other scores may stand beside these, whenever a kill comes.
+            _audit_path(out).unlink(missing_ok=True)
+            config_path.unlink(missing_ok=True)
+            scores.save(out)
+            write_json(config_path, config)
+        processes.wait_for_all()
+        journal.remove()
     if processes.is_main():
-        # An audit of other scores must not stand beside these.
-        _audit_path(out).unlink(missing_ok=True)
-        write_json(config_path, config)
-        if audit:
-            result = bench.estimator.audit(bench.candidates, k=audit, progress=progress)
-            write_json(_audit_path(out), audit_record(result))
-        scores.save(out)
+        if audit and not _is_audited(out, audit):
+            _audit(bench or open_workbench(settings, audit=audit), out, audit, progress)
+        elif scored:
+            print(f"{out} is complete; pass --fresh to score again", file=sys.stderr)
     processes.wait_for_all()
-    journal.remove()
     return scores
+
+
+def _audit(bench: Workbench, out: Path, size: int, progress: bool) -> None:
+    """Write the audit of the scores in `out` beside them, and how many candidates were asked for."""
+    try:
+        result = bench.estimator.audit(bench.candidates, k=size, progress=progress)
+    except MontessoriError as error:
+        raise type(error)(f"{error}; the scores are in {out}") from error
+    write_json(_audit_path(out), {**audit_record(result), "asked": size})
+
+
+def _is_audited(out: Path, size: int) -> bool:
+    """Whether an audit of `size` candidates stands beside the scores `out`."""
+    try:
+        record = json.loads(_audit_path(out).read_text(encoding="utf-8"))
+        # Files of earlier versions do not say how many were asked for.
+        return record.get("asked", len(record["index"]) + len(record.get("skipped", ()))) == size
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return False
 
 
 def audit_record(audit: Audit) -> dict[str, Any]:
@@ -151,13 +202,13 @@ def audit_record(audit: Audit) -> dict[str, Any]:
 
 
 def read_audit_table(out: Path) -> Table:
-    """The agreement with real steps that was saved beside the scores `out`."""
+    """The agreement with real steps that was saved beside the scores `out`. Raises DataError where none was."""
     path = _audit_path(out)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: no audit was saved with these scores; pass --fresh --audit N") from error
-    agreements = {name: Agreement(**values) for name, values in record["agreement"].items()}
+        agreements = {name: Agreement(**values) for name, values in record["agreement"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: expected the audit of these scores ({one_line(error)}); pass --audit N") from error
     return agreement_table("influence: predicted against real steps", agreements)
 
 
@@ -168,8 +219,10 @@ def _audit_path(out: Path) -> Path:
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a config written by a run. Raises DataError when it is not one."""
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        settings = dict(json.loads(Path(path).read_text(encoding="utf-8"))["settings"])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected a config written by montessori score, got {error!r}") from error
     known = {entry.name for entry in fields(ScoreSettings)}
     unknown = sorted(set(settings) - known)
@@ -195,8 +248,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _finished(out: Path, config_path: Path, config: dict[str, Any]) -> Scores:
+    """The scores in `out`. Raises ArgumentError unless `config` would give the same."""
     settings = read_settings(config_path) if config_path.exists() else None
-    if settings != json.loads(json.dumps(config["settings"])):
+    # A setting that an earlier version did not know had the effect of its default.
+    if settings is None or _defaults() | settings != json.loads(json.dumps(config["settings"])):
         raise ArgumentError(
             f"{out}: exists and was not written with these settings; choose another --out or pass --fresh"
         )
@@ -206,11 +261,17 @@ def _finished(out: Path, config_path: Path, config: dict[str, Any]) -> Scores:
         raise ArgumentError(
             f"{out}: exists, and {', '.join(changed)} changed since; choose another --out or pass --fresh"
         )
-    print(f"{out} is complete; pass --fresh to score again", file=sys.stderr)
     return Scores.load(out)
 
 
-def _check_writable(out: Path) -> None:
+def _defaults() -> dict[str, Any]:
+    return {entry.name: entry.default for entry in fields(ScoreSettings) if entry.default is not MISSING}
+
+
+def check_writable(out: Path) -> None:
+    """Raise ResourceError unless a file can be written at `out`, whose folder is made."""
+    if out.is_dir():
+        raise ResourceError(f"{out}: cannot be written (it is a directory): name a file")
     probe = out.with_name(f"{out.name}.{processes.rank()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

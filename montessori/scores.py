@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ OK = "ok"
 _METADATA_KEY = b"montessori"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Influence of N candidates on K reference sets.
 
@@ -34,6 +34,7 @@ class Scores:
     own mean token loss, float64 [N]. `num_tokens`, `num_label_tokens`: int64 [N]. `status`: str [N], "ok"
     or why there is no score. `reference_loss`: L(θ), a float or [K]. `info`: settings of the run.
     `standard_error`: that of `influence` where only a share of the weights' tiles was scored, else None.
+    Two are equal when all of this is, NaN included.
     """
 
     influence: np.ndarray
@@ -64,6 +65,12 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.status)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scores) and _same_fields(self, other)
+
+    # The arrays of a frozen dataclass can still be written to.
+    __hash__ = None  # type: ignore[assignment]
 
     def to_table(self) -> pa.Table:
         """Arrow table with one row per candidate and the scalars in the schema's metadata."""
@@ -116,14 +123,24 @@ class Scores:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Read what `save` wrote. Raises DataError for anything else."""
+        if not Path(path).is_file():
+            raise DataError(f"{path}: {'expected a file, got a directory' if Path(path).is_dir() else 'no such file'}")
         try:
             table = pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
         metadata = (table.schema.metadata or {}).get(_METADATA_KEY)
         if metadata is None:
             raise DataError(f"{path}: not written by montessori score (no montessori metadata in the file)")
-        scalars = json.loads(metadata)
+        try:
+            return cls._of_table(table, json.loads(metadata))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: expected the columns and metadata that montessori score writes, got others ({error!r})"
+            ) from error
+
+    @classmethod
+    def _of_table(cls, table: pa.Table, scalars: dict[str, Any]) -> Scores:
         names = tuple(scalars["names"])
         column = {name: table[name].to_numpy() for name in table.column_names}
         several = "influence" not in column
@@ -146,7 +163,7 @@ class Scores:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Audit:
     """Predicted and real influence of a sample of candidates; see `InfluenceEstimator.audit`.
 
@@ -180,6 +197,11 @@ class Audit:
         )
         return cls(index[kept], both[0][kept], both[1][kept], first, second, tuple(index[~kept].tolist()))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Audit) and _same_fields(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @property
     def pearson(self) -> float:
         return self._first.pearson
@@ -199,3 +221,12 @@ class Audit:
     @property
     def _first(self) -> Agreement:
         return next(iter(self.agreement.values()))
+
+
+def _same_fields(a: Scores | Audit, b: Scores | Audit) -> bool:
+    return all(_same(getattr(a, entry.name), getattr(b, entry.name)) for entry in fields(a))
+
+
+def _same(a: Any, b: Any) -> bool:
+    a, b = np.asarray(a), np.asarray(b)
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == b.dtype.kind == "f")

@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from montessori.errors import StateError
 
-METADATA_FILE = ".metadata"
-
 _CLASSES = {
     ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
     for name in (
@@ -42,13 +40,15 @@ _CLASSES = {
 }
 
 
-def read_distributed(directory: Path) -> dict:
+def read_distributed(file: Path) -> dict:
     """`state` and `param_groups` as a torch optimizer's state dict, parameters by name, tensors whole on the CPU.
 
-    The optimizer may stand under any key, alone or beside a model whose tensors are not read, nested or flattened as
-    `torch.distributed.checkpoint.state_dict` writes it. Raises StateError for anything else.
+    `file` is the `.metadata` beside the pieces. The optimizer may stand under any key, alone or beside a model whose
+    tensors are not read, nested or flattened as `torch.distributed.checkpoint.state_dict` writes it.
+
+    Raises StateError for anything else.
     """
-    index = _metadata(directory / METADATA_FILE)
+    index, directory = _metadata(file), file.parent
     placed = {key: _place(tuple(path)) for key, path in (index.planner_data or {}).items()}
     places = {key: place for key, place in placed.items() if place is not None and key in index.state_dict_metadata}
     roots = {place.root for place in places.values() if place.kind == "param_groups"}

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from montessori.data import check_template_kwargs, one_line, short
+from montessori.data import check_template_kwargs
 from montessori.errors import ArgumentError, DataError
+from montessori.wording import one_line, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# In the place of a template: texts as they stand.
+NO_TEMPLATE = "none"
 BUILT_IN_TEMPLATES = {
     "chatml": (
         "{% for message in messages %}"
@@ -76,7 +79,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template; set chat_template (--chat-template) to plain (for base "
-                "models), chatml, a Jinja template or a path to a .jinja file"
+                "models), chatml, a Jinja template, a path to a .jinja file, or none for texts as they stand"
             )
         return tokenizer.get_chat_template()
     if not isinstance(chat_template, str):
@@ -85,6 +88,11 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         if chat_template == "plain" and tokenizer.eos_token is None:
             raise DataError("chat_template='plain': expected a tokenizer with an eos_token, got None; set one")
         return _beginning(tokenizer) + BUILT_IN_TEMPLATES[chat_template]
+    if chat_template == NO_TEMPLATE:
+        raise ArgumentError(
+            "chat_template='none': expected a template, since a conversation is rendered here; none serves the "
+            "encoding of texts alone"
+        )
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template
     if chat_template.endswith(".jinja"):
@@ -93,8 +101,8 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"chat_template={chat_template!r}: cannot be read ({one_line(error)})") from error
     raise ArgumentError(
-        f"chat_template={short(chat_template)}: expected {', '.join(BUILT_IN_TEMPLATES)}, a Jinja template "
-        f"or a path to a .jinja file"
+        f"chat_template={short(chat_template)}: expected {', '.join(BUILT_IN_TEMPLATES)}, a Jinja template, a "
+        f"path to a .jinja file, or none for texts as they stand"
     )
 
 

@@ -40,6 +40,12 @@ def check_batch_size(batch_size: int, per_device_train_batch_size: int, devices:
         raise ArgumentError(f"batch_size={batch_size}: expected {expected}")
 
 
+def check_max_steps(max_steps: int) -> None:
+    """Raise ArgumentError for what is neither a number of steps nor -1, which stands for none given."""
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or (max_steps < 1 and max_steps != -1):
+        raise ArgumentError(f"max_steps={max_steps!r}: expected at least 1, or -1 for as many as the epochs have")
+
+
 def accumulation_steps(arguments: Any, batch_size: int) -> int:
     """Batches of TrainingArguments that make one step of `batch_size`; ArgumentError if no number of them does."""
     # With several GPUs in one process, Trainer splits a larger batch over them.

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from montessori.training import (
     ExampleRows,
     accumulation_steps,
     check_batch_size,
+    check_max_steps,
     count_steps,
     example_collator,
     is_complete,
@@ -60,7 +62,7 @@ def warmup(
     The checkpoint is an ordinary one of Trainer: model, tokenizer and `optimizer.pt`. One step sees
     `batch_size` examples, `per_device_train_batch_size` of them at a time. The learning rate rises
     linearly over the whole run, from 0 at the first step, so that `optimizer.pt` holds `learning_rate`.
-    `max_steps` > 0 takes the place of `num_train_epochs`. Without `max_grad_norm` gradients are not
+    `max_steps`, unless -1, takes the place of `num_train_epochs`. Without `max_grad_norm` gradients are not
     clipped; give scoring the same value, or its steps are not those of this run.
 
     `model` is trained in place, holds the weights of the returned checkpoint afterwards, and keeps
@@ -72,12 +74,13 @@ def warmup(
     `output_dir` must not hold a run. Under torchrun every process calls this; they share a step's examples.
 
     Raises DataError without examples, ModelError unless trainable weights are float32, ArgumentError
-    for batch sizes that do not divide and for an `output_dir` that holds another run, ResourceError when
-    it cannot be written.
+    for batch sizes that do not divide, for numbers that no run can have and for an `output_dir` that holds another
+    run, ResourceError when it cannot be written.
     """
     path = Path(output_dir)
     _check_inputs(model, examples, batch_size, per_device_train_batch_size)
     _check_schedule(learning_rate, num_train_epochs, max_steps, max_grad_norm)
+    _check_numbers(weight_decay, seed)
     settings: dict[str, Any] = {
         "learning_rate": learning_rate,
         "per_device_train_batch_size": per_device_train_batch_size,
@@ -91,7 +94,8 @@ def warmup(
     arguments = _training_arguments(path, settings, progress)
     total_steps = _plan_steps(arguments, len(examples), batch_size)
     settings |= {"batch_size": batch_size, "examples": examples_digest(examples)}
-    start = processes.from_main(_claim(path, settings, model, resume) if processes.is_main() else None)
+    with _writing(path):
+        start = processes.from_main(_claim(path, settings, model, resume) if processes.is_main() else None)
     if start is not None:
         restore_weights(model, start)
         if step_of(start) == total_steps:
@@ -116,12 +120,21 @@ def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int
 
 
 def _check_schedule(learning_rate: float, epochs: float, max_steps: int, max_grad_norm: float | None) -> None:
+    check_max_steps(max_steps)
     positive = {"learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
-    if max_steps <= 0:
+    if max_steps == -1:
         positive["num_train_epochs"] = epochs
     for name, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ArgumentError(f"{name}={value}: expected a positive number")
+
+
+def _check_numbers(weight_decay: float, seed: int) -> None:
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ArgumentError(f"weight_decay={weight_decay}: expected 0 or a positive number")
+    # What torch's and numpy's generators both take.
+    if not 0 <= seed < 2**32:
+        raise ArgumentError(f"seed={seed}: expected a number from 0 to {2**32 - 1}")
 
 
 def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) -> Any:
@@ -164,10 +177,15 @@ def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path |
         return None
     if not resume:
         raise ArgumentError(f"output_dir {path}: holds a run: expected none with resume=False: delete it")
-    record = json.loads(record_file.read_text(encoding="utf-8"))
-    changed = [key for key, value in settings.items() if record["settings"].get(key) != value]
-    if weights not in record["weights"]:
-        changed.append("the weights of model")
+    try:
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+        changed = [key for key, value in settings.items() if record["settings"].get(key) != value]
+        if weights not in record["weights"]:
+            changed.append("the weights of model")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"{record_file}: expected the record of a warm-up ({error!r}): choose another directory"
+        ) from error
     if changed:
         raise ArgumentError(
             f"output_dir {path}: holds a run with other {', '.join(changed)}: use those, or another directory"
@@ -177,6 +195,14 @@ def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path |
         if checkpoint not in complete:
             shutil.rmtree(checkpoint)
     return complete[-1] if complete else None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"output_dir {path}: cannot be written ({error.strerror or error})") from error
 
 
 def _write_record(path: Path, record: dict) -> None:
@@ -211,7 +237,8 @@ def _finish(path: Path, model: nn.Module, total_steps: int) -> Path:
     if processes.is_main():
         if not is_complete(final):
             raise ResourceError(f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?")
-        record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
-        _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
+        with _writing(path):
+            record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
+            _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
     processes.wait_for_all()
     return final

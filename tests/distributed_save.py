@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
+from state_support import make_adamw, take_steps, tiny_llama
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from montessori.optim_state import AdamWState
-from tests.state_support import make_adamw, take_steps, tiny_llama
 
 
 def main(directory: str) -> None:

@@ -65,3 +65,13 @@ def make_adamw(model: nn.Module) -> torch.optim.AdamW:
     rest = [parameter for name, parameter in named if "norm" in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-3)
+
+
+class Exploit:
+    """Pickles as a call: whoever unpickles it makes the file `target`."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from state_support import assert_reads_as_live, refusal, take_steps, tiny_llama, token_rows
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -15,7 +16,6 @@ from montessori.checkpoints import read_state
 from montessori.errors import StateError
 from montessori.optim_state import AdamWState
 from montessori.steps import SGDStep
-from tests.state_support import assert_reads_as_live, refusal, take_steps, tiny_llama, token_rows
 
 
 def trainer_options(output_dir: Path, **changes) -> dict:

@@ -8,7 +8,10 @@ import sys
 import pytest
 from support import CHATML, make_text_rows
 
-from montessori import Scores, cli
+from montessori import Scores, cli, ops, runs
+from montessori.errors import ArgumentError
+from montessori.estimator import InfluenceEstimator
+from montessori.scorers import LinearScorer
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ BAD = {
         lambda tmp: {"candidates": write(tmp / "c.jsonl", '{"prompt": "a", "completion": "b"}\n\n{}\n')},
         ["c.jsonl, line 2"],
     ),
-    "missing column": (lambda tmp: {"candidates": write(tmp / "c.jsonl", '{"text": "a"}\n')}, ["line 1", "text"]),
+    "missing column": (lambda tmp: {"candidates": write(tmp / "c.jsonl", '{"body": "a"}\n')}, ["line 1", "body"]),
     "empty response": (
         lambda tmp: {"candidates": write(tmp / "c.jsonl", '{"prompt": "a", "completion": " "}\n')},
         ["line 1", "completion"],
@@ -149,6 +152,46 @@ def test_output_that_cannot_be_written(run, student, files, tmp_path):
     assert status == 2 and "cannot be written" in error
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "suffix"), [("score", "s.csv", ".parquet"), ("audit", "a.parquet", ".json")]
+)
+def test_a_name_that_belies_the_format_is_refused(run, student, files, tmp_path, command, name, suffix):
+    status, _, error = run(command, *options(student, files), "--out", tmp_path / name, "--quiet")
+    assert (
+        status == 2 and error.startswith("error: --out ") and f"{name}: expected a name that ends in {suffix}" in error
+    )
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/a.json", "file/a.json"])
+def test_an_audit_that_cannot_be_written_takes_no_step(run, student, files, tmp_path, monkeypatch, place):
+    monkeypatch.setattr("montessori.runs.open_workbench", None)
+    write(tmp_path / "file", "")
+    status, _, error = run("audit", *options(student, files), "--out", tmp_path / place, "--quiet")
+    assert status == 2 and error.startswith("error: ") and "a.json: cannot be written" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "/proc/w"], "error: /proc/w/warmup.json: cannot be written"),
+        (["--out", "FILE"], "Directory 'FILE' is a file"),
+        (["--out", "w", "--max-steps", 0], "error: max_steps=0: expected at least 1"),
+        (["--out", "w", "--max-steps", -2], "error: max_steps=-2: expected at least 1"),
+        (["--out", "w", "--seed", -1], "--seed"),
+        (["--out", "w", "--weight-decay", -1], "--weight-decay"),
+        (["--out", "w", "--weight-decay", "nan"], "error: weight_decay=nan: expected 0 or a positive number"),
+        (["--out", "w", "--epochs", 0], "--epochs"),
+    ],
+)
+def test_a_warmup_that_cannot_run_says_so_in_one_line(run, student, files, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "FILE", "")
+    status, _, error = run("warmup", "--student", student, "--data", files["candidates"], *words)
+    assert status == 2 and message in error and "Traceback" not in error
+    assert not list(tmp_path.glob("w/checkpoint-*"))
+
+
 def test_finished_scores_are_not_overwritten_by_other_settings(run, student, files, tmp_path):
     out = tmp_path / "scores.parquet"
     assert run("score", *options(student, files), "--out", out, "--quiet")[0] == 0
@@ -173,9 +216,113 @@ def test_an_audit_belongs_to_the_scores_beside_it(run, student, files, tmp_path)
     out = tmp_path / "scores.parquet"
     words = [*options(student, files), "--out", out, "--quiet"]
     assert run("score", *words, "--audit", 4)[0] == 0
+    first = (tmp_path / "scores.parquet.audit.json").read_bytes()
     assert run("score", *words, "--fresh", "--lr", 1e-9)[0] == 0
-    status, _, error = run("score", *words, "--lr", 1e-9, "--audit", 4)
-    assert status == 2 and "no audit was saved with these scores" in error
+    assert not (tmp_path / "scores.parquet.audit.json").exists()
+    assert run("score", *words, "--lr", 1e-9, "--audit", 4)[0] == 0
+    assert (tmp_path / "scores.parquet.audit.json").read_bytes() != first
+
+
+def count_scored(monkeypatch):
+    """The number of candidates in each batch that is scored from now on."""
+    scored, score = [], LinearScorer.score
+
+    def counted(self, group):
+        scored.append(len(group))
+        return score(self, group)
+
+    monkeypatch.setattr(LinearScorer, "score", counted)
+    return scored
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt, ArgumentError])
+def test_an_audit_that_ends_early_keeps_the_scores_and_is_done_by_the_same_command(
+    run, student, files, tmp_path, monkeypatch, ended
+):
+    def stopped(*_args, **_kwargs):
+        raise ended("stopped")
+
+    out = tmp_path / "scores.parquet"
+    words = [*options(student, files), "--out", out, "--quiet", "--audit", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(InfluenceEstimator, "audit", stopped)
+        status, _, error = run("score", *words)
+    assert status != 0
+    if ended is ArgumentError:
+        assert error.rstrip().endswith(f"error: stopped; the scores are in {out}")
+    scores = Scores.load(out)
+    scored = count_scored(monkeypatch)
+    status, shown, _ = run("score", *words)
+    assert status == 0 and "predicted against real steps" in shown
+    # Those of the audit alone.
+    assert sum(scored) == 4
+    assert Scores.load(out) == scores
+    scored.clear()
+    status, shown, error = run("score", *words)
+    assert status == 0 and "is complete" in error and "predicted against real steps" in shown and not scored
+    # Another number is another audit of the same scores.
+    assert run("score", *words[:-1], 6)[0] == 0
+    assert sum(scored) == 6
+    assert len(json.loads((tmp_path / "scores.parquet.audit.json").read_text())["index"]) == 6
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_an_audit_of_one_candidate_is_refused_before_anything_is_scored(
+    run, student, files, tmp_path, monkeypatch, size
+):
+    scored = count_scored(monkeypatch)
+    if size > 1:
+        write(files["candidates"], json.dumps(make_text_rows(1)[0]) + "\n")
+    out = tmp_path / "scores.parquet"
+    status, _, error = run("score", *options(student, files), "--out", out, "--quiet", "--audit", size)
+    assert status == 2 and f"error: audit of {size}: expected at least 2 candidates" in error
+    assert not scored and not out.exists()
+
+
+def test_scores_of_an_earlier_version_are_complete_and_replayed_without_the_settings_it_lacked(
+    run, student, files, tmp_path
+):
+    out = tmp_path / "scores.parquet"
+    words = [*options(student, files), "--out", out, "--quiet"]
+    assert run("score", *words)[0] == 0
+    config = tmp_path / "scores.parquet.config.json"
+    record = json.loads(config.read_text())
+    for name in ("reference_batch_tokens", "invalid_rows"):
+        del record["settings"][name]
+    write(config, json.dumps(record))
+    status, _, error = run("score", *words)
+    assert status == 0 and "is complete" in error
+    status, *_ = run("score", "--config", config, "--out", tmp_path / "again.parquet", "--quiet")
+    assert status == 0 and Scores.load(tmp_path / "again.parquet") == Scores.load(out)
+    status, _, error = run("score", *words, "--reference-batch-tokens", 64)
+    assert status == 2 and "was not written with these settings" in error
+    for content in ("[]", '{"settings": 3}', "{"):
+        status, _, error = run("score", "--config", write(tmp_path / "bad.json", content), "--out", out)
+        assert status == 2 and "bad.json: expected a config written by montessori score" in error
+
+
+def test_settings_reach_the_estimator(run, student, files, tmp_path):
+    out = tmp_path / "scores.parquet"
+    rows = [*make_text_rows(3), {"instruction": "say a", "response": " "}]
+    write(files["candidates"], "".join(json.dumps(row) + "\n" for row in rows))
+    words = [*options(student, files, dtype="float16", reference_batch_tokens=64), "--out", out, "--quiet"]
+    status, _, error = run("score", *words)
+    assert status == 2 and "line 4" in error
+    status, shown, _ = run("score", *words, "--invalid-rows", "skip")
+    assert status == 0
+    scores = Scores.load(out)
+    assert scores.ok.tolist() == [True, True, True, False]
+    assert "not scored (invalid): 1, rows 3" in shown and "line 4" in shown
+
+
+def test_help_lists_the_backends_and_each_is_taken_or_refused_with_a_reason(run, student, files, tmp_path):
+    assert set(ops.available_impls()) < set(runs.BACKENDS)
+    _, shown, _ = run("score", "--help")
+    assert f"[{'|'.join(runs.BACKENDS)}]" in shown
+    for backend in set(runs.BACKENDS) - {"auto", *ops.available_impls()}:
+        status, _, error = run("score", *options(student, files, backend=backend), "--out", tmp_path / "s.parquet")
+        assert status == 2 and f"error: --backend {backend}: " in error
+        assert "in this installation: " in error
 
 
 def test_a_fresh_start_that_fails_leaves_what_was_there(run, student, files, tmp_path):
@@ -204,17 +351,28 @@ def test_rows_of_several_kinds_are_shown(run, student, files, tmp_path):
     rows = [
         {"instruction": "say c", "response": "hello d", "messages": None},
         {"instruction": None, "response": None, "messages": messages},
+        {"messages": [messages[0], {"role": "assistant", "content": [{"type": "text", "text": "olleh b"}]}]},
+        {"prompt": messages[:1], "completion": messages[1:]},
+        {"conversations": [{"from": "human", "value": "say e"}, {"from": "gpt", "value": "hello f"}]},
+        {"instruction": "say g", "output": "hello h"},
+        {"text": "plain text"},
     ]
     write(files["candidates"], "".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "scores.parquet"
     assert run("score", *options(student, files), "--out", out, "--quiet")[0] == 0
     status, shown, _ = run("inspect", out, "--candidates", files["candidates"])
-    assert status == 0 and "say a → hello" in shown and "say c → hello" in shown
+    assert status == 0
+    for text in ("say a → hello", "say c → hello", "say a → olleh", "say e → hello", "say g → hello", "plain text"):
+        assert text in shown
 
 
 def test_inspect_refuses_what_is_not_a_scores_file(run, files):
     status, _, error = run("inspect", files["candidates"])
     assert status == 2 and "not a readable Parquet file" in error
+    status, _, error = run("inspect", "nope.parquet")
+    assert status == 2 and error == "error: nope.parquet: no such file\n"
+    status, _, error = run("inspect", files["candidates"].parent)
+    assert status == 2 and "expected a file, got a directory" in error
 
 
 def test_interrupt_says_that_the_run_can_go_on(run, student, files, tmp_path, monkeypatch):

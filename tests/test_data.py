@@ -1,33 +1,23 @@
 """Every kind of source gives the same rows, and every error about a row names the file and the line."""
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy
 import pandas
+import pyarrow
 import pytest
 import torch
+from data_support import LINES, ROWS, fault, written
 
 from montessori.data import Rows, column_set, load_rows, read_chat
 from montessori.errors import ArgumentError, DataError
 
-ROWS = [{"instruction": "Say hi", "response": "hi"}, {"instruction": "Naïve?", "response": "oui"}]
-LINES = b'{"instruction": "Say hi", "response": "hi"}\n{"instruction": "Na\xc3\xafve?", "response": "oui"}\n'
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 TURNS = [USER, ASSISTANT]
-
-
-def fault(source, error=DataError, **options):
-    """The message of the error, checked to be one line."""
-    with pytest.raises(error) as caught:
-        load_rows(source, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def written(path, content):
-    path.write_bytes(content)
-    return path
+TEXT_PART = {"type": "text", "text": "i"}
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 
 
 @pytest.fixture
@@ -36,84 +26,6 @@ def no_hub(monkeypatch):
         pytest.fail(f"asked the hub for {name}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-
-
-# JSONL.
-
-
-@pytest.mark.parametrize("content", [LINES, LINES.rstrip(b"\n"), LINES.replace(b"\n", b"\r\n")])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json-lines"])
-def test_jsonl_gives_its_rows_with_or_without_a_final_newline(tmp_path, content, suffix):
-    path = written(tmp_path / f"data{suffix}", content)
-    for source in (path, str(path)):
-        rows = load_rows(source)
-        assert list(rows) == ROWS
-        assert rows.source == f"data{suffix}"
-        assert [rows.where(0), rows.where(12)] == [f"data{suffix}, line 1", f"data{suffix}, line 13"]
-
-
-def test_jsonl_lines_end_at_newlines_only(tmp_path):
-    text = '{"response": "a\u2028b\x85c"}\n{"response": 1'
-    assert "data.jsonl, line 2" in fault(written(tmp_path / "data.jsonl", text.encode()))
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (b"", "the line is empty"),
-        (b"  \t", "the line is empty"),
-        (b'{"response": "a"', "malformed JSON"),
-        (b'{"a": 1} {"b": 2}', "malformed JSON"),
-        (b"[" * 100_000, "malformed JSON"),
-        (b"[1, 2]", "expected a JSON object, got list"),
-        (b"null", "expected a JSON object, got NoneType"),
-        (b'{"response": "caf\xe9"}', "expected UTF-8, byte 17 of the line is 0xe9"),
-    ],
-)
-def test_jsonl_errors_name_file_and_line(tmp_path, line, says):
-    message = fault(written(tmp_path / "data.jsonl", b'{"a": 1}\n' + line + b'\n{"b": 2}\n'))
-    assert message.startswith("data.jsonl, line 2: ")
-    assert says in message
-
-
-def test_an_empty_file_is_an_error(tmp_path):
-    assert fault(written(tmp_path / "data.jsonl", b"")) == (
-        "data.jsonl: expected at least one row, the source is empty"
-    )
-
-
-# Other files.
-
-
-def test_parquet_gives_plain_rows_counted_from_zero(tmp_path):
-    path = tmp_path / "data.parquet"
-    pandas.DataFrame({"messages": [TURNS, TURNS], "id": [7, 8]}).to_parquet(path)
-    rows = load_rows(path)
-    assert list(rows) == [{"messages": TURNS, "id": 7}, {"messages": TURNS, "id": 8}]
-    assert rows.where(12) == "data.parquet, row 12"
-
-
-def test_parquet_errors_name_the_file(tmp_path):
-    assert "expected a Parquet file" in fault(written(tmp_path / "data.parquet", b"no parquet"))
-    pandas.DataFrame({"response": []}).to_parquet(tmp_path / "none.parquet")
-    assert fault(tmp_path / "none.parquet").startswith("none.parquet: expected at least one row")
-
-
-@pytest.mark.parametrize("name", ["data.json", "data.csv", "data", "data.jsonl.gz"])
-def test_another_extension_is_an_error_that_says_what_is_supported(tmp_path, no_hub, name):
-    message = fault(written(tmp_path / name, LINES))
-    assert all(kind in message for kind in (name, ".jsonl", ".parquet", "save_to_disk"))
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
-def test_an_unreadable_file_is_an_error(tmp_path, monkeypatch, name):
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    path = written(tmp_path / name, LINES)
-    monkeypatch.setattr("pathlib.Path.open", refuse)
-    monkeypatch.setattr("pyarrow.parquet.read_table", refuse)
-    assert f"{path}: cannot be read ([Errno 13] Permission denied)" in fault(path)
 
 
 # Directories and the hub.
@@ -133,13 +45,22 @@ def test_a_split_is_taken_from_a_saved_dataset_dict(tmp_path):
     for source in (str(tmp_path / "saved"), saved):
         assert list(load_rows(source)) == ROWS[:1]
         assert list(load_rows(source, split="test")) == ROWS[1:]
-        assert "expected a split 'dev', got the splits train, test" in fault(source, split="dev")
+        assert "expected a split 'dev', got the splits train, test; choose one: data" in fault(source, split="dev")
 
 
-def test_another_directory_is_an_error(tmp_path, no_hub):
+def test_the_error_about_a_split_says_code_that_works(tmp_path):
+    saved = datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)})
+    saved.save_to_disk(tmp_path / "saved")
+    for source, named in ((saved, {"dataset": saved}), (tmp_path / "saved", {"datasets": datasets})):
+        code = fault(source).partition("choose one: ")[2]
+        assert list(load_rows(eval(code, named))) == ROWS
+
+
+def test_a_saved_dataset_that_is_damaged_is_not_read_as_a_folder_of_files(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    (tmp_path / "state.json").unlink()
     written(tmp_path / "data.jsonl", LINES)
-    message = fault(tmp_path)
-    assert message.startswith(f"{tmp_path}: expected a directory written by datasets.save_to_disk")
+    assert fault(tmp_path).startswith(f"{tmp_path}: expected a directory written by datasets.save_to_disk")
 
 
 def test_a_name_that_is_no_path_is_loaded_from_the_hub(monkeypatch):
@@ -167,9 +88,24 @@ def test_a_name_that_cannot_be_loaded_is_one_helpful_line(monkeypatch, raised):
     assert all(part in message for part in expected)
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "owner/data.parquet", "./name", "a/b/c", "/nowhere/name"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.jsonl", "data.json", "data.csv.gz", "owner/data.parquet", "./name", "a/b/c", "/nowhere/name", "~/nowhere",
+        "~nobody/name", "What is 2 + 2?", "a\nb", "a b", "long " * 9999, "",
+    ],
+)  # fmt: skip
 def test_a_mistyped_path_is_not_sought_on_the_hub(no_hub, name):
-    assert "no such file" in fault(name)
+    message = fault(name)
+    assert "no such file" in message or "expected .jsonl" in message
+    assert len(message) < 500
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "data.jsonl", LINES)
+    for source in ("~/data.jsonl", Path("~/data.jsonl")):
+        assert list(load_rows(source)) == ROWS
 
 
 def test_a_missing_path_object_is_not_sought_on_the_hub(tmp_path, no_hub):
@@ -206,6 +142,16 @@ def test_a_dataframe_gives_plain_rows_by_position():
     assert rows.where(1) == "reference, row 1"
 
 
+def test_a_table_of_pyarrow_gives_plain_rows():
+    table = pyarrow.Table.from_pylist([{"messages": TURNS, "id": 7}, {"messages": [{**USER, "name": "me"}, ASSISTANT]}])
+    rows = load_rows(table, name="reference")
+    assert list(rows) == [
+        {"messages": TURNS, "id": 7},
+        {"messages": [{**USER, "name": "me"}, ASSISTANT], "id": None},
+    ]
+    assert rows.where(1) == "reference, row 1"
+
+
 def test_an_iterable_of_dicts_gives_its_rows():
     assert list(load_rows(ROWS)) == list(load_rows(row for row in ROWS)) == ROWS
     assert load_rows(ROWS).where(1) == "candidates, row 1"
@@ -226,6 +172,23 @@ def test_another_type_is_an_argument_error(source):
     message = fault(source, error=ArgumentError)
     assert "expected a path" in message
     assert message.endswith(f"got {type(source).__name__}")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS},
+        {"prompt": "hi", "completion": "hello"},
+        {"instruction": "hi", "output": "hello"},
+        {"conversations": []},
+        {"input_ids": [1], "labels": [1]},
+        {"text": "hi"},
+    ],
+)
+def test_a_single_row_is_to_be_wrapped_in_a_list(no_hub, row):
+    message = fault(row, error=ArgumentError, name="reference")
+    assert message.startswith(f"reference: expected a list of rows, got one dict with the columns {', '.join(row)}; ")
+    assert "wrap the row in a list, [row]" in message
 
 
 def test_rows_are_a_sequence_and_are_returned_as_they_are():
@@ -278,6 +241,13 @@ def malformed(row):
         {"instruction": "hi", "input": " \n", "response": "hello", "messages": None},
         {"prompt": "hi", "completion": "hello", "input": "another"},
         {"messages": TURNS, "prompt": "another", "completion": "another", "input_ids": [1], "labels": None},
+        {"instruction": "hi", "input": "", "output": "hello", "text": "another"},
+        {"instruction": "hi", "output": "another", "response": "hello"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}], "messages": None},
+        {"conversations": TURNS, "instruction": "another", "output": "another"},
+        {"messages": [{"from": "human", "value": "hi"}, ASSISTANT]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, TEXT_PART]}, ASSISTANT]},
     ],
 )
 def test_every_set_of_columns_is_a_conversation(row):
@@ -315,14 +285,17 @@ def test_tools_that_are_no_list_of_schemas_are_an_error(tools):
 
 def test_missing_columns_are_named():
     message = malformed({"instruction": "a", "answer": "b"})
-    expected = "input_ids + labels or messages or prompt + completion or instruction + response"
+    expected = (
+        "input_ids + labels or messages or prompt + completion or instruction + response or conversations or "
+        "instruction + output or text"
+    )
     assert message == f"expected the columns {expected}, got instruction, answer"
     assert malformed({}).endswith("got none")
     assert malformed("text") == "expected a dict of columns, got str"
 
 
 @pytest.mark.parametrize("answer", ["", " \n\t", None, 5, ["a"], torch.zeros(3, 3)])
-@pytest.mark.parametrize("columns", [("instruction", "response"), ("prompt", "completion")])
+@pytest.mark.parametrize("columns", [("instruction", "response"), ("prompt", "completion"), ("instruction", "output")])
 def test_an_empty_response_is_an_error(columns, answer):
     assert malformed(dict(zip(columns, ("question", answer), strict=True))).startswith("expected a ")
 
@@ -349,6 +322,16 @@ def test_a_question_that_is_no_text_is_an_error(columns):
         ([{**USER, "role": ["user"]}], "message 0 of column messages: expected a role of system, "),
         ([USER, {**ASSISTANT, "content": None}], "message 1 of column messages: expected a text as content"),
         ([{**USER, "content": ["a"]}], "message 0 of column messages: expected a text as content"),
+        (
+            [{**USER, "content": [TEXT_PART, IMAGE_PART]}],
+            "message 0 of column messages: expected a text as content, or",
+        ),
+        ([{**USER, "content": [{"type": "text"}]}], "message 0 of column messages: expected a text as content, or"),
+        ([USER, {**ASSISTANT, "content": []}], "message 1 of column messages: expected a non-empty answer"),
+        ([{"from": "function_call", "value": "a"}], "message 0 of column messages: expected from to be one of human, "),
+        ([{"from": ["human"], "value": "a"}], "message 0 of column messages: expected from to be one of human, "),
+        ([{"from": "human"}], "message 0 of column messages: expected a dict with role and content"),
+        ([{"from": "human", "value": None}], "message 0 of column messages: expected a text as content, got None"),
         ([USER, {**ASSISTANT, "content": " "}], "message 1 of column messages: expected a non-empty answer"),
     ],
 )
@@ -361,3 +344,23 @@ def test_a_prompt_and_a_completion_are_both_texts_or_both_messages():
         assert "expected a list of messages" in malformed(row)
     message = malformed({"prompt": TURNS, "completion": [USER]})
     assert message == "expected a message of the assistant in column completion, got none"
+
+
+def test_speakers_of_sharegpt_have_the_roles_that_templates_know():
+    speakers = ("system", "human", "gpt", "observation", "tool", "chatgpt")
+    row = {"conversations": [{"from": speaker, "value": "a", "weight": 1} for speaker in speakers]}
+    read = chat(row).messages
+    assert [message["role"] for message in read] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+    assert all(message == {"role": message["role"], "content": "a", "weight": 1} for message in read)
+    assert row["conversations"][0] == {"from": "system", "value": "a", "weight": 1}
+
+
+def test_a_text_counts_where_no_other_set_of_columns_has_a_value():
+    where = "data.jsonl, line 2"
+    for row in ({"text": "a"}, {"text": "a", "label": 1}, {"text": "a", "messages": None}, {"text": None}):
+        assert column_set(row, where) == ("text",)
+    for columns in (("instruction", "response"), ("prompt", "completion")):
+        row = {columns[0]: "a", columns[1]: None, "text": "a"}
+        assert column_set(row, where) == columns
+        assert malformed(row).startswith(f"expected a text in column {columns[1]}")
+    assert malformed({"text": "a"}) == "expected a conversation, got a text alone in column text"

@@ -183,3 +183,52 @@ def test_rows_without_a_finite_score_leave_the_audit_and_are_named():
         InfluenceEstimator(model, optimizer, references, **options).audit(candidates[4:], k=2)
     with pytest.raises(ModelError, match="reference reference row 0: its loss is"):
         InfluenceEstimator(model, optimizer, [broken, *references], **options).score(candidates[:2])
+
+
+@pytest.mark.parametrize("change", ["data", "numpy", "moment", "count", "buffer"])
+def test_writes_past_torch_are_noticed(change):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    found, candidates = estimator(model, optimizer), make_rows(5, seed=1)
+    before = found.score(candidates).influence
+    entry = optimizer.state[model.model.norm.weight]
+    with torch.no_grad():
+        if change == "data":
+            model.model.norm.weight.data.mul_(1.5)
+        elif change == "numpy":
+            model.model.norm.weight.detach().numpy()[0] = 3
+        elif change == "moment":
+            entry["exp_avg"].data.add_(1e-3)
+        elif change == "count":
+            entry["step"].data.sub_(3)
+        else:
+            model.model.rotary_emb.inv_freq.data.mul_(0.5)
+    after = found.score(candidates).influence
+    assert not np.array_equal(after, before)
+    np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_frozen_and_freed_between_calls(method):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    found, candidates = estimator(model, optimizer, method=method), make_rows(5, seed=1)
+    whole = found.score(candidates).influence
+    model.model.embed_tokens.weight.requires_grad_(False)
+    frozen = found.score(candidates).influence
+    assert not np.array_equal(frozen, whole)
+    np.testing.assert_array_equal(frozen, estimator(model, optimizer, method=method).score(candidates).influence)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    np.testing.assert_array_equal(found.score(candidates).influence, whole)
+
+
+def test_a_parameter_without_state_that_is_freed_is_named():
+    model = make_model("llama_tied", torch.float32)
+    model.model.norm.weight.requires_grad_(False)
+    optimizer = warm_optimizer(model)
+    found = estimator(model, optimizer)
+    found.score(make_rows(5, seed=1))
+    model.model.norm.weight.requires_grad_(True)
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"missing for trainable model\.norm\.weight"):
+            found.score(make_rows(5, seed=1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
+from montessori.cli import cli
 from montessori.errors import ArgumentError
 from montessori.loop.config import PRESETS, read_config, write_config
 
@@ -73,6 +75,7 @@ def test_a_file_goes_over_the_preset_and_assignments_over_both(tmp_path):
         ("engine.name=endpoint", r"expected engine\.base_url"),
         ("data.reference_rows=null", r"give data\.evaluation"),
         ("signal.kind=judge", r"expected judge\.model"),
+        ("score.audit=1", r"score\.audit: audit of 1: expected at least 2"),
         ("novalue", "expected key=value"),
         ("tune.=1", "expected key=value"),
         ("tune.beta=[", "expected a YAML value"),
@@ -104,3 +107,15 @@ def test_a_file_that_is_no_config_is_one_line(content, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ArgumentError, match="cannot be read"):
         read_config(tmp_path / "absent.yaml")
+
+
+def test_a_run_without_a_config_says_what_can_be_given(tmp_path):
+    for command in ("run", "generate", "pairs"):
+        result = CliRunner().invoke(cli, [command, "--out", str(tmp_path / "new")])
+        assert isinstance(result.exception, ArgumentError)
+        assert str(result.exception).startswith("expected a CONFIG file or --preset (demo, small, paper), got neither")
+    with pytest.raises(
+        ArgumentError, match=r"--set without .* --preset \(demo, small, paper\): teacher: expected a value"
+    ):
+        read_config(assignments=["seed=1"])
+    assert not list(tmp_path.iterdir())

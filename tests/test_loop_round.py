@@ -258,16 +258,28 @@ def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_written(key
     ("changes", "message"),
     [
         ({"score": {"device": "cuda:99"}}, "score.device=cuda:99: expected auto, cpu"),
+        ({"warmup": {"max_steps": 0}}, "warmup.max_steps=0: expected at least 1"),
         ({"engine": {"device": "toaster"}}, "engine.device=toaster: expected auto, cpu"),
         ({"score": {"backend": "abacus"}}, "score.backend: .*abacus"),
         ({"train": {"chat_template": "nowhere.jinja"}}, "train.chat_template, .*student: .*nowhere.jinja"),
-        ({"responses": {"chat_template": "none"}}, "responses.chat_template, .*teacher: .*expected chatml, plain"),
+        ({"responses": {"chat_template": "none"}}, "responses.chat_template, .*teacher: .*none.*expected a template"),
     ],
 )
 def test_what_a_late_stage_cannot_use_is_named_before_the_first(changes, message, settings, tmp_path):
     with pytest.raises(ArgumentError if "nowhere" not in message else DataError, match=message):
         loop.run(config(settings, **changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_can_be_started_where_those_before_it_are_done(settings, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    for stage in loop.STAGES[loop.STAGES.index("pairs") :]:
+        shutil.rmtree(out / "round_1" / stage)
+    with pytest.raises(ArgumentError, match=r"--from tune: .*round_1/pairs is not finished"):
+        loop.run(config(settings), out, since="tune", progress=False)
+    loop.run(config(settings), out, since="pairs", until="pairs", progress=False)
+    assert outputs(out / "round_1/pairs") == outputs(finished[0] / "round_1/pairs")
 
 
 def test_batch_sizes_that_the_devices_cannot_share_are_named_before_the_first_stage(settings, tmp_path, monkeypatch):
@@ -303,8 +315,9 @@ def test_a_student_without_a_chat_template_is_found_before_the_first_stage(setti
     given = {"student": str(tmp_path / "base")}
     with pytest.raises(DataError, match=r"warmup\.chat_template, .*base: the tokenizer has no chat template; set"):
         loop.run(config(settings, **given), tmp_path / "run", progress=False)
-    plain = {name: {**settings.get(name, {}), "chat_template": "plain"} for name in ("warmup", "score", "train")}
-    check_config(config(settings, **given, **plain))
+    for template in ("plain", "none"):
+        changes = {name: {**settings.get(name, {}), "chat_template": template} for name in ("warmup", "score", "train")}
+        check_config(config(settings, **given, **changes))
 
 
 def test_evaluation_rows_in_the_reference_are_refused(settings, tmp_path):

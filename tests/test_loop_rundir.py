@@ -8,7 +8,9 @@ import pytest
 
 from montessori.errors import ArgumentError, ResourceError
 from montessori.fingerprint import content_digest
+from montessori.loop import round as loop
 from montessori.loop import rundir
+from montessori.loop.config import read_config
 from montessori.loop.rundir import RunDirectory
 
 
@@ -108,6 +110,25 @@ def test_digests_follow_inputs_alone(tmp_path):
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(ArgumentError, match="expected a finished stage"):
         RunDirectory(tmp_path / "x").digest("round_1/tune")
+
+
+@pytest.mark.parametrize(
+    ("done", "options", "message"),
+    [
+        (0, {"since": "pairs"}, r"--from pairs: expected the stages before it, but .*round_1/generate is not finished"),
+        (2, {"since": "pairs"}, r"--from pairs: expected the stages before it, but .*round_1/score is not finished"),
+        (8, {"since": "tune", "until": "pairs"}, r"--until pairs: expected --from tune or a stage after it"),
+        (8, {"since": "pairs", "fresh": True}, r"--from pairs with --fresh, .*: expected one of the two"),
+    ],
+)
+def test_a_range_of_stages_that_cannot_be_run_is_refused_and_leaves_what_is_there(done, options, message, tmp_path):
+    for stage in loop.STAGES[:done]:
+        with RunDirectory(tmp_path / "run") as run, run.stage(f"round_1/{stage}", {}):
+            pass
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArgumentError, match=message):
+        loop.run(read_config(preset="demo"), tmp_path / "run", progress=False, **options)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_one_run_at_a_time(tmp_path):

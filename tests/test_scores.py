@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support import make_model, make_rows, warm_optimizer
@@ -42,9 +44,18 @@ def test_saved_scores_come_back_equal(warm, reference, tmp_path):
         np.testing.assert_array_equal(getattr(loaded, field), getattr(scores, field))
     assert (loaded.names, loaded.method, loaded.info) == (scores.names, scores.method, scores.info)
     assert loaded.skipped == scores.skipped == {2: "no_label_tokens"}
+    assert loaded == scores and scores != "scores"
+    assert replace(scores, loss=scores.loss + 1) != scores != replace(scores, method="exact")
     frame, dataset = scores.to_pandas(), scores.to_dataset()
     assert list(frame.columns) == dataset.column_names
     assert frame["status"].tolist() == ["ok", "ok", "no_label_tokens", "ok", "ok"]
+
+
+def test_scores_that_lost_a_column_are_refused(warm, tmp_path):
+    table = InfluenceEstimator(*warm, make_rows(3)).score(make_rows(2, seed=1)).to_table()
+    pq.write_table(table.drop_columns("loss"), tmp_path / "part.parquet")
+    with pytest.raises(DataError, match=r"part\.parquet: expected the columns .* that montessori score writes.*loss"):
+        Scores.load(tmp_path / "part.parquet")
 
 
 def test_candidates_without_labels_are_reported_not_zero(warm):
@@ -104,6 +115,7 @@ def test_drift_is_the_influence_of_a_step_without_gradient(warm):
 def test_audit_compares_with_real_steps(warm):
     audit = InfluenceEstimator(*warm, make_rows(3), pilot=3).audit(make_rows(12, seed=1), k=6)
     assert len(audit.index) == audit.agreement["reference"].num_examples == 6
+    assert audit == replace(audit) != replace(audit, real=-audit.real)
     exact = InfluenceEstimator(*warm, make_rows(3), method="exact").score(make_rows(12, seed=1))
     np.testing.assert_allclose(audit.real[:, 0], exact.influence[audit.index], rtol=1e-9)
     assert audit.pearson > 0.99

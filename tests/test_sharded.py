@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distributed_save
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from state_support import Exploit, assert_reads_as_live, assert_same, make_adamw, refusal, take_steps, tiny_llama
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from montessori.checkpoints import read_state
 from montessori.optim_state import AdamWState
-from tests import distributed_save
-from tests.state_support import assert_reads_as_live, assert_same, make_adamw, refusal, take_steps, tiny_llama
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -92,14 +92,6 @@ def test_damaged_files_are_refused(tmp_path, trained):
     assert "cannot be read as plain tensors" in refusal(tmp_path / "cut", model)
     (tmp_path / "cut" / ".metadata").write_bytes(b"")
     assert "cannot be read as the index" in refusal(tmp_path / "cut", model)
-
-
-class Exploit:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
 
 
 def test_nothing_in_the_files_runs(tmp_path, trained):

@@ -386,6 +386,10 @@ def test_progress_is_printed_only_when_asked_for(tmp_path, capfd):
         ({"batch_size": 5}, ArgumentError, "batch_size=5: expected a multiple of per_device_"),
         ({"batch_size": 0}, ArgumentError, "batch_size=0: expected a positive number"),
         ({"per_device_train_batch_size": 0}, ArgumentError, "per_device_train_batch_size=0: expected"),
+        ({"max_steps": 0}, ArgumentError, "max_steps=0: expected at least 1, or -1"),
+        ({"max_steps": 1.5}, ArgumentError, "max_steps=1.5: expected at least 1, or -1"),
+        ({"weight_decay": -1}, ArgumentError, "weight_decay=-1: expected 0 or a positive number"),
+        ({"seed": -1}, ArgumentError, "seed=-1: expected a number from 0"),
         ({"model": tiny_llama().bfloat16()}, ModelError, "model.embed_tokens.weight: expected .* float32"),
     ],
 )  # fmt: skip
@@ -394,6 +398,20 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, change
         run(tmp_path / "new", **changes)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_output_directory_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/warm")):
+        with pytest.raises(ResourceError, match=f"output_dir {path}: cannot be written"):
+            run(path)
+
+
+def test_a_damaged_record_of_a_run_is_named(tmp_path):
+    for content in ("{", "[]", '{"settings": {}}'):
+        (tmp_path / "warmup.json").write_text(content)
+        with pytest.raises(ArgumentError, match=r"warmup\.json: expected the record of a warm-up"):
+            run(tmp_path)
 
 
 def test_a_final_checkpoint_that_did_not_reach_the_disk_is_an_error(tmp_path, monkeypatch):

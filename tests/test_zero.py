@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.state_support import assert_reads_as_live, make_adamw, refusal, take_steps, tiny_llama
-from tests.test_sharded import Exploit
-from tests.zero_files import deepspeed_classes, save_stage_2, save_stage_3
+from state_support import Exploit, assert_reads_as_live, make_adamw, refusal, take_steps, tiny_llama
+from zero_files import deepspeed_classes, save_stage_2, save_stage_3
 
 RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 

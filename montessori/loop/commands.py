@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from montessori.errors import ArgumentError
 from montessori.loop import report
 from montessori.loop.config import PRESETS, Config, read_config
 from montessori.loop.round import STAGES, run
@@ -91,9 +92,17 @@ def show_run(out: Path, page: Path | None) -> None:
 
 
 def read_run_config(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path) -> Config:
-    """The config that the command line names, or that of the run in `out` where it names none."""
+    """The config that the command line names, or that of the run in `out` where it names none.
+
+    Raises ArgumentError when there is neither, or it is wrong.
+    """
     kept = out / "config.yaml"
     if config is None and preset is None and kept.is_file():
         # A run goes on from its own config.
         return read_config(kept, None, assignments)
+    if config is None and preset is None and not assignments:
+        raise ArgumentError(
+            f"expected a CONFIG file or --preset ({', '.join(PRESETS)}), got neither, and there is no {kept} to go on "
+            "from"
+        )
     return read_config(config, preset, assignments)

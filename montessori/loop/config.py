@@ -25,6 +25,7 @@ from montessori.loop.signals import SignalSettings
 from montessori.loop.train import TrainSettings
 from montessori.loop.tune import TuneSettings
 from montessori.loop.warmup import WarmupSettings
+from montessori.runs import check_audit
 
 PRESETS = ("demo", "small", "paper")
 _PACKAGED = "packaged:"
@@ -81,6 +82,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        try:
+            check_audit(self.score.audit)
+        except ArgumentError as error:
+            raise ValueError(f"score.audit: {error}") from error
         if self.teacher_mode == "tuned":
             self._check_tuned()
         elif self.rounds > 1:
@@ -119,7 +124,8 @@ def read_config(path: str | Path | None = None, preset: str | None = None, assig
         values = _merge(values, _read_yaml(Path(path)))
     for assignment in assignments:
         values = _merge(values, _parse_assignment(assignment))
-    return Config.read(values, str(path or f"preset {preset}" if path or preset else "--set"))
+    alone = f"--set without a CONFIG file or --preset ({', '.join(PRESETS)})"
+    return Config.read(values, str(path or f"preset {preset}" if path or preset else alone))
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -21,15 +21,15 @@ from montessori.loop.prompts import instruction_text
 from montessori.loop.warmup import WarmupSettings
 from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
 from montessori.options import default_max_length, resolve_device
-from montessori.templates import resolve_template
-from montessori.training import check_batch_size, count_devices
+from montessori.templates import NO_TEMPLATE, resolve_template
+from montessori.training import check_batch_size, check_max_steps, count_devices
 
 
 def check_config(config: Config) -> None:
     """Raise ModelError, DataError or ArgumentError for what a later stage would look for in vain.
 
     Checkpoints that are paths, chat templates of the models that read or write chats, devices, the backend,
-    batch sizes that the devices cannot share.
+    batch sizes that the devices cannot share, numbers of steps.
     """
     judge = None if config.judge is None else config.judge.model
     for name in (config.teacher, config.student, judge, config.evaluate.answers.opponent):
@@ -43,12 +43,16 @@ def check_config(config: Config) -> None:
         raise ArgumentError(f"score.backend: {error}") from error
     for key, section in _trained(config):
         try:
+            check_max_steps(section.max_steps)
             check_batch_size(section.batch_size, section.per_device_train_batch_size, count_devices())
         except ArgumentError as error:
             raise ArgumentError(f"{key}.{error}") from error
     tokenizer = cache(_tokenizer)
     for key, name, template in _chats(config):
         loaded = tokenizer(name)
+        # These encode texts, which do without a template; the others render conversations.
+        if template == NO_TEMPLATE and key in ("warmup", "score", "train"):
+            continue
         try:
             if loaded is not None:
                 resolve_template(loaded, template)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,7 +76,8 @@ def run(
 
     What is finished there is kept, what was cut short goes on. `until`: last stage of the last round.
     `only`: that stage alone, in the first round that lacks it, else the last, from what the stages before it left.
-    `since`: redo that stage, in the last round that has it, and go on. `fresh`: redo what is run, whatever is there.
+    `since`: redo that stage, in the last round that has it, and go on; all before it must be done. `fresh`: redo what
+    is run, whatever is there.
     What comes after a stage that is redone is deleted: it was made from what is no longer there.
     Raises MontessoriError: one line.
     """
@@ -84,6 +85,14 @@ def run(
     for option, name in (("--until", until), ("--from", since), ("stage", only)):
         if name is not None and name not in names:
             raise ArgumentError(f"{option} {name}: expected one of {', '.join(names)}")
+    # One process looks: it may delete what it found before the others have looked.
+    number = processes.from_main(_round_of(RunDirectory(path), config.rounds, only, since))
+    if since is not None:
+        if fresh:
+            raise ArgumentError(f"--from {since} with --fresh, which redoes all stages: expected one of the two")
+        _check_before(RunDirectory(path), names, number, since)
+        if until is not None and number == config.rounds and names.index(until) < names.index(since):
+            raise ArgumentError(f"--until {until}: expected --from {since} or a stage after it")
     check_config(config)
     if {until, only} <= {None, "evaluate"}:
         evaluate.check(config.evaluate)
@@ -95,9 +104,7 @@ def run(
         stack.callback(engine.release)
         rounds = [Round(config, directory, material, n, engine, progress) for n in range(1, config.rounds + 1)]
         first = only if fresh else since
-        current = next((one for one in rounds if only and not one.is_done(only)), rounds[-1])
-        if since is not None:
-            current = next((one for one in reversed(rounds) if one.exists(since)), rounds[0])
+        current = rounds[number - 1]
         if first is not None or not fresh:
             # Before anything is deleted.
             for one in rounds[: current.number if first is not None else None]:
@@ -340,15 +347,35 @@ class Round:
         )
 
 
+def _round_of(run: RunDirectory, rounds: int, only: str | None, since: str | None) -> int:
+    """Number of the round that begins again with `since`, or that does `only`; the last where neither is given."""
+    numbers = range(1, rounds + 1)
+    if since is not None:
+        return next((n for n in reversed(numbers) if run.exists(f"round_{n}/{since}")), 1)
+    return next((n for n in numbers if only and not run.is_done(f"round_{n}/{only}")), rounds)
+
+
+def _check_before(run: RunDirectory, names: Sequence[str], number: int, since: str) -> None:
+    """Raise ArgumentError unless all that comes before the stage `since` of round `number` is done."""
+    for n in range(1, number + 1):
+        for name in names if n < number else names[: names.index(since)]:
+            if not run.is_done(f"round_{n}/{name}"):
+                raise ArgumentError(
+                    f"--from {since}: expected the stages before it, but {run.path / f'round_{n}' / name} is not "
+                    "finished; leave --from out to go on from there"
+                )
+
+
 def _forget(run: RunDirectory, first_round: Round | None, first: str | None) -> None:
     """Delete the stages of a round from `first` on, and all later rounds; all rounds where none is given."""
     kept = 0 if first_round is None else first_round.number
     if first_round is not None and first is not None:
         for name in STAGES[STAGES.index(first) :]:
             run.drop(f"{first_round.name}/{name}")
-    for folder in run.rounds():
-        if int(folder.name.removeprefix("round_")) > kept:
-            run.drop(folder.name)
+    # Of all processes together: one that sees less would wait less often.
+    for folder in processes.from_main([folder.name for folder in run.rounds()]):
+        if int(folder.removeprefix("round_")) > kept:
+            run.drop(folder)
 
 
 def _start(config: Config, run: RunDirectory, material: _Material) -> None:

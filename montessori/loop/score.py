@@ -76,9 +76,9 @@ def run(
         rows, batch_tokens=settings.batch_tokens, progress=progress, journal=journal, distributed=True
     )
     if processes.is_main():
+        scores.save(out / SCORES_FILE)
         if settings.audit:
             write_json(out / "audit.json", audit_record(estimator.audit(rows, k=settings.audit, progress=progress)))
-        scores.save(out / SCORES_FILE)
     processes.wait_for_all()
     journal.remove()
     return {"num_rows": len(scores), "num_unscored": int((~scores.ok).sum()), "tokens": int(scores.num_tokens.sum())}

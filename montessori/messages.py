@@ -1,0 +1,104 @@
+"""Messages of a conversation, checked, in the one form that chat templates take: `role` and `content`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from montessori.errors import DataError
+from montessori.wording import short
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# What ShareGPT writes in `from`.
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    **{role: role for role in ROLES},
+}
+
+
+def read_messages(messages: object, column: str, where: str, needs_answer: bool) -> list[dict[str, Any]]:
+    """The messages in `column` of the row at the address `where`, each with `role` and `content` as a text.
+
+    ShareGPT's `from` and `value` become `role` and `content`; the texts of a content in parts are joined.
+    Raises DataError for anything else, and for no message of the assistant where one is needed.
+    """
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: expected a list of messages in column {column}, got {short(messages)}")
+    read = [
+        _read_message(message, f"{where}: message {number} of column {column}")
+        for number, message in enumerate(messages)
+    ]
+    if needs_answer and not any(message["role"] == "assistant" for message in read):
+        raise DataError(f"{where}: expected a message of the assistant in column {column}, got none")
+    return read
+
+
+def _read_message(message: object, where: str) -> dict[str, Any]:
+    if isinstance(message, dict) and "from" in message and "role" not in message:
+        message = _from_sharegpt(message, where)
+    if not isinstance(message, dict) or "role" not in message:
+        raise DataError(f"{where}: expected a dict with role and content, got {short(message)}")
+    role, content = message["role"], message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{where}: expected a role of {', '.join(ROLES)}, got {short(role)}")
+    calls = called_functions(message, where) if role == "assistant" else []
+    if calls and content is None:
+        return message
+    if "content" not in message:
+        raise DataError(f"{where}: expected a dict with role and content, got {short(message)}")
+    if isinstance(content, list):
+        content = _joined(content, where)
+        message = {**message, "content": content}
+    if not isinstance(content, str):
+        raise DataError(f"{where}: expected a text as content, got {short(content)}")
+    check_unicode(content, where)
+    if role == "assistant" and not calls and not content.strip():
+        raise DataError(f"{where}: expected a non-empty answer of the assistant, got {short(content)}")
+    return message
+
+
+def _from_sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise DataError(f"{where}: expected from to be one of {', '.join(SPEAKERS)}, got {short(speaker)}")
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    said = {"content": message["value"]} if "value" in message else {}
+    return {"role": SPEAKERS[speaker], **said, **others}
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{where}: expected a text as content, or parts such as {{'type': 'text', 'text': 'Hi'}}, got "
+                f"{short(part)}"
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def called_functions(message: Mapping[str, Any], where: str) -> list[str]:
+    """Names of the functions in the `tool_calls` of a message, in order; DataError for a call without a name."""
+    names = []
+    calls = message.get("tool_calls") or []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") or call if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise DataError(f"{where}: expected tool_calls, each with the name of a function, got {short(call)}")
+        names.append(name)
+    return names
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raise DataError for a text that holds half of a character, as a cut in the middle of one leaves it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start} is half of a surrogate pair, a character cut in two; remove it"
+        ) from error
