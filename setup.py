@@ -49,9 +49,11 @@ def known_archs(toolkit: Path) -> list[str]:
     command = [str(toolkit / "bin/nvcc"), "--list-gpu-arch"]
     listed = subprocess.run(command, check=False, capture_output=True, text=True).stdout.split()
     known = [arch for arch in cuda_archs() if f"compute_{arch.rstrip('af')}" in listed]
-    for arch in cuda_archs():
-        if arch not in known:
-            print(f"montessori: {toolkit} does not know capability {arch}: built without it", file=sys.stderr)
+    unknown = [arch for arch in cuda_archs() if arch not in known]
+    if unknown and os.environ.get("MONTESSORI_REQUIRE_KERNELS"):
+        raise SystemExit(f"montessori: {toolkit} does not know capability {', '.join(unknown)}")
+    for arch in unknown:
+        print(f"montessori: {toolkit} does not know capability {arch}: built without it", file=sys.stderr)
     return known
 
 
@@ -114,7 +116,7 @@ def extension_arguments() -> dict:
             include_dirs=["csrc/cuda", str(toolkit / "include")],
             library_dirs=[str(toolkit / "lib64"), str(toolkit / "targets/x86_64-linux/lib")],
             libraries=["cudart_static", "rt", "pthread", "dl"],
-            extra_compile_args=FLAGS + without_hopper,
+            extra_compile_args=[*FLAGS, *without_hopper, f"-DMONTESSORI_ARCHS={','.join(archs)}"],
         )
         libraries.append(cuda_library)
     for library in libraries:

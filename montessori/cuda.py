@@ -5,6 +5,7 @@ Arguments are trusted here; `montessori.ops` has checked them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,14 @@ def load_error() -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def built_archs() -> tuple[str, ...]:
+    """Capabilities that the library has machine code for, such as ("80", "90a"). The library has been loaded."""
+    archs = ctypes.CDLL(str(LIBRARY)).montessori_cuda_archs
+    archs.restype = ctypes.c_char_p
+    return tuple(archs().decode().split(","))
+
+
 def unavailable() -> str | None:
     """Why the CUDA kernels cannot be used in this process, None when they can."""
     if not torch.cuda.is_available():
@@ -77,6 +86,9 @@ def _elsewhere(param: Tensor) -> str | None:
     capability = tiles.capability(param.device)
     if capability not in KERNELS:
         return f"it has no kernel for compute capability {capability[0]}.{capability[1]}"
+    arch = f"{capability[0]}{capability[1]}" + ("a" if KERNELS[capability] == "wgmma" else "")
+    if arch not in built_archs():
+        return f"this build has machine code for {', '.join(built_archs())}, not for {arch}"
     return None
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,7 @@ def test_no_kernel_spills_registers(source, archs, kernels, most_registers, tmp_
 def test_the_library_loads_without_a_driver():
     assert cuda.load_error() is None
     assert "kernel" in str(torch.ops.montessori_cuda.linear_scores.default._schema)
+    assert cuda.built_archs() == tuple(setup_module_of_the_build().cuda_archs())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -126,3 +128,13 @@ def test_capabilities_that_the_compiler_does_not_know_are_left_out_by_name(monke
     monkeypatch.setenv("MONTESSORI_CUDA_ARCHS", "80;90a;100")
     assert setup_module_of_the_build().known_archs(tmp_path) == ["80", "90a"]
     assert "does not know capability 100: built without it" in capsys.readouterr().err
+    monkeypatch.setenv("MONTESSORI_REQUIRE_KERNELS", "1")
+    with pytest.raises(SystemExit, match="does not know capability 100"):
+        setup_module_of_the_build().known_archs(tmp_path)
+
+
+def test_a_build_without_code_for_the_device_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "built_archs", lambda: ("80", "100"))
+    monkeypatch.setattr(cuda.tiles, "capability", lambda device: (9, 0))
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
+    assert cuda._elsewhere(on_gpu) == "this build has machine code for 80, 100, not for 90a"

@@ -80,25 +80,38 @@ struct TileState {
   template <int COUNT, typename Position>
   __device__ void fill(const LinearProblem& p, int array, const Array& source, float outside, Position position,
                        int first) const {
+    const auto take = [&](const auto* pairs, auto widen) {
+      fill_from<COUNT>(p, array, pairs, widen, outside, position, first);
+    };
+    if constexpr (std::is_same_v<State, __nv_bfloat16>) {
+      take(static_cast<const __nv_bfloat162*>(source.data), widen_pair);
+    } else {
+      with_pairs(source, take);
+    }
+  }
+
+  template <int COUNT, typename Given, typename Widen, typename Position>
+  __device__ void fill_from(const LinearProblem& p, int array, const Given* pairs, Widen widen, float outside,
+                            Position position, int first) const {
     constexpr int kBatch = COUNT < 16 ? COUNT : 16;
     static_assert(COUNT % kBatch == 0);
-    with_pairs(source, [&](const auto* pairs, auto widen) {
-      using Given = std::remove_cv_t<std::remove_reference_t<decltype(*pairs)>>;
 #pragma unroll 1
-      for (int base = first; base < first + COUNT; base += kBatch) {
-        Given given[kBatch];
+    for (int base = first; base < first + COUNT; base += kBatch) {
+      // From the first pair of the batch on, so that what follows is known to the compiler.
+      const int2 from = position(base);
+      const Position here{from.x, from.y};
+      Given given[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int2 at = position(base + i);
-          given[i] = pairs[is_inside(p, at) ? (static_cast<int64_t>(at.x) * p.in + at.y) / 2 : 0];
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const bool inside = is_inside(p, position(base + i));
-          slot(array, base + i) = Pair<State>::pack(inside ? widen(given[i]) : make_float2(outside, outside));
-        }
+      for (int i = 0; i < kBatch; ++i) {
+        const int2 at = here(i);
+        given[i] = pairs[is_inside(p, at) ? static_cast<int64_t>(at.x) * (p.in / 2) + at.y / 2 : 0];
       }
-    });
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const bool inside = is_inside(p, here(i));
+        slot(array, base + i) = Pair<State>::pack(inside ? widen(given[i]) : make_float2(outside, outside));
+      }
+    }
   }
 
   // Gradients become updates in place; returns this thread's Σ q · update for the first set.
@@ -145,7 +158,7 @@ struct TileState {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int2 at = position(base + i);
-        given[i] = pairs[(static_cast<int64_t>(min(at.x, p.out - 1)) * p.in + min(at.y, p.in - 2)) / 2];
+        given[i] = pairs[static_cast<int64_t>(min(at.x, p.out - 1)) * (p.in >> 1) + (min(at.y, p.in - 2) >> 1)];
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -183,8 +196,8 @@ struct Share {
 };
 
 __device__ inline Share share_of(int examples, int splits, int split) {
-  const int size = (examples + splits - 1) / splits;
-  return {min(split * size, examples), min((split + 1) * size, examples)};
+  const int64_t all = examples;
+  return {static_cast<int>(all * split / splits), static_cast<int>(all * (split + 1) / splits)};
 }
 
 }  // namespace montessori

@@ -48,6 +48,9 @@ void check_launch(cudaError_t error, const char* what) {
 
 int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
+#define MONTESSORI_TEXT(...) #__VA_ARGS__
+#define MONTESSORI_TEXT_OF(...) MONTESSORI_TEXT(__VA_ARGS__)
+
 // Shares of the examples: enough that the last round of blocks is not a lone one, few enough that reading the state of
 // a tile for each share, as long as the products of some 2,000 tokens, does not outweigh it.
 int splits_for(const LinearProblem& p, int64_t tiles, int blocks_per_tile) {
@@ -58,7 +61,8 @@ int splits_for(const LinearProblem& p, int64_t tiles, int blocks_per_tile) {
   const int64_t at_a_time = std::max(processors / blocks_per_tile, 1);
   int64_t best = 1, least = 0;
   for (int64_t splits = 1; splits <= std::min<int64_t>(kMost, p.examples); ++splits) {
-    const int64_t cost = ceil_div(tiles * splits, at_a_time) * (ceil_div(p.tokens, splits) + kStateTokens);
+    const int64_t longest = ceil_div(ceil_div(p.examples, splits) * p.tokens, p.examples);
+    const int64_t cost = ceil_div(tiles * splits, at_a_time) * (longest + kStateTokens);
     if (splits == 1 || cost < least) best = splits, least = cost;
   }
   return static_cast<int>(best);
@@ -121,6 +125,11 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& spans, con
 }
 
 }  // namespace
+
+// Capabilities that this library has machine code for, such as "80,90a".
+extern "C" __attribute__((visibility("default"))) const char* montessori_cuda_archs() {
+  return MONTESSORI_TEXT_OF(MONTESSORI_ARCHS);
+}
 
 STABLE_TORCH_LIBRARY(montessori_cuda, library) {
   library.def(
