@@ -77,6 +77,9 @@ class ScoreJournal:
                 raise ResourceError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
     def remove(self) -> None:
+        """Delete the file. Raises StateError while another process writes it."""
+        if self._file is None:
+            self._file = self._locked()
         # First the file, then the lock: no one can take it over in between.
         self.path.unlink(missing_ok=True)
         self.close()

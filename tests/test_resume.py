@@ -102,6 +102,15 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
     assert journal.records == [{"index": [0]}]
 
 
+def test_removing_a_journal_leaves_nothing(tmp_path):
+    journal = ScoreJournal(tmp_path / "journal.jsonl")
+    journal.remove()
+    with journal.opened({"model": "a"}):
+        journal.append({"index": [0]})
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_journal_has_one_writer_and_says_when_it_is_damaged(tmp_path):
     path = tmp_path / "journal.jsonl"
     first, second = ScoreJournal(path), ScoreJournal(path)
@@ -109,6 +118,10 @@ def test_a_journal_has_one_writer_and_says_when_it_is_damaged(tmp_path):
         first.append({"index": [0]})
         with pytest.raises(StateError, match=r"journal\.jsonl: another process writes it"):
             second.open({"model": "a"})
+        # As a run with --fresh would, under the feet of one that still writes.
+        with pytest.raises(StateError, match=r"journal\.jsonl: another process writes it"):
+            second.remove()
+        assert path.exists()
     with second.opened({"model": "a"}):
         assert second.records == [{"index": [0]}]
     lines = path.read_bytes().splitlines(keepends=True)
