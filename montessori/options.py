@@ -33,7 +33,7 @@ class Options:
     chat_template_kwargs: dict[str, Any] | None
     sample: float
     reference_dtype: str
-    invalid_rows: str = "error"
+    invalid_rows: str
 
     def __post_init__(self) -> None:
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:

@@ -27,7 +27,7 @@ _MASTERS = "single_partition_of_fp32_groups"
 def zero_directory(path: Path) -> Path | None:
     """Where the files of the ranks lie: `path`, or the folder that its `latest` names; None without such files."""
     latest = path / "latest"
-    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     folder = path / tag if tag and Path(tag).name == tag else path
     return folder if any(folder.glob("*_optim_states.pt")) else None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
-from state_support import make_adamw, take_steps, tiny_llama
+from state_support import UNEVEN, make_adamw, take_steps, tiny_llama
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -16,7 +16,7 @@ from montessori.optim_state import AdamWState
 
 def main(directory: str) -> None:
     processes = PartialState(cpu=True)
-    model = tiny_llama(**uneven_shape())
+    model = tiny_llama(**UNEVEN)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -25,17 +25,12 @@ def main(directory: str) -> None:
     saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(saved, storage_writer=dcp.FileSystemWriter(Path(directory) / "optimizer_0"))
     if processes.is_main_process:
-        whole = tiny_llama(**uneven_shape())
+        whole = tiny_llama(**UNEVEN)
         optimizer = make_adamw(whole)
         take_steps(whole, optimizer)
         AdamWState.from_optimizer(whole, optimizer).save(Path(directory) / "whole")
     processes.wait_for_everyone()
     processes.destroy_process_group()
-
-
-def uneven_shape() -> dict:
-    """A vocabulary and width that two ranks do not divide."""
-    return {"vocab_size": 67, "intermediate_size": 33, "tie_word_embeddings": True}
 
 
 if __name__ == "__main__":

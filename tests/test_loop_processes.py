@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import loop_processes
 import numpy as np
 import pytest
 from loop_support import make_generated, make_signal
+from process_support import run_in_two_processes
 from support import make_text_rows
 
 from montessori.loop import pairs
@@ -29,14 +27,7 @@ def results(student, tmp_path_factory) -> tuple[Path, Path]:
     write_jsonl(folder / "reference.jsonl", make_text_rows(4, seed=9))
     one, two = folder / "one", folder / "two"
     loop_processes.work(str(student), folder, one)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = str(Path(loop_processes.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
-    finished = subprocess.run(
-        [*command, loop_processes.__file__, str(student), str(folder), str(two)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    run_in_two_processes(loop_processes, student, folder, two)
     assert sorted(path.name for path in two.glob("rank_*")) == ["rank_0_of_2", "rank_1_of_2"]
     return one, two
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_save
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from state_support import Exploit, assert_reads_as_live, assert_same, make_adamw, refusal, take_steps, tiny_llama
+from process_support import run_in_two_processes
+from state_support import (
+    UNEVEN,
+    Exploit,
+    assert_reads_as_live,
+    assert_same,
+    make_adamw,
+    refusal,
+    take_steps,
+    tiny_llama,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from montessori.checkpoints import read_state
@@ -35,16 +42,9 @@ def save(directory: Path, saved: dict) -> Path:
 
 
 def test_two_ranks_of_fsdp(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = str(Path(distributed_save.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
-    finished = subprocess.run(
-        [*command, distributed_save.__file__, str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    run_in_two_processes(distributed_save, tmp_path)
     assert len(list((tmp_path / "optimizer_0").glob("*.distcp"))) == 2
-    model = tiny_llama(**distributed_save.uneven_shape())
+    model = tiny_llama(**UNEVEN)
     state = read_state(tmp_path, model)
     state.validate(model)
     # Both ranks see the same rows, and half the sum of two equal float32 numbers is exact.

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from state_support import Exploit, assert_reads_as_live, make_adamw, refusal, take_steps, tiny_llama
+from process_support import run_in_two_processes
+from state_support import UNEVEN, Exploit, assert_reads_as_live, make_adamw, refusal, take_steps, tiny_llama
 from zero_files import deepspeed_classes, save_stage_2, save_stage_3
+
+from montessori.checkpoints import read_state
+from montessori.optim_state import AdamWState
 
 RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def trained(request):
-    # 67 words, 33 channels: neither two nor three ranks divide the parameters.
-    model = tiny_llama(vocab_size=67, intermediate_size=33, tie_word_embeddings=request.param)
+    model = tiny_llama(**(UNEVEN | {"tie_word_embeddings": request.param}))
     optimizer = make_adamw(model)
     take_steps(model, optimizer)
     return model, optimizer
@@ -50,6 +53,8 @@ def test_the_tag_that_latest_names_is_read(tmp_path, trained):
     save_stage_3(tmp_path / "global_step1", *other_training())
     (tmp_path / "latest").write_text("global_step2\n")
     assert_reads_as_live(tmp_path, model, optimizer)
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    assert "no optimizer state" in refusal(tmp_path, model)
     (tmp_path / "latest").write_text("../global_step2")
     assert "no optimizer state" in refusal(tmp_path, model)
 
@@ -135,3 +140,17 @@ def test_nothing_in_the_files_runs(tmp_path, trained):
     torch.save({"optimizer_state_dict": Exploit(tmp_path / "ran")}, directory / RANK_1)
     assert "cannot be read as plain tensors" in refusal(directory, model)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_deepspeed_saves_is_the_state_of_one_process(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    run_in_two_processes(Path(__file__).with_name("deepspeed_save.py"), stage, tmp_path)
+    state, whole = read_state(tmp_path, tiny_llama(**UNEVEN)), AdamWState.load(tmp_path / "whole")
+    assert list(state) == list(whole)
+    for name, entry in whole.items():
+        assert state[name].step == entry.step
+        for label, moment in entry.tensors():
+            # Three float32 steps apart, by the order of sums alone; a value in another's place would be far off.
+            error = (getattr(state[name], label) - moment).norm() / moment.norm()
+            assert error < 1e-5, (name, label)
