@@ -86,7 +86,7 @@ def _optimizers(path: Path, model: nn.Module) -> dict[str, Callable[[], dict]]:
             found[f"{folder.name}/{METADATA_FILE}"] = partial(_read_distributed, folder)
     zero = zero_directory(path)
     if zero is not None:
-        found[zero.name] = partial(read_zero, zero, _decayed_names(model).__contains__)
+        found[zero.name] = partial(read_zero, zero, _decayed_names(model).__contains__, dict(model.named_parameters()))
     return found
 
 
@@ -119,18 +119,28 @@ def _saved_optimizer(path: Path, model: nn.Module) -> tuple[str, dict]:
 
 
 def _read_torch_state(path: Path, model: nn.Module) -> AdamWState:
-    name, saved = _saved_optimizer(path, model)
+    file, saved = _saved_optimizer(path, model)
     groups, entries = saved["param_groups"], saved["state"]
-    names_by_group = _parameter_names(path / name, groups, model)
+    names_by_group = _parameter_names(path / file, groups, model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     states: dict[str, ParameterState] = {}
     for group, names in zip(groups, names_by_group, strict=True):
         for key, name in zip(group["params"], names, strict=True):
             if name not in frozen:
                 states[name] = parameter_state(group, entries.get(key, {}), name)
+                _check_two_moments(path / file, name, states[name])
     order = [name for name, _ in model.named_parameters() if name in states]
     foreign = [name for name in states if name not in set(order)]
     return AdamWState({name: states[name] for name in order + foreign})
+
+
+def _check_two_moments(file: Path, name: str, state: ParameterState) -> None:
+    first, second = state.exp_avg, state.exp_avg_sq
+    if first is not None and second is not None and torch.equal(first, second) and second.any():
+        raise StateError(
+            f"{file}: exp_avg of {name} has the values of its exp_avg_sq, as FSDP1 writes a full state dict on CPU "
+            "ranks: save sharded states, or use FSDP2"
+        )
 
 
 def _load(file: Path) -> dict:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from montessori.optim_state import AdamWState
 
+# Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
+_COLUMNS, _ROWS = 256, 256
+
 
 @contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
@@ -58,18 +61,18 @@ class Watch:
         self.accept()
 
     def changes(self) -> tuple[bool, bool]:
-        """Whether parameters were exchanged, frozen or freed, and whether a value or a setting is another."""
+        """Whether the model is another, and whether a value or a setting of the optimizer is."""
         moved = self._versions != self._now() or self._sums != self._bits()
         return self._fixed != _fixed_parts(self._model), moved
 
     def accept(self) -> None:
         """What is there now is what later changes are seen against."""
-        self._fixed, self._sums = _fixed_parts(self._model), self._bits()
+        self._sums = self._bits()
         self.settle()
 
     def settle(self) -> None:
-        """Values are as they were, though they have been written: steps taken and taken back."""
-        self._versions = self._now()
+        """Nothing is another, though it has been written: steps taken and taken back, passes counted."""
+        self._fixed, self._versions = _fixed_parts(self._model), self._now()
 
     def _moments(self) -> list[Any]:
         if isinstance(self._optimizer, AdamWState):
@@ -80,10 +83,11 @@ class Watch:
         groups = getattr(self._optimizer, "param_groups", [])
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         values = [*self._model.parameters(), *self._moments()]
-        return tuple(_version(value) if isinstance(value, Tensor) else value for value in values), repr(settings)
+        versions = tuple(_version(value) if isinstance(value, Tensor) else value for value in values)
+        return versions, repr(settings)
 
     def _bits(self) -> tuple[int, ...]:
-        """Sums of the bits of all tensors: a write past torch (`.data`, numpy) leaves the versions as they are."""
+        """Checksums of all tensors: a write past torch (`.data`, numpy) leaves the versions as they are."""
         tensors = [*self._model.parameters(), *self._model.buffers(), *self._moments()]
         sums: dict[torch.device, list[Tensor]] = {}
         for tensor in tensors:
@@ -93,8 +97,24 @@ class Watch:
 
 
 def _fixed_parts(model: nn.Module) -> tuple[Any, ...]:
-    """What a proof of the capture rests on: the parameters and which of them are trained."""
-    return tuple((name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters())
+    """What a proof of the capture rests on: the parameters, which of them are trained, and what modules keep beside
+    their tensors, such as an epsilon, the scale of an adapter, which adapters are merged."""
+    parameters = tuple((name, id(entry), entry.requires_grad) for name, entry in model.named_parameters())
+    numbers = tuple(
+        (name, key, repr(value))
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key != "training" and _is_number(value)
+    )
+    return parameters, numbers
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_number(entry) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_number(entry) for entry in value)
+    return isinstance(value, bool | int | float | str)
 
 
 def _is_plain(value: Any) -> bool:
@@ -108,10 +128,26 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
+    """A number from all bits of a tensor and where they are: the sums of the rows and of the columns of its words."""
     flat = tensor.contiguous().reshape(-1)
     size = flat.numel() * flat.element_size()
     width = next(width for width in (8, 4, 2, 1) if size % width == 0)
     # A slice, or memory of somebody else's, may start where no wider number can.
     if flat.data_ptr() % width or flat.storage_offset() * flat.element_size() % width:
         flat = flat.clone()
-    return flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[width]).sum()
+    words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[width])
+    ragged = words[words.numel() // _COLUMNS * _COLUMNS :].long()
+    columns, rows = torch.zeros(_COLUMNS, dtype=torch.int64, device=tensor.device), []
+    for block in words[: words.numel() - ragged.numel()].view(-1, _COLUMNS).split(_ROWS):
+        # The sign of a double is the top bit of a word: two of them would vanish from a sum.
+        block = block ^ (block >> 21) if tensor.dtype is torch.float64 else block
+        rows.append(block.sum(1))
+        columns += block.sum(0)
+    return _weighted(torch.cat([columns, ragged, *rows]))
+
+
+def _weighted(sums: Tensor) -> Tensor:
+    weights = torch.arange(1, sums.numel() + 1, device=sums.device) * 0x9E3779B97F4A7C1
+    weights = (weights ^ (weights >> 29)) * 0xBF58476D1CE4E5B
+    # By halves: a difference in the top bit alone would be lost in a product with an even weight.
+    return ((sums >> 32) * weights + (sums & 0xFFFFFFFF) * (weights ^ 0x5555555555)).sum()

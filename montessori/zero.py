@@ -21,27 +21,34 @@ _RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STAGES_1_2, _STAGE_3 = "base_optimizer_state", "optimizer_state_dict"
-_MASTERS = "single_partition_of_fp32_groups"
+_MASTERS = {_STAGES_1_2: "single_partition_of_fp32_groups", _STAGE_3: "fp32_flat_groups"}
 
 
 def zero_directory(path: Path) -> Path | None:
-    """Where the files of the ranks lie: `path`, or the folder that its `latest` names; None without such files."""
-    latest = path / "latest"
-    tag = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
-    folder = path / tag if tag and Path(tag).name == tag else path
-    return folder if any(folder.glob("*_optim_states.pt")) else None
+    """Where the files of the ranks lie: `path`, or the folder that its `latest` names; None without such files.
+
+    Raises StateError when `latest` names none of the folders that have them.
+    """
+    latest, others = path / "latest", sorted({file.parent.name for file in path.glob("*/*_optim_states.pt")})
+    if not (latest.is_file() and others):
+        return path if any(path.glob("*_optim_states.pt")) else None
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if tag not in others:
+        raise StateError(f"{latest}: expected one of {', '.join(others)}, got {tag!r}")
+    return path / tag
 
 
-def read_zero(directory: Path, is_decayed: Callable[[str], bool]) -> dict:
+def read_zero(directory: Path, is_decayed: Callable[[str], bool], weights: Mapping[str, Tensor]) -> dict:
     """`state` and `param_groups` as a torch optimizer's state dict, parameters by name, tensors whole on the CPU.
 
-    `is_decayed` is Trainer's rule by which a parameter has weight decay. It is asked where stage 3 has cut two groups
+    `weights` are the model's, which the float32 ones beside the moments have to resemble. `is_decayed` is Trainer's rule by which a parameter has weight decay. It is asked where stage 3 has cut two groups
     into more sub-groups, and the files do not say which belongs to which. Raises StateError for anything else.
     """
     ranks = [_optimizer(file) for file in _rank_files(directory)]
     module, shapes = _model(directory)
-    cut = _cut_all if _STAGES_1_2 in ranks[0] else _cut_each
-    inner = [rank.get(_STAGES_1_2, rank.get(_STAGE_3)) for rank in ranks]
+    stage = _STAGES_1_2 if _STAGES_1_2 in ranks[0] else _STAGE_3
+    cut = _cut_all if stage == _STAGES_1_2 else _cut_each
+    inner = [rank.get(stage) for rank in ranks]
     if not all(isinstance(saved, Mapping) and saved.keys() >= {"state", "param_groups"} for saved in inner):
         raise StateError(f"{directory}: expected a torch optimizer's state for each rank (an elastic checkpoint?)")
     options = _options(directory, inner[0]["param_groups"], shapes, is_decayed)
@@ -54,9 +61,8 @@ def read_zero(directory: Path, is_decayed: Callable[[str], bool]) -> dict:
         if not all(set(_MOMENTS) <= entry.keys() for entry in entries):
             raise StateError(f"{directory}: {next(iter(names))} and its group have no moments: train, then save")
         step = entries[0].get("step", options[number].get("step", 0))
-        if cut is _cut_all:
-            masters = cut(directory, names, [rank[_MASTERS][number] for rank in ranks], padding)
-            _check_layout(directory, dict(masters), module)
+        masters = dict(cut(directory, names, [rank[_MASTERS[stage]][number] for rank in ranks], padding))
+        _check_layout(directory, masters, module if stage == _STAGES_1_2 else {}, weights)
         moments = {
             label: dict(cut(directory, names, [entry[label] for entry in entries], padding)) for label in _MOMENTS
         }
@@ -103,15 +109,30 @@ def _model(directory: Path) -> tuple[Mapping[str, Tensor], list[Mapping[str, tor
     return saved.get("module") or {}, [{name: torch.Size(shape) for name, shape in names.items()} for names in shapes]
 
 
-def _check_layout(directory: Path, masters: dict[str, Tensor], module: Mapping[str, Tensor]) -> None:
-    """Moments lie as the float32 weights beside them do, and those are known: a layout read wrongly shows here."""
+def _check_layout(
+    directory: Path, masters: dict[str, Tensor], module: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Moments lie as the float32 weights beside them do, and those are known: a layout read wrongly shows here.
+
+    `module` was saved with them and is the same to the bit; `weights` may be of another step.
+    """
     for name in (next(iter(masters)), next(reversed(masters))):
-        weight = module.get(name)
-        if weight is not None and not torch.equal(masters[name].to(weight.dtype), weight):
+        master, weight = masters[name], module.get(name)
+        same = weight is None or torch.equal(master.to(weight.dtype), weight)
+        if not (same and _resembles(master, weights.get(name))):
             raise StateError(
-                f"{directory}: {name} of the optimizer is not that of the model: files of several saves, or of a "
-                "version of DeepSpeed that lays them out in another way"
+                f"{directory}: {name} of the optimizer is not that of the model: another model, files of several "
+                "saves or ranks exchanged, or a version of DeepSpeed that lays them out in another way"
             )
+
+
+def _resembles(master: Tensor, weight: Tensor | None) -> bool:
+    """Whether the two point the same way; vectors, which are often alike or 0, and what is elsewhere say nothing."""
+    if weight is None or weight.dim() < 2 or weight.shape != master.shape or weight.is_meta:
+        return True
+    master, weight = master.double().flatten(), weight.detach().cpu().double().flatten()
+    size = master.norm() * weight.norm()
+    return bool(size == 0 or master @ weight > 0.5 * size)
 
 
 def _options(

@@ -229,6 +229,17 @@ def test_state_of_another_model_names_the_parameter_and_both_shapes(tmp_path):
     assert "expected param groups of [30]" in refusal(tmp_path, tiny_llama(num_hidden_layers=3))
 
 
+def test_a_first_moment_that_is_the_second_is_refused(tmp_path):
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    take_steps(model, optimizer, steps=1)
+    entry = optimizer.state[model.lm_head.weight]
+    entry["exp_avg"] = entry["exp_avg_sq"].clone()
+    assert "lm_head.weight has the values of its exp_avg_sq" in refusal(
+        save_torch(tmp_path, optimizer.state_dict()), model
+    )
+
+
 @pytest.mark.parametrize(
     ("foreign", "named"),
     [

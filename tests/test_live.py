@@ -185,9 +185,10 @@ def test_rows_without_a_finite_score_leave_the_audit_and_are_named():
         InfluenceEstimator(model, optimizer, [broken, *references], **options).score(candidates[:2])
 
 
-@pytest.mark.parametrize("change", ["data", "numpy", "moment", "count", "buffer"])
-def test_writes_past_torch_are_noticed(change):
-    model = make_model("llama_tied", torch.float32)
+@pytest.mark.parametrize("change", ["data", "numpy", "rows", "columns", "signs", "moment", "count", "buffer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_writes_past_torch_are_noticed(change, dtype):
+    model = make_model("llama_tied", dtype)
     optimizer = warm_optimizer(model)
     found, candidates = estimator(model, optimizer), make_rows(5, seed=1)
     before = found.score(candidates).influence
@@ -197,12 +198,29 @@ def test_writes_past_torch_are_noticed(change):
             model.model.norm.weight.data.mul_(1.5)
         elif change == "numpy":
             model.model.norm.weight.detach().numpy()[0] = 3
+        elif change in ("rows", "columns"):
+            values = model.lm_head.weight.data
+            values.copy_(values.flip(0 if change == "rows" else 1))
+        elif change == "signs":
+            model.lm_head.weight.data.neg_()
         elif change == "moment":
             entry["exp_avg"].data.add_(1e-3)
         elif change == "count":
             entry["step"].data.sub_(3)
         else:
             model.model.rotary_emb.inv_freq.data.mul_(0.5)
+    after = found.score(candidates).influence
+    assert not np.array_equal(after, before)
+    np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_of_a_module_is_noticed(dtype):
+    model = make_model("llama_tied", dtype)
+    optimizer = warm_optimizer(model)
+    found, candidates = estimator(model, optimizer), make_rows(5, seed=1)
+    before = found.score(candidates).influence
+    model.model.norm.variance_epsilon = 0.5
     after = found.score(candidates).influence
     assert not np.array_equal(after, before)
     np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)

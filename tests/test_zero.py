@@ -53,10 +53,9 @@ def test_the_tag_that_latest_names_is_read(tmp_path, trained):
     save_stage_3(tmp_path / "global_step1", *other_training())
     (tmp_path / "latest").write_text("global_step2\n")
     assert_reads_as_live(tmp_path, model, optimizer)
-    (tmp_path / "latest").write_bytes(b"\xff\xfe")
-    assert "no optimizer state" in refusal(tmp_path, model)
-    (tmp_path / "latest").write_text("../global_step2")
-    assert "no optimizer state" in refusal(tmp_path, model)
+    for tag in (b"\xff\xfe", b"../global_step2", b"global_step3", b""):
+        (tmp_path / "latest").write_bytes(tag)
+        assert "latest: expected one of global_step1, global_step2, got" in refusal(tmp_path, model)
 
 
 def other_training():
@@ -132,6 +131,29 @@ def test_another_layout_is_noticed(tmp_path, trained):
     for file in directory.glob("*_optim_states.pt"):
         edit(file, longer)
     assert "values of a rank" in refusal(directory, model)
+
+
+@pytest.mark.parametrize("save", [save_stage_2, save_stage_3])
+def test_exchanged_files_are_noticed(tmp_path, trained, save):
+    model, optimizer = trained
+    directory = save(tmp_path, model, optimizer)
+    first, second = sorted(directory.glob("*_optim_states.pt"))
+    first.rename(tmp_path / "away")
+    second.rename(first)
+    (tmp_path / "away").rename(second)
+    assert "exchanged" in refusal(directory, model)
+
+
+def test_weights_of_an_earlier_step_and_those_that_are_nowhere_are_taken(tmp_path, trained):
+    model, optimizer = trained
+    directory = save_stage_3(tmp_path, model, optimizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
+    assert_reads_as_live(directory, model, optimizer)
+    with torch.device("meta"):
+        nowhere = type(model)(model.config)
+    assert read_state(directory, nowhere).keys() == dict(nowhere.named_parameters()).keys()
 
 
 def test_nothing_in_the_files_runs(tmp_path, trained):

@@ -101,8 +101,9 @@ def save_stage_3(
         named = list(group.items())
         parts += [dict(named[first : first + sub_group]) for first in range(0, len(named), sub_group)]
     for rank in range(ranks):
-        state = {}
+        state, masters = {}, []
         for number, part in enumerate(parts):
+            masters.append(torch.cat([share(parameter.detach(), ranks, rank) for parameter in part.values()]))
             state[number] = {"step": torch.tensor(2.0)}
             for label in ("exp_avg", "exp_avg_sq"):
                 moments = [share(optimizer.state[parameter][label], ranks, rank) for parameter in part.values()]
@@ -110,6 +111,7 @@ def save_stage_3(
         optimizer_state = {
             "optimizer_state_dict": {"state": state, "param_groups": options_of(optimizer)},
             "partition_count": ranks,
+            "fp32_flat_groups": masters,
         }
         name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         write(directory, name, {"optimizer_state_dict": optimizer_state})
