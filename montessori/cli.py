@@ -249,9 +249,11 @@ def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> No
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     """Compare predicted influence with real float32 steps on a sample of the candidates."""
+    settings = _settings(values)
     if out is not None:
+        runs.check_out(settings, out)
         runs.check_writable(out)
-    bench = runs.open_workbench(_settings(values), audit=size)
+    bench = runs.open_workbench(settings, audit=size)
     result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()
     console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))

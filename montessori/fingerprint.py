@@ -91,3 +91,20 @@ def content_digest(path: str | os.PathLike[str]) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def check_outside(
+    out: str | os.PathLike[str], option: str, folders: Mapping[str, str | os.PathLike[str] | None]
+) -> None:
+    """Raise ArgumentError when `out` lies in a folder that is read: what is written there would change it.
+
+    `folders`: by option, the path of a file or folder, a name that is neither, or None.
+    """
+    place = Path(out).expanduser().absolute().resolve()
+    for name, path in folders.items():
+        folder = None if path is None else Path(path).expanduser().resolve()
+        if folder is not None and folder.is_dir() and (place == folder or folder in place.parents):
+            raise ArgumentError(
+                f"{option} {out}: expected a path outside of {path}, which {name} reads: what is written there would "
+                "change it"
+            )

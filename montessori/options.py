@@ -38,24 +38,11 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
             raise ArgumentError(f"max_length={self.max_length!r}: expected a positive number of tokens, or None")
-        if self.method not in METHODS:
-            raise ArgumentError(f"method={self.method!r}: expected one of {', '.join(METHODS)}")
         if isinstance(self.pilot, bool) or not isinstance(self.pilot, int) or self.pilot < 0:
             raise ArgumentError(f"pilot={self.pilot!r}: expected a number of examples, 0 for the step with g = 0")
         if self.max_grad_norm is not None and not (_is_number(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ArgumentError(f"max_grad_norm={self.max_grad_norm!r}: expected a positive number, or None")
-        if not (_is_number(self.sample) and 0 < self.sample <= 1):
-            raise ArgumentError(f"sample={self.sample!r}: expected a share of the weights' tiles, 0 < sample <= 1")
-        if self.sample < 1 and self.method == "exact":
-            raise ArgumentError(f"sample={self.sample}: method='exact' takes real steps, which cannot be sampled")
-        if self.reference_dtype not in REFERENCE_DTYPES:
-            expected = ", ".join(REFERENCE_DTYPES)
-            raise ArgumentError(f"reference_dtype={self.reference_dtype!r}: expected one of {expected}")
-        if self.reference_dtype == "model" and self.method != "first_order":
-            raise ArgumentError(
-                f"reference_dtype='model': method={self.method!r} takes steps, which a narrow dtype rounds away; "
-                "expected method='first_order'"
-            )
+        check_method(self.method, self.sample, self.reference_dtype)
         if self.truncation not in TRUNCATIONS:
             raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
         if self.invalid_rows not in INVALID_ROWS:
@@ -64,6 +51,23 @@ class Options:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_method(method: str, sample: float, reference_dtype: str) -> None:
+    """Raise ArgumentError for a method that is none, or that cannot go with the other two."""
+    if method not in METHODS:
+        raise ArgumentError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if not (_is_number(sample) and 0 < sample <= 1):
+        raise ArgumentError(f"sample={sample!r}: expected a share of the weights' tiles, 0 < sample <= 1")
+    if sample < 1 and method == "exact":
+        raise ArgumentError(f"sample={sample}: method='exact' takes real steps, which cannot be sampled")
+    if reference_dtype not in REFERENCE_DTYPES:
+        raise ArgumentError(f"reference_dtype={reference_dtype!r}: expected one of {', '.join(REFERENCE_DTYPES)}")
+    if reference_dtype == "model" and method != "first_order":
+        raise ArgumentError(
+            f"reference_dtype='model': method={method!r} takes steps, which a narrow dtype rounds away; "
+            "expected method='first_order'"
+        )
 
 
 def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object) -> None:

@@ -19,7 +19,7 @@ from montessori.agreement import Agreement
 from montessori.data import Rows, load_rows, one_line
 from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError
 from montessori.estimator import InfluenceEstimator
-from montessori.fingerprint import content_digest, rows_digest
+from montessori.fingerprint import check_outside, content_digest, rows_digest
 from montessori.inspection import agreement_table
 from montessori.journal import ScoreJournal
 from montessori.models import load_model
@@ -125,9 +125,11 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
 
     A killed run that is started again with the same settings goes on, and scores that are complete get the audit
     that they lack. `fresh` forgets earlier work. Under torchrun the processes share the candidates, and the first
-    writes. Raises ArgumentError when `out` holds the scores of other settings and for an audit of fewer than 2.
+    writes. Raises ArgumentError when `out` holds the scores of other settings, when it lies in a folder that is read,
+    and for an audit of fewer than 2.
     """
     check_audit(audit)
+    check_out(settings, out)
     config_path = out.with_name(out.name + ".config.json")
     own = f".{processes.rank()}" if processes.rank() else ""
     journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
@@ -268,6 +270,13 @@ def _defaults() -> dict[str, Any]:
     return {entry.name: entry.default for entry in fields(ScoreSettings) if entry.default is not MISSING}
 
 
+def check_out(settings: ScoreSettings, out: Path) -> None:
+    """Raise ArgumentError when `out` lies in a folder that these settings read."""
+    references = {f"--reference {entry}": _reference_path(entry)[2] for entry in settings.reference}
+    own = {"--candidates": settings.candidates, "--student": settings.student, "--optimizer": settings.optimizer}
+    check_outside(out, "--out", own | references)
+
+
 def check_writable(out: Path) -> None:
     """Raise ResourceError unless a file can be written at `out`, whose folder is made."""
     if out.is_dir():
@@ -293,13 +302,17 @@ def _inputs(settings: ScoreSettings) -> dict[str, str]:
     }
 
 
+def _reference_path(entry: str) -> tuple[str, str, str]:
+    """Name and path of an entry name=path with "=" between them; a path alone is named after its file."""
+    name, found, path = entry.partition("=")
+    return (Path(entry).stem, "", entry) if not found or Path(entry).exists() else (name, found, path)
+
+
 def _load_references(settings: ScoreSettings) -> Any:
     """Rows of each named set; those alone where there is one set without a name."""
     named: dict[str, Rows] = {}
     for entry in settings.reference:
-        name, found, path = entry.partition("=")
-        if not found or Path(entry).exists():
-            name, found, path = Path(entry).stem, "", entry
+        name, found, path = _reference_path(entry)
         if name in named:
             raise ArgumentError(f"--reference {entry}: the name {name!r} is taken; give name=path")
         named[name] = load_rows(path, split=settings.split, name=name)

@@ -41,8 +41,9 @@ def zero_directory(path: Path) -> Path | None:
 def read_zero(directory: Path, is_decayed: Callable[[str], bool], weights: Mapping[str, Tensor]) -> dict:
     """`state` and `param_groups` as a torch optimizer's state dict, parameters by name, tensors whole on the CPU.
 
-    `weights` are the model's, which the float32 ones beside the moments have to resemble. `is_decayed` is Trainer's rule by which a parameter has weight decay. It is asked where stage 3 has cut two groups
-    into more sub-groups, and the files do not say which belongs to which. Raises StateError for anything else.
+    `weights` are the model's, which the float32 ones beside the moments have to resemble. `is_decayed` is Trainer's
+    rule by which a parameter has weight decay. It is asked where stage 3 has cut two groups into more sub-groups, and
+    the files do not say which belongs to which. Raises StateError for anything else.
     """
     ranks = [_optimizer(file) for file in _rank_files(directory)]
     module, shapes = _model(directory)

@@ -114,6 +114,11 @@ def write(path, text):
     return path
 
 
+def folder(path):
+    path.mkdir()
+    return path
+
+
 BAD = {
     "malformed line": (lambda tmp: {"candidates": write(tmp / "c.jsonl", '{"instruction": 1\n')}, ["c.jsonl, line 1"]),
     "empty line": (
@@ -128,7 +133,7 @@ BAD = {
     "too long": (lambda tmp: {"max_length": 5}, ["5 tokens", "--max-length"]),
     "no such file": (lambda tmp: {"candidates": tmp / "none.jsonl"}, ["none.jsonl"]),
     "no such student": (lambda tmp: {"student": tmp / "nobody"}, ["nobody"]),
-    "no optimizer state": (lambda tmp: {"optimizer": tmp}, ["optimizer.pt"]),
+    "no optimizer state": (lambda tmp: {"optimizer": write(folder(tmp / "other") / "x", "").parent}, ["optimizer.pt"]),
     "budget too small": (lambda tmp: {"batch_tokens": 3}, ["batch_tokens=3"]),
     "learning rate 0": (lambda tmp: {"lr": 0}, ["learning rate is 0"]),
 }
@@ -144,6 +149,17 @@ def test_bad_input_is_one_line_and_status_2(run, student, files, tmp_path, case)
     assert len(lines) == 1 and error.rstrip().endswith(lines[0])
     assert all(word in lines[0] for word in words), lines[0]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["score", "audit"])
+@pytest.mark.parametrize("option", ["student", "optimizer", "candidates", "reference"])
+def test_an_output_within_an_input_is_refused(run, student, files, tmp_path, command, option):
+    (inner := folder(tmp_path / "read")).joinpath("rows.jsonl").write_bytes(files["reference"].read_bytes())
+    changed = {option: f"name={inner}" if option == "reference" else inner}
+    out = inner / "new" / ("s.parquet" if command == "score" else "a.json")
+    status, _, error = run(command, *options(student, files, **changed), "--out", out, "--quiet")
+    assert status == 2 and error.startswith("error: --out ") and f"--{option}" in error.splitlines()[-1]
+    assert not out.parent.exists()
 
 
 def test_output_that_cannot_be_written(run, student, files, tmp_path):

@@ -14,15 +14,18 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from loop_models import make_teacher
 from support import make_text_rows
 from transformers import PreTrainedModel
 
 from montessori.cli import cli
+from montessori.data import load_rows
 from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.fingerprint import content_digest
 from montessori.loop import round as loop
+from montessori.loop import score, warmup
 from montessori.loop.config import Config
 from montessori.loop.files import write_jsonl
 from montessori.loop.inputs import by_content
@@ -290,6 +293,14 @@ def test_batch_sizes_that_the_devices_cannot_share_are_named_before_the_first_st
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_within_what_it_reads_is_refused(settings, tmp_path):
+    inside = tmp_path / "student" / "run"
+    shutil.copytree(settings["student"], inside.parent)
+    with pytest.raises(ArgumentError, match=r"--out .*outside of .*student, which student reads"):
+        loop.run(config(settings, student=str(inside.parent)), inside, progress=False)
+    assert not inside.exists()
+
+
 def test_evaluation_rows_that_do_not_fit_are_named_before_the_first_stage(settings, tmp_path):
     reference = [json.loads(line) for line in Path(settings["data"]["reference"]).read_text().splitlines()]
     reference[7]["instruction"] = "a colour " * 60
@@ -361,6 +372,17 @@ def test_inputs_hold_the_content_of_files_and_leave_names(tmp_path):
     }
     elsewhere = {"opponent": "organisation/model", "questions": None}
     assert by_content(elsewhere) == elsewhere
+
+
+def test_settings_of_the_scoring_reach_the_estimator(settings, finished):
+    narrow = {"dtype": "bfloat16", "method": "first_order", "reference_dtype": "model", "sample": 0.5, "device": "cpu"}
+    reference = load_rows(settings["data"]["reference"])
+    checkpoint = warmup.checkpoint(finished[0] / "round_1/warmup")
+    estimator = score.open_estimator(score.ScoreSettings(**narrow), checkpoint, reference, 0.7)
+    assert {parameter.dtype for parameter in estimator.model.parameters()} == {torch.bfloat16}
+    options = estimator.options
+    assert (options.method, options.reference_dtype, options.sample) == ("first_order", "model", 0.5)
+    assert options.max_grad_norm == 0.7
 
 
 def test_the_untuned_baseline_has_no_tuning_stages(settings, tmp_path):

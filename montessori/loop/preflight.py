@@ -12,6 +12,7 @@ from montessori import ops
 from montessori.data import Rows, one_line
 from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError, ModelError
+from montessori.fingerprint import check_outside
 from montessori.loop import prompts
 from montessori.loop.config import Config
 from montessori.loop.engines import context_length, leaves_room
@@ -58,6 +59,13 @@ def check_config(config: Config) -> None:
                 resolve_template(loaded, template)
         except (ArgumentError, DataError) as error:
             raise type(error)(f"{key}.chat_template, {name}: {error}") from error
+
+
+def check_place(path: Path, config: Config) -> None:
+    """Raise ArgumentError when the run directory `path` lies in a checkpoint or data folder that the run reads."""
+    data = config.data
+    named = {"data.seeds": data.seeds, "data.reference": data.reference, "data.evaluation": data.evaluation}
+    check_outside(path, "--out", {"teacher": config.teacher, "student": config.student} | named)
 
 
 def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:

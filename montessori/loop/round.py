@@ -20,7 +20,7 @@ from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
 from montessori.loop.inputs import by_content, identity, text_digest
 from montessori.loop.judge import open_judge
-from montessori.loop.preflight import check_apart, check_config, check_rows
+from montessori.loop.preflight import check_apart, check_config, check_place, check_rows
 from montessori.loop.prompts import instruction_text
 from montessori.loop.rundir import RunDirectory
 from montessori.loop.signals import around_median, from_scores
@@ -94,6 +94,7 @@ def run(
         if until is not None and number == config.rounds and names.index(until) < names.index(since):
             raise ArgumentError(f"--until {until}: expected --from {since} or a stage after it")
     check_config(config)
+    check_place(path, config)
     if {until, only} <= {None, "evaluate"}:
         evaluate.check(config.evaluate)
     with ExitStack() as stack:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from montessori import processes
 from montessori.data import Rows
@@ -14,14 +15,14 @@ from montessori.journal import ScoreJournal
 from montessori.loop.rows import student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
-from montessori.options import resolve_device
-from montessori.runs import audit_record, write_json
+from montessori.options import check_method, resolve_device
+from montessori.runs import DTYPES, audit_record, write_json
 
 SCORES_FILE = "scores.parquet"
 
 
 class ScoreSettings(ChatSection):
-    """As in `InfluenceEstimator`; `audit` compares that many candidates with real steps."""
+    """As in `InfluenceEstimator`; `dtype` is that of the weights, `audit` compares that many rows with real steps."""
 
     method: Literal["anchored", "first_order", "exact"] = "anchored"
     backend: str = "auto"
@@ -30,14 +31,23 @@ class ScoreSettings(ChatSection):
     reference_weighting: Literal["example_mean", "token_mean"] = "example_mean"
     max_length: int | None = Field(default=None, ge=1)
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    sample: float = Field(default=1.0, gt=0, le=1)
+    reference_dtype: Literal["float32", "model"] = "float32"
+    reference_batch_tokens: int = Field(default=4096, ge=1)
     audit: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_method(self.method, self.sample, self.reference_dtype)
+        return self
 
 
 def open_estimator(
     settings: ScoreSettings, checkpoint: Path, reference: Rows, max_grad_norm: float | None
 ) -> InfluenceEstimator:
     """The estimator at the warmed-up student `checkpoint`; gradients clipped as in its warm-up."""
-    model, tokenizer = load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint, dtype=DTYPES[settings.dtype])
     return InfluenceEstimator(
         model.to(resolve_device(settings.device, "score.device")),
         checkpoint,
@@ -50,7 +60,10 @@ def open_estimator(
         **settings.chat,
         pilot=settings.pilot,
         max_grad_norm=max_grad_norm,
+        sample=settings.sample,
         reference_weighting=settings.reference_weighting,
+        reference_dtype=settings.reference_dtype,
+        reference_batch_tokens=settings.reference_batch_tokens,
     )
 
 
