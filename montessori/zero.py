@@ -49,9 +49,11 @@ def read_zero(directory: Path, is_decayed: Callable[[str], bool], weights: Mappi
     module, shapes = _model(directory)
     stage = _STAGES_1_2 if _STAGES_1_2 in ranks[0] else _STAGE_3
     cut = _cut_all if stage == _STAGES_1_2 else _cut_each
-    inner = [rank.get(stage) for rank in ranks]
-    if not all(isinstance(saved, Mapping) and saved.keys() >= {"state", "param_groups"} for saved in inner):
-        raise StateError(f"{directory}: expected a torch optimizer's state for each rank (an elastic checkpoint?)")
+    inner = [rank[stage] for rank in ranks if isinstance(rank.get(stage), Mapping) and _MASTERS[stage] in rank]
+    if len(inner) < len(ranks) or not all(saved.keys() >= {"state", "param_groups"} for saved in inner):
+        raise StateError(
+            f"{directory}: expected a torch optimizer's state and {_MASTERS[stage]} of each rank (an elastic checkpoint?)"
+        )
     options = _options(directory, inner[0]["param_groups"], shapes, is_decayed)
     paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(names) for names in shapes]
     state: dict[str, dict] = {}

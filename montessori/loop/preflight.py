@@ -64,8 +64,8 @@ def check_config(config: Config) -> None:
 def check_place(path: Path, config: Config) -> None:
     """Raise ArgumentError when the run directory `path` lies in a checkpoint or data folder that the run reads."""
     data = config.data
-    named = {"data.seeds": data.seeds, "data.reference": data.reference, "data.evaluation": data.evaluation}
-    check_outside(path, "--out", {"teacher": config.teacher, "student": config.student} | named)
+    read = {"teacher": config.teacher, "student": config.student, "data.seeds": data.seeds}
+    check_outside(path, "--out", {**read, "data.reference": data.reference, "data.evaluation": data.evaluation})
 
 
 def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:
