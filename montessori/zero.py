@@ -52,7 +52,8 @@ def read_zero(directory: Path, is_decayed: Callable[[str], bool], weights: Mappi
     inner = [rank[stage] for rank in ranks if isinstance(rank.get(stage), Mapping) and _MASTERS[stage] in rank]
     if len(inner) < len(ranks) or not all(saved.keys() >= {"state", "param_groups"} for saved in inner):
         raise StateError(
-            f"{directory}: expected a torch optimizer's state and {_MASTERS[stage]} of each rank (an elastic checkpoint?)"
+            f"{directory}: expected a torch optimizer's state and {_MASTERS[stage]} for each rank, got those of "
+            f"{len(inner)} of {len(ranks)} (an elastic checkpoint?)"
         )
     options = _options(directory, inner[0]["param_groups"], shapes, is_decayed)
     paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(names) for names in shapes]
