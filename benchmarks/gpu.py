@@ -23,6 +23,8 @@ import torch
 
 from benchmarks import gpu_sections
 from benchmarks.common import RESULTS, machine
+from montessori import calibration
+from montessori.errors import ModelError
 
 ROOT = Path(__file__).parents[1]
 SANITIZER_TOOLS = ("memcheck", "racecheck")
@@ -79,6 +81,19 @@ def run_section(name: str, limit_s: int) -> dict[str, Any]:
     return outcome
 
 
+def calibrate(sections: dict[str, Any]) -> dict[str, Any]:
+    """Keep for "auto" which of the kernels that were right is fastest; the sections after it use that."""
+    timed = {}
+    for name in ("triton", *gpu_sections.CUDA_KERNELS):
+        outcomes = [sections[f"{what} {name}"] for what in ("checks", "linear")]
+        if not any("error" in outcome for outcome in outcomes):
+            timed[name] = outcomes[-1]["result"]["rows"]
+    try:
+        return calibration.keep(timed)
+    except ModelError as error:
+        return {"error": str(error)}
+
+
 def sanitize() -> dict[str, Any]:
     """The checks under compute-sanitizer, at their own small shapes."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -86,7 +101,8 @@ def sanitize() -> dict[str, Any]:
         return {"error": "no compute-sanitizer"}
     reports = {}
     for kind in SANITIZER_TOOLS:
-        for name in ("checks triton", "checks mma", "checks wgmma", "checks wgmma_cluster"):
+        for name in ("triton", *gpu_sections.CUDA_KERNELS):
+            name = f"checks {name}"
             command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu"]
             outcome = run([*command, "--section", name], SANITIZER_LIMIT_S)
             summary = [line for line in outcome.pop("output").splitlines() if "SUMMARY" in line]
@@ -98,6 +114,7 @@ def print_table(record: dict[str, Any]) -> None:
     """A line per section, then the ratios that matter."""
     for name, outcome in record["sections"].items():
         print(f"{name:24} {outcome['seconds']:7.1f} s  {outcome.get('error', 'ok').strip().splitlines()[-1][:90]}")
+    print(f"fastest: {record['calibration'].get('ranking', record['calibration'])}")
     for name, outcome in record["sections"].items():
         for row in [] if name.startswith("checks") else outcome.get("result", {}).get("rows", []):
             print(f"{name:24} " + "  ".join(f"{key} {_short(value)}" for key, value in row.items()))
@@ -128,6 +145,8 @@ def main() -> None:
     record["sections"]["build"] = build()
     for name, section in gpu_sections.SECTIONS.items():
         left = int(TOTAL_LIMIT_S - (time.perf_counter() - start))
+        if name == gpu_sections.FIRST_SCORED:
+            record["calibration"] = calibrate(record["sections"])
         record["sections"][name] = run_section(name, min(section.limit_s, left))
         print(f"{name}: {record['sections'][name].get('error', 'ok').strip().splitlines()[-1]}", flush=True)
     if arguments.sanitize:

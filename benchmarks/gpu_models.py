@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_timing import milliseconds
 from montessori import AdamWState, AdamWStep, InfluenceEstimator
 from montessori.batching import collate, make_batches
 from montessori.encoding import encode_rows
 from montessori.optim_state import ParameterState
+from montessori.trial import milliseconds
 
 TINYLLAMA = {
     "vocab_size": 32000,

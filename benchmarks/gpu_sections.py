@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import gpu_models
-from benchmarks.gpu_timing import milliseconds
-from montessori import AdamWStep, cuda, gpu, ops, reference, tiles
+from montessori import cuda, gpu, ops, reference, tiles, trial
 from montessori.ops import SparseRows
-from montessori.spans import Spans, spans_of
+from montessori.spans import Spans
+from montessori.trial import HELD, NARROW, STEP, make_problem, milliseconds, timed
 
-STEP = AdamWStep(lr=1e-3, eps=1e-8, weight_decay=0.1, step=12)
 # [O, I] of the layers that hold most of the weights.
 SHAPES = {
     "TinyLlama q": (2048, 2048),
@@ -36,67 +35,12 @@ COPIED = 1 << 29  # elements
 SQUARE = 8192
 ELEMENTS = 1 << 28
 TOKENS, FEATURES, WORDS = 4096, 4096, 128256  # of the vocabulary head
-# The first two are smaller than a box of the bulk copies.
-CHECKED = (
-    (24, 16, (3,)),
-    (16, 264, (5, 0, 1)),
-    (96, 72, (5, 0, 64, 1, 130)),
-    (264, 200, (17, 64)),
-    (1024, 512, (300, 1, 0, 700)),
-)
 
 
 @dataclass(frozen=True)
 class Section:
     work: Callable[[], dict[str, Any]]
     limit_s: int
-
-
-@dataclass
-class Problem:
-    """Arguments of `linear_influence` on the device."""
-
-    x: Tensor
-    dy: Tensor
-    offsets: Tensor
-    q: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    param: Tensor
-    rows: SparseRows | None = None
-
-    @property
-    def state(self) -> tuple[Tensor, ...]:
-        return self.q, self.exp_avg, self.exp_avg_sq, self.param
-
-    @property
-    def spans(self) -> Spans:
-        return spans_of(self.offsets)
-
-    def arguments(self) -> tuple[Any, ...]:
-        return self.x, self.dy, self.spans, *self.state, STEP, self.rows
-
-
-def problem(shape, lengths, operand=torch.bfloat16, state=torch.float32, sets=1, tied=False, seed=0) -> Problem:
-    """Random activations, and moments of the size that such gradients leave behind."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    normal = partial(torch.randn, generator=generator, device="cuda")
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    tokens, scale = int(offsets[-1]), max(1, max(lengths, default=1)) ** 0.5
-    rows = None
-    if tied:
-        ids = torch.randint(0, shape[0], (tokens,), generator=generator, device="cuda")
-        rows = SparseRows(ids, normal(tokens, shape[1]).to(operand), offsets)
-    return Problem(
-        x=normal(tokens, shape[1]).to(operand),
-        dy=normal(tokens, shape[0]).to(operand),
-        offsets=offsets,
-        q=normal(sets, *shape).to(state),
-        exp_avg=(normal(*shape) * scale).to(state),
-        exp_avg_sq=((normal(*shape) * scale) ** 2 + 0.1).to(state),
-        param=normal(*shape),
-        rows=rows,
-    )
 
 
 def describe_device() -> dict[str, Any]:
@@ -118,40 +62,12 @@ def ceilings() -> dict[str, Any]:
     return {"rows": [row]}
 
 
-def specified(p: Problem, dtype: torch.dtype) -> Tensor:
-    """Scores [B, K] by the specification; below float64, gradients are rounded to `dtype` as autograd's are."""
-    wide = torch.promote_types(dtype, torch.float32)
-    state = [tensor.to(wide) for tensor in p.state]
-    scores = []
-    for low, high in p.spans:
-        span = slice(low, high)
-        grad = reference.linear_gradient(p.x[span].to(dtype), p.dy[span].to(dtype)).to(wide)
-        if p.rows is not None:
-            grad = grad.index_add(0, p.rows.ids[span], p.rows.grad[span].to(wide))
-        scores.append(reference.first_order(state[0], reference.delta(grad, *state[1:], STEP)))
-    return torch.stack(scores).double()
-
-
 def check(run: Callable[..., Tensor], operands, states, **settings) -> dict[str, Any]:
     """Relative error against float64 beside that of plain torch in the same dtypes, over ragged shapes."""
-    rows = []
-    for operand in operands:
-        for state in states:
-            for index, (num_out, num_in, lengths) in enumerate(CHECKED):
-                p = problem((num_out, num_in), lengths, operand, state, seed=index, **settings)
-                want, plain, got = specified(p, torch.float64), specified(p, operand), run(*p.arguments())
-                again = run(*p.arguments())
-                error, allowed = (float((value - want).norm() / want.norm()) for value in (got, plain))
-                rows.append(
-                    {"O": num_out, "I": num_in, "x": str(operand), "state": str(state), "error": error,
-                     "plain": allowed, "right": bool(error <= 2 * allowed + 1e-6), "repeats": torch.equal(got, again)}
-                )  # fmt: skip
+    rows = trial.check(run, operands, states, **settings)
     if not all(row["right"] and row["repeats"] for row in rows):
         raise SystemExit(f"wrong results: {[row for row in rows if not (row['right'] and row['repeats'])]}")
     return {"rows": rows}
-
-
-NARROW, HELD = (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)
 
 
 def checks_triton() -> dict[str, Any]:
@@ -166,7 +82,7 @@ def checks_triton() -> dict[str, Any]:
 
 def _check_small() -> list[dict[str, Any]]:
     """Ready gradients, table rows and token losses against float64."""
-    p = problem((300, 200), (7, 0, 40), sets=2)
+    p = make_problem((300, 200), (7, 0, 40), sets=2)
     grad = torch.randn(3, 300, 200, device="cuda")
     table = SparseRows(torch.randint(0, 300, (47,), device="cuda"), torch.randn(47, 200, device="cuda"),
                        p.offsets)  # fmt: skip
@@ -205,18 +121,15 @@ def _load_cuda() -> None:
         raise SystemExit(cuda.load_error())
 
 
-def _unfused(adam_dot: Callable[..., Tensor], p: Problem) -> list[Tensor]:
-    scores = []
-    for low, high in p.spans:
-        scores.append(adam_dot(p.dy[low:high].T @ p.x[low:high], *p.state))
-    return scores
+def _unfused(adam_dot: Callable[..., Tensor], x: Tensor, dy: Tensor, spans: Spans, *state: Any) -> list[Tensor]:
+    return [adam_dot(dy[low:high].T @ x[low:high], *state[:4]) for low, high in spans]
 
 
 def _adam_dot(grad: Tensor, q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor) -> Tensor:
     return (q[0] * reference.adamw_delta(grad.float(), exp_avg, exp_avg_sq, param, STEP)).sum()
 
 
-def linear(run: Callable[[Problem], object], states=HELD) -> dict[str, Any]:
+def linear(run: Callable[..., object], states=HELD) -> dict[str, Any]:
     """Time of one way to score a linear layer beside the plain dW product of the same packed tokens.
 
     FLOP: 2 · tokens · O · I. Bytes that must move once: 12 (6 in bfloat16) for m, v, q and 4 for θ per element.
@@ -225,12 +138,11 @@ def linear(run: Callable[[Problem], object], states=HELD) -> dict[str, Any]:
     for name, label, lengths, sets in _linear_cases():
         for state in states:
             shape = SHAPES[name]
-            p = problem(shape, lengths, state=state, sets=sets)
-            plain, ours = milliseconds(lambda p=p: p.dy.T @ p.x), milliseconds(lambda p=p: run(p))
-            flop = 2 * sum(lengths) * shape[0] * shape[1]
+            p = make_problem(shape, lengths, state=state, sets=sets)
+            times = timed(run, p)
             rows.append(
-                {"shape": name, "T": label, "sets": sets, "state": str(state).removeprefix("torch."), "dW ms": plain,
-                 "ms": ours, "ratio": ours / plain, "TFLOP/s": flop / ours / 1e9}
+                {"shape": name, "T": label, "sets": sets, "state": str(state).removeprefix("torch."), **times,
+                 "TFLOP/s": 2 * sum(lengths) * shape[0] * shape[1] / times["ms"] / 1e9}
             )  # fmt: skip
     return {"rows": rows}
 
@@ -247,13 +159,13 @@ def _linear_cases() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
 
 def linear_triton() -> dict[str, Any]:
     """Triton's fused linear influence against the plain dW product."""
-    return linear(lambda p: gpu.linear_influence(*p.arguments()))
+    return linear(gpu.linear_influence)
 
 
 def linear_cuda(kernel: str) -> dict[str, Any]:
     """A CUDA kernel of the fused linear influence against the plain dW product."""
     _load_cuda()
-    return linear(lambda p: cuda.linear_influence(*p.arguments(), kernel=kernel))
+    return linear(partial(cuda.linear_influence, kernel=kernel))
 
 
 def linear_unfused() -> dict[str, Any]:
@@ -266,7 +178,7 @@ def rival_tiles() -> dict[str, Any]:
     rows = []
     for length in (128, 512, 2048):
         for state in HELD:
-            p = problem(SHAPES["Llama-3-8B q"], (length,) * (PACKED_TOKENS // length), state=state)
+            p = make_problem(SHAPES["Llama-3-8B q"], (length,) * (PACKED_TOKENS // length), state=state)
             for tile in tiles.RIVALS:
                 time = milliseconds(lambda p=p, tile=tile: gpu.linear_influence(*p.arguments(), tile=tile))
                 rows.append({"T": length, "state": str(state), "tile": str(tile), "ms": time})
@@ -320,19 +232,17 @@ def _named(work: Callable[..., dict[str, Any]], *arguments: str) -> Callable[[],
     return run
 
 
-# The most telling first: time may run out.
+CUDA_KERNELS = ("wgmma", "wgmma_cluster", "mma")
+FIRST_SCORED = "score triton"
+# The most telling first: time may run out. From FIRST_SCORED on, "auto" knows what the sections before it measured.
 SECTIONS = {
     "ceilings": Section(ceilings, 40),
     "checks triton": Section(checks_triton, 90),
-    "checks wgmma": Section(_named(checks_cuda, "wgmma"), 40),
-    "checks wgmma_cluster": Section(_named(checks_cuda, "wgmma_cluster"), 40),
-    "checks mma": Section(_named(checks_cuda, "mma"), 40),
+    **{f"checks {name}": Section(_named(checks_cuda, name), 40) for name in CUDA_KERNELS},
     "fidelity": Section(gpu_models.fidelity, 60),
     "linear triton": Section(linear_triton, 60),
-    "linear wgmma": Section(_named(linear_cuda, "wgmma"), 60),
-    "linear wgmma_cluster": Section(_named(linear_cuda, "wgmma_cluster"), 60),
-    "linear mma": Section(_named(linear_cuda, "mma"), 60),
-    "score triton": Section(_named(gpu_models.score, "triton"), 90),
+    **{f"linear {name}": Section(_named(linear_cuda, name), 60) for name in CUDA_KERNELS},
+    FIRST_SCORED: Section(_named(gpu_models.score, "triton"), 90),
     "score mixed": Section(_named(gpu_models.score, "auto", "mixed"), 90),
     "score 8B": Section(gpu_models.score_8b, 100),
     "small": Section(small, 40),

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from montessori import inspection, processes, runs
+from montessori import calibration, inspection, processes, runs
 from montessori.data import Rows, load_rows, one_line
 from montessori.encoding import INVALID_ROWS, TRUNCATIONS, encode_rows
 from montessori.errors import ArgumentError, MontessoriError
@@ -282,6 +282,24 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
     if png is not None:
         inspection.save_histogram(scores, png, quantity)
         console.print(f"wrote {png}", soft_wrap=True)
+
+
+@cli.command()
+def calibrate() -> None:
+    """Find the fastest kernels for the GPU of this machine; from then on, auto takes them.
+
+    Each is checked against float64 and timed in a process of its own: some minutes. The choice is kept in
+    $MONTESSORI_CACHE until the package, torch or Triton change.
+    """
+    console = Console()
+
+    def report(name: str, outcome: dict[str, Any]) -> None:
+        rows = outcome.get("rows", [])
+        shown = "  ".join(f"{row['state']} T={row['T']} {row['ratio']:.2f}" for row in rows)
+        console.print(f"{name}: {outcome.get('error', shown)}", soft_wrap=True, markup=False)
+
+    for state, names in calibration.calibrate(report)["ranking"].items():
+        console.print(f"state in {state}, fastest first: {', '.join(names)}", soft_wrap=True)
 
 
 for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command):

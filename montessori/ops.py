@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from montessori import blocked, cpu, cuda, gpu
+from montessori import blocked, calibration, cpu, cuda, gpu
 from montessori.errors import ArgumentError
 from montessori.spans import Spans
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
@@ -56,7 +56,7 @@ class SparseRows:
 
 
 _LINEAR: dict[str, Callable[..., Tensor]] = {
-    "cuda": cuda.linear_influence,
+    "cuda": calibration.linear_influence,
     "triton": gpu.linear_influence,
     "cpu": cpu.linear_influence,
     "reference": blocked.linear_influence,
@@ -68,7 +68,7 @@ _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
 }
 # Fastest first; "reference" takes every argument that the checks let through.
 _PREFERENCE = ("cuda", "triton", "cpu", "reference")
-# What "auto" tries by the tensors' device. The CUDA kernels join once a measurement on a GPU shows them faster.
+# What "auto" tries by the tensors' device, where no measurement on it says otherwise.
 _AUTO = {"cuda": "triton", "cpu": "cpu"}
 _DENSE: dict[str, Callable[..., Tensor]] = {
     "triton": gpu.adam_influence,
@@ -160,7 +160,8 @@ def linear_influence(
     if rows is not None:
         _check_rows(rows, param, len(spans) + 1)
     extra = rows.grad if rows is not None else None
-    chosen, _ = choose_impl(impl, step, x, dy, q, exp_avg, exp_avg_sq, param, extra)
+    tensors = (x, dy, q, exp_avg, exp_avg_sq, param, extra)
+    chosen = choose_impl(calibration.resolve(impl, step, *tensors), step, *tensors)[0]
     return _LINEAR[chosen](x, dy, spans, q, exp_avg, exp_avg_sq, param, step, rows)
 
 

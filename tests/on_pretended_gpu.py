@@ -15,13 +15,13 @@ from pretend_gpu import DEVICE, pretended_gpu, to_device
 from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, make_tokenizer, warm_optimizer
 
 from benchmarks import gpu_models, gpu_sections
-from montessori import InfluenceEstimator, cuda, tiles
+from montessori import InfluenceEstimator, calibration, cuda, ops, tiles, trial
 from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 from montessori.models import load_model
 from montessori.spans import spans_on
 
 # Sections that need the CUDA library.
-CUDA_KERNELS = ("mma", "wgmma", "wgmma_cluster", "cuda")
+NEEDING_CUDA = (*gpu_sections.CUDA_KERNELS, "cuda")
 ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
 # Float32 sums of the same terms, in another order: some hundred roundings of the largest score. An anchor, and a real
 # step, subtract two losses of whose roundings no influence is free.
@@ -141,7 +141,6 @@ LITTLE = {
     "LENGTHS": (8, 16),
     "PACKED_TOKENS": 32,
     "MIXED": (3, 7),
-    "CHECKED": ((24, 20, (5, 0, 1)),),
     "COPIED": 64,
     "SQUARE": 8,
     "ELEMENTS": 1 << 10,
@@ -151,6 +150,7 @@ LITTLE = {
     # The interpreter multiplies bfloat16 as raw bits.
     "NARROW": (torch.float16,),
 }
+CHECKED = ((24, 20, (5, 0, 1)),)
 LLAMA = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -164,15 +164,16 @@ def once(work, repeats=1) -> float:
 
 @pytest.mark.parametrize("name", gpu_sections.SECTIONS)
 def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
-    if name.endswith(CUDA_KERNELS) and cuda.load_error() is not None:
+    if name.endswith(NEEDING_CUDA) and cuda.load_error() is not None:
         pytest.skip(cuda.load_error())
     for constant, value in LITTLE.items():
         monkeypatch.setattr(gpu_sections, constant, value)
+    monkeypatch.setattr(trial, "CHECKED", CHECKED)
     for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 8}.items():
         monkeypatch.setattr(gpu_models, constant, value)
     monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
     monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 3})
-    for module in (gpu_models, gpu_sections):
+    for module in (gpu_models, gpu_sections, trial):
         monkeypatch.setattr(module, "milliseconds", once)
     monkeypatch.setattr(tiles, "RIVALS", (tiles.INTERPRETER,))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -180,3 +181,59 @@ def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
         rows = gpu_sections.SECTIONS[name].work()["rows"]
     assert rows
     assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """What `calibrate` finds with little problems, and times that are given by kernel and state."""
+    times = {"wgmma_cluster": {"float32": 3.0, "bfloat16": 1.0}, "wgmma": {"float32": 2.0, "bfloat16": 2.0}}
+    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "SHAPES", ((24, 40),))
+    monkeypatch.setattr(calibration, "LENGTHS", (8, 16))
+    monkeypatch.setattr(calibration, "PACKED_TOKENS", 32)
+    monkeypatch.setattr(trial, "CHECKED", CHECKED)
+    monkeypatch.setattr(trial, "NARROW", LITTLE["NARROW"])
+    monkeypatch.setattr(trial, "milliseconds", once)
+
+    def in_this_process(name):
+        outcome = json.loads(json.dumps(calibration.measure(name)))
+        for row in outcome["rows"]:
+            row["ratio"] = times.get(name, {}).get(row["state"], 4.0)
+        return outcome
+
+    monkeypatch.setattr(calibration, "_in_a_process", in_this_process)
+    calibration._kept.cache_clear()
+    yield lambda: calibration.calibrate()
+    calibration._kept.cache_clear()
+
+
+def kernel_taken(monkeypatch, impl, state, tied=False):
+    """Name of the CUDA kernel that scores a little problem, "triton" for Triton."""
+    taken = []
+    monkeypatch.setattr(cuda, "linear_influence", lambda *arguments, kernel=None: taken.append(kernel or "default"))
+    monkeypatch.setitem(ops._LINEAR, "triton", lambda *arguments: taken.append("triton"))
+    p = trial.make_problem((24, 40), (5, 3), state=state, tied=tied)
+    ops.linear_influence(p.x, p.dy, p.offsets, *p.state, trial.STEP, rows=p.rows, impl=impl)
+    monkeypatch.undo()
+    return taken[0]
+
+
+@pytest.mark.skipif(cuda.load_error() is not None, reason=f"{cuda.load_error()}")
+def test_auto_takes_what_was_measured_to_be_fastest(measured, tmp_path):
+    def taken(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            return kernel_taken(patch, *arguments)
+
+    wide, narrow = torch.float32, torch.bfloat16
+    with pretended_gpu():
+        assert [taken("auto", wide), taken("cuda", wide)] == ["triton", "default"]
+        assert measured()["ranking"]["float32"] == ["wgmma", "wgmma_cluster", "mma", "triton"]
+        assert [taken(impl, wide) for impl in ("auto", "cuda", "triton")] == ["wgmma", "wgmma", "triton"]
+        assert [taken(impl, narrow) for impl in ("auto", "cuda")] == ["wgmma_cluster", "wgmma_cluster"]
+        # What the CUDA kernels do not take.
+        assert taken("auto", wide, True) == "triton"
+        # Of other versions.
+        kept = tmp_path / "kernels.json"
+        kept.write_text(kept.read_text().replace(torch.__version__, "1.0"))
+        calibration._kept.cache_clear()
+        assert taken("auto", wide) == "triton"

@@ -238,6 +238,7 @@ PROPERTIES = SimpleNamespace(
 CUDA = {
     "Event": Event,
     "_lazy_init": lambda: None,
+    "current_device": lambda: 0,
     "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
     "device": lambda device: contextlib.nullcontext(),
     "get_device_capability": lambda device=None: (9, 0),

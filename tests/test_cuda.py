@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from montessori import AdamWStep, SGDStep, cuda, ops
-from montessori.errors import ArgumentError
+from montessori import AdamWStep, SGDStep, calibration, cuda, ops
+from montessori.cli import cli
+from montessori.errors import ArgumentError, ModelError
 
 ROOT = Path(__file__).parents[1]
 ENTRY = re.compile(
@@ -138,3 +140,15 @@ def test_a_build_without_code_for_the_device_says_so(monkeypatch):
     monkeypatch.setattr(cuda.tiles, "capability", lambda device: (9, 0))
     on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
     assert cuda._elsewhere(on_gpu) == "this build has machine code for 80, 100, not for 90a"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_calibrated(monkeypatch):
+    outcome = CliRunner().invoke(cli, ["calibrate"])
+    assert isinstance(outcome.exception, ArgumentError) and "expected a CUDA device" in str(outcome.exception)
+    # A kernel that fails, and one that hangs, are left out with a reason.
+    assert "error" in calibration._in_a_process("triton")
+    monkeypatch.setattr(calibration, "LIMIT_S", 0.01)
+    assert calibration._in_a_process("triton") == {"error": "took more than 0.01 s"}
+    with pytest.raises(ModelError, match="no kernel gave right results"):
+        calibration.keep({})

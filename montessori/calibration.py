@@ -1,0 +1,184 @@
+"""Which kernel of the fused linear influence is fastest on the GPU at hand: measured once, kept, read by "auto".
+
+    montessori calibrate
+
+Every kernel is first checked against float64, then timed beside the plain dW product, in a process of its own: one that
+is wrong, hangs or breaks the device is left out. The choice goes by device and dtype of the state and never by the
+examples of a call, so that an example has the same bits alone and in any batch. Without a measurement, "auto" takes
+Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from montessori import cuda, gpu
+from montessori.errors import ArgumentError, ModelError
+from montessori.fingerprint import content_digest
+from montessori.models import cache_directory
+from montessori.spans import Spans
+from montessori.steps import OptimizerStep
+
+LIMIT_S = 180  # of a kernel: compiling, checking, timing
+SHAPES = ((2048, 2048), (5632, 2048))
+LENGTHS = (128, 512, 2048)
+PACKED_TOKENS = 16384
+_HOPPER = ("wgmma_cluster", "wgmma", "mma")
+_FILE = "kernels.json"
+
+
+def ranking(q: Tensor, *moments: Tensor | None) -> list[str]:
+    """The kernels on the device of q for a state of these dtypes, fastest first; none where nothing was measured with
+    the installed versions."""
+    held = {tensor.dtype for tensor in (q, *moments) if tensor is not None}
+    return _kept(_name(q.device)).get("bfloat16" if held == {torch.bfloat16} else "float32", [])
+
+
+def resolve(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
+    """`impl`, or in the place of "auto" "cuda" where its kernels take these tensors and were measured to be fastest.
+
+    `tensors`: x, dy, q, exp_avg, exp_avg_sq, param and the gradient of tied rows.
+    """
+    _, _, q, *moments = tensors[:5]
+    if impl != "auto" or q is None or not q.is_cuda or cuda.unsupported(step, *tensors) is not None:
+        return impl
+    return "cuda" if ranking(q, *moments)[:1] not in ([], ["triton"]) else impl
+
+
+def linear_influence(x: Tensor, dy: Tensor, spans: Spans, q: Tensor, *rest: Any) -> Tensor:
+    """`montessori.cuda.linear_influence` by the kernel that was measured fastest, or else the one for the device."""
+    compiled = [name for name in ranking(q, *rest[:2]) if name != "triton"]
+    return partial(cuda.linear_influence, kernel=compiled[0] if compiled else None)(x, dy, spans, q, *rest)
+
+
+def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outcome: None) -> dict[str, Any]:
+    """Check and time the kernels for the current CUDA device, keep what was fastest, and return the record.
+
+    `report` is called with each kernel's name and outcome. Raises ArgumentError without a CUDA device, ModelError when
+    no kernel was right.
+    """
+    if not torch.cuda.is_available():
+        raise ArgumentError("calibrate: expected a CUDA device, torch finds none")
+    outcomes = {}
+    for name in kernels():
+        outcomes[name] = _in_a_process(name)
+        report(name, outcomes[name])
+    return keep({name: outcome["rows"] for name, outcome in outcomes.items() if "error" not in outcome})
+
+
+def keep(timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Write what the rows of each kernel, `state` and `ratio` to the plain product, say is fastest on this device.
+
+    Returns the record. Raises ModelError when there are none.
+    """
+    if not timed:
+        raise ModelError("calibrate: no kernel gave right results on this device; report it, and use another backend")
+    states = sorted({row["state"] for rows in timed.values() for row in rows})
+    ratios = {state: {name: _mean_ratio(rows, state) for name, rows in timed.items()} for state in states}
+    record = {
+        "versions": _versions(),
+        "ratios": ratios,
+        "ranking": {state: sorted(found, key=found.__getitem__) for state, found in ratios.items()},
+    }
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    everything = _read() | {_name(torch.cuda.current_device()): record}
+    partial_path.write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial_path.replace(path)
+    _kept.cache_clear()
+    return record
+
+
+def kernels() -> list[str]:
+    """Kernels that can run on the current device."""
+    portable = ["triton"] if gpu.unavailable() is None else []
+    chosen = None if cuda.load_error() is not None else cuda.KERNELS.get(torch.cuda.get_device_capability())
+    compiled = _HOPPER if chosen == "wgmma" else () if chosen is None else (chosen,)
+    return [*compiled, *portable]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Times of one kernel in this process, under `rows`, or what was wrong, under `error`."""
+    # Torch's own kernels are slow to import, and what only reads the choice does without them.
+    from montessori import trial
+
+    run = gpu.linear_influence if name == "triton" else partial(cuda.linear_influence, kernel=name)
+    checked = trial.check(run, trial.NARROW, trial.HELD)
+    wrong = [row for row in checked if not (row["right"] and row["repeats"])]
+    if wrong:
+        return {"error": f"wrong results: {wrong[0]}"}
+    rows = []
+    for shape in SHAPES:
+        for length in LENGTHS:
+            for state in trial.HELD:
+                p = trial.make_problem(shape, (length,) * (PACKED_TOKENS // length), state=state)
+                label = str(state).removeprefix("torch.")
+                rows.append({"shape": shape, "T": length, "state": label, **trial.timed(run, p)})
+    return {"rows": rows}
+
+
+def _name(device: torch.device | int) -> str:
+    return torch.cuda.get_device_properties(device).name
+
+
+def _in_a_process(name: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "montessori.calibration", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took more than {LIMIT_S} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _mean_ratio(rows: Iterable[dict[str, Any]], state: str) -> float:
+    ratios = [math.log(row["ratio"]) for row in rows if row["state"] == state]
+    return math.exp(sum(ratios) / len(ratios)) if ratios else math.inf
+
+
+@lru_cache(maxsize=8)
+def _kept(device: str) -> dict[str, list[str]]:
+    record = _read().get(device, {})
+    return record["ranking"] if record.get("versions") == _versions() else {}
+
+
+def _versions() -> dict[str, str]:
+    """What a measurement goes out of date with."""
+    found = {"library": content_digest(cuda.LIBRARY) if cuda.LIBRARY.exists() else "none"}
+    for name in ("montessori", "torch", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _path() -> Path:
+    return cache_directory() / _FILE
+
+
+def _read() -> dict[str, Any]:
+    try:
+        return json.loads(_path().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{_path()}: cannot be read ({error}); remove it, and run montessori calibrate") from error
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))
