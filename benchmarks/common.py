@@ -19,6 +19,7 @@ from montessori.batching import Example, make_batches
 from montessori.data import Rows, load_rows
 from montessori.demo import demo_file
 from montessori.encoding import encode_rows
+from montessori.errors import MontessoriError
 from montessori.models import load_model
 from montessori.runs import versions
 from montessori.warmup import warmup
@@ -71,7 +72,10 @@ def warmup_name(arguments: argparse.Namespace) -> str:
 
 def load_data(arguments: argparse.Namespace) -> tuple[Rows, Rows, Rows]:
     """All candidate rows, the scored ones, and the reference rows."""
-    everything, reference = load_rows(arguments.candidates), load_rows(arguments.reference)
+    try:
+        everything, reference = load_rows(arguments.candidates), load_rows(arguments.reference)
+    except MontessoriError as error:
+        raise SystemExit(f"error: {error}") from error
     scored = Rows(list(everything)[: arguments.num_candidates], everything.source)
     return everything, scored, Rows(list(reference)[: arguments.num_references], reference.source)
 

@@ -198,8 +198,9 @@ def naive(record: dict[str, Any]) -> str:
         "Measured:\n\n"
         + table(["", "phase", "candidates", "references", "time"], measured)
         + "\n**Modelled**, from the terms of each cost fitted to the points above that are not cold (largest error "
-        f"there: {errors}), at the mean lengths of the data ({np.mean(record['tokens']['candidates']):.0f} and "
-        f"{np.mean(record['tokens']['references']):.0f} tokens):\n\n" + table(columns, modelled)
+        f"there: {errors}), for the first rows of the data, beyond their number at their mean lengths "
+        f"({np.mean(record['tokens']['candidates']):.0f} and {np.mean(record['tokens']['references']):.0f} tokens):\n\n"
+        + table(columns, modelled)
     )
 
 

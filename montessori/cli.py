@@ -82,7 +82,8 @@ TEXT_OPTIONS = [
         help="What happens to longer examples.",
     ),
     click.option(
-        "--chat-template", help="Jinja template, path to one, or chatml / plain / none. [default: the tokenizer's]"
+        "--chat-template",
+        help="Jinja template, path to a .jinja file, or chatml / plain / none. [default: the tokenizer's]",
     ),
     click.option(
         "--chat-template-kwargs",

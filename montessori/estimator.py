@@ -79,7 +79,8 @@ class InfluenceEstimator:
         pilot: number of candidates whose mean step is the anchor; 0 anchors at the step with g = 0.
             They are chosen by content, so the order of the candidates does not matter.
         sample: share of each weight's tiles to score, 1 for all. Less is faster and gives unbiased estimates
-            with `Scores.standard_error`; the tiles are the same for all candidates. Needs the compiled kernels.
+            with `Scores.standard_error`; the tiles of a layer are the same for all candidates, those of the
+            head for all whose logits are cut alike. Needs the compiled kernels.
         max_grad_norm: clipping by global norm as the training run would apply it, None for none.
         reference_weighting: "example_mean" (w_r = 1/R) or "token_mean".
         reference_dtype: of the reference gradient. "float32" takes it on a float32 copy of a narrower model; "model"

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from montessori.rules import ModuleRule
 
 # ε of the modules found to be RMS norms, None of those found not to be.
-_RMS_EPS: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+# By module: the ε that it declares, and the one it was found to compute with.
+_RMS_EPS: WeakKeyDictionary[nn.Module, tuple[float | None, float | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,15 @@ def _rms_eps(module: nn.Module, rule: ModuleRule, x: Tensor) -> float | None:
     """
     if x.dtype is torch.float64 or set(rule.parameters) != {"weight"}:
         return None
-    if module not in _RMS_EPS:
-        _RMS_EPS[module] = _probed_rms_eps(module, x)
-    return _RMS_EPS[module]
+    declared = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    if _RMS_EPS.get(module, (None, None))[0] != declared:
+        _RMS_EPS[module] = declared, _probed_rms_eps(module, declared, x)
+    return _RMS_EPS.get(module, (None, None))[1]
 
 
-def _probed_rms_eps(module: nn.Module, x: Tensor) -> float | None:
-    """ε if, in float32, the module's weight has the gradient of an RMS norm's on rows of very different size."""
+def _probed_rms_eps(module: nn.Module, eps: float | None, x: Tensor) -> float | None:
+    """`eps` if, in float32, the module's weight has the gradient of an RMS norm's on rows of very different size."""
     weight = getattr(module, "weight", None)
-    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     if not isinstance(weight, Tensor) or weight.shape != x.shape[-1:] or not isinstance(eps, float):
         return None
     wave = torch.arange(3 * x.shape[-1], device=x.device).sin().reshape(3, -1)

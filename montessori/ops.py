@@ -3,7 +3,7 @@
     score[i, k] = Σ over elements of q[k] · Δ(g_i; exp_avg, exp_avg_sq, param)          (Eq. 3, 5, 6)
 
 Δ is the change by one optimizer step (Eq. 1), so a score is a change of the reference loss: negative
-when the example helps. Every function returns float64 [B, K].
+when the example helps. Functions of scores return float64 [B, K].
 
 Dimensions: B examples, T tokens of all examples together, O output features, I input features,
 K reference sets, V rows of an embedding table.

@@ -222,6 +222,7 @@ def test_a_number_of_a_module_is_noticed(dtype):
     before = found.score(candidates).influence
     model.model.norm.variance_epsilon = 0.5
     after = found.score(candidates).influence
+    assert found.coverage.get("autograd", 0) == 0
     assert not np.array_equal(after, before)
     np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)
 

@@ -1,4 +1,4 @@
-"""What a round achieved: held-out loss of the student, and real influence of fresh instructions."""
+"""What a round achieved: held-out loss of the student, and real influence of what each teacher wrote."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ EVALUATION_FILE = "evaluation.json"
 class EvaluateSettings(Section):
     """What is measured after a round.
 
-    `sample`: fresh instructions of each teacher whose influence is measured by real steps, 0 for none.
+    `sample`: rows of each teacher whose influence is measured by real steps, 0 for none: new ones of the tuned
+    teacher, of the untuned one some of the candidates.
     `resamples`: of the bootstrap and of the permutation test. `answers`: to the evaluation prompts, for a
     win rate where there is a judge. `tasks`: of lm-evaluation-harness, by name or as
     YAML files, run on the student.

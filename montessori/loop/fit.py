@@ -14,12 +14,13 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import nn
+from typing_extensions import Self
 
 from montessori import processes
 from montessori.batching import Example
