@@ -158,8 +158,10 @@ def _kept(device: str) -> dict[str, list[str]]:
 
 def _versions() -> dict[str, str]:
     """What a measurement goes out of date with."""
-    found = {"library": content_digest(cuda.LIBRARY) if cuda.LIBRARY.exists() else "none"}
-    for name in ("montessori", "torch", "triton"):
+    library = content_digest(cuda.LIBRARY) if cuda.LIBRARY.exists() else "none"
+    # The metadata of some builds of torch leave out for which CUDA they are.
+    found = {"library": library, "torch": torch.__version__}
+    for name in ("montessori", "triton"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
