@@ -14,6 +14,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from montessori import cuda, gpu
-from montessori.errors import ArgumentError, ModelError
+from montessori.errors import ArgumentError, FallbackWarning, ModelError
 from montessori.fingerprint import content_digest
 from montessori.models import cache_directory
 from montessori.spans import Spans
@@ -53,7 +54,15 @@ def resolve(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
     _, _, q, *moments = tensors[:5]
     if impl != "auto" or q is None or not q.is_cuda or cuda.unsupported(step, *tensors) is not None:
         return impl
-    return "cuda" if ranking(q, *moments)[:1] not in ([], ["triton"]) else impl
+    ranked = ranking(q, *moments)
+    if not ranked:
+        warnings.warn(
+            f"{_name(q.device)}: backend 'auto' takes Triton; `montessori calibrate`, once and some minutes, finds out "
+            "whether the CUDA kernels are faster here",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return "cuda" if ranked[:1] not in ([], ["triton"]) else impl
 
 
 def linear_influence(x: Tensor, dy: Tensor, spans: Spans, q: Tensor, *rest: Any) -> Tensor:

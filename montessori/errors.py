@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FallbackWarning(UserWarning):
-    """Something is scored by a slower way that is exact: one example at a time."""
+    """Something is scored by a slower way than there may be, with the same result."""
 
 
 class CurvatureWarning(UserWarning):
