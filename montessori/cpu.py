@@ -28,11 +28,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAWN_PER_STRATUM = 2
 
 
-@lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why the library cannot be used in this process, None when it is loaded."""
-    if os.environ.get("MONTESSORI_NO_KERNELS"):
-        return "MONTESSORI_NO_KERNELS is set"
+    return "MONTESSORI_NO_KERNELS is set" if os.environ.get("MONTESSORI_NO_KERNELS") else load_error()
+
+
+def missing() -> str | None:
+    """Why there are no kernels though nobody has switched them off, None when that is not so."""
+    return None if os.environ.get("MONTESSORI_NO_KERNELS") else load_error()
+
+
+@lru_cache(maxsize=1)
+def load_error() -> str | None:
+    """Why the library cannot be loaded, None when it is."""
     if not LIBRARY.exists():
         return "the CPU kernels were not built (install from source with a C++ compiler and --no-build-isolation)"
     try:

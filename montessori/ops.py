@@ -18,8 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from montessori import blocked, calibration, cpu, cuda, gpu
+from montessori import blocked, calibration, cpu, gpu
 from montessori.errors import ArgumentError
+from montessori.impls import available_impls, check_impl, choose_impl
 from montessori.spans import Spans
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.validation import check_ids, check_offsets, check_shape, check_spans, check_state, check_tensors
@@ -61,15 +62,6 @@ _LINEAR: dict[str, Callable[..., Tensor]] = {
     "cpu": cpu.linear_influence,
     "reference": blocked.linear_influence,
 }
-_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
-    "cuda": cuda.unavailable,
-    "triton": gpu.unavailable,
-    "cpu": cpu.unavailable,
-}
-# Fastest first; "reference" takes every argument that the checks let through.
-_PREFERENCE = ("cuda", "triton", "cpu", "reference")
-# What "auto" tries by the tensors' device, where no measurement on it says otherwise.
-_AUTO = {"cuda": "triton", "cpu": "cpu"}
 _DENSE: dict[str, Callable[..., Tensor]] = {
     "triton": gpu.adam_influence,
     "cpu": cpu.adam_influence,
@@ -80,53 +72,6 @@ _STEP: dict[str, Callable[..., None]] = {
     "cpu": cpu.adam_step_,
     "reference": blocked.adam_step_,
 }
-
-
-def available_impls() -> tuple[str, ...]:
-    """Names that `impl=` accepts in this installation, besides "auto"."""
-    return tuple(name for name in _PREFERENCE if name not in _UNAVAILABLE or _UNAVAILABLE[name]() is None)
-
-
-def check_impl(impl: str) -> str:
-    """`impl` itself, if it is "auto" or an implementation of this installation.
-
-    Raises ArgumentError with the reason otherwise.
-    """
-    if impl == "auto" or impl in available_impls():
-        return impl
-    reason = f": {_UNAVAILABLE[impl]()}" if impl in _UNAVAILABLE else ""
-    known = ", ".join(repr(name) for name in available_impls())
-    raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of {known} in this installation{reason}")
-
-
-def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tuple[str, str]:
-    """The implementation that scores these tensors, and why.
-
-    "auto" takes the fastest kernels made for the tensors' device, else plain torch. Raises ArgumentError
-    when an implementation asked for by name cannot take the arguments.
-    """
-    check_impl(impl)
-    if impl == "reference":
-        return impl, "asked for by name"
-    name = impl if impl != "auto" else _AUTO.get(_device_type(tensors), "reference")
-    if name == "reference":
-        return name, f"no kernels for the device {_device_type(tensors)!r}"
-    reason = _unsupported(name, step, *tensors)
-    if reason is None:
-        return name, "asked for by name" if impl == name else f"kernels made for the device {_device_type(tensors)!r}"
-    if impl == name:
-        raise ArgumentError(f"impl={name!r}: {reason}; pass impl='auto' or 'reference'")
-    return "reference", f"not {name!r}, because {reason}"
-
-
-def _device_type(tensors: tuple[Tensor | None, ...]) -> str:
-    return next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
-
-
-def _unsupported(name: str, step: OptimizerStep, *tensors: Tensor | None) -> str | None:
-    if name == "triton":
-        return gpu.unsupported(*tensors)
-    return cuda.unsupported(step, *tensors) if name == "cuda" else cpu.unsupported(*tensors)
 
 
 @torch.no_grad()
@@ -373,7 +318,7 @@ def example_sums(
     by_name = check_impl(impl) in ("triton", "cuda")
     if by_name and reason is not None:
         raise ArgumentError(f"impl={impl!r}: {reason}; pass impl='auto' or 'reference'")
-    fused = by_name or (impl == "auto" and reason is None and _AUTO.get(rows.device.type) == "triton")
+    fused = by_name or (impl == "auto" and reason is None and rows.is_cuda)
     return (gpu if fused else blocked).example_sums(rows, spans, times, scale)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from op_cases import linear_case, with_padding
 
 from montessori import AdamWStep, SGDStep, cpu, ops
-from montessori.errors import ArgumentError
+from montessori.errors import ArgumentError, FallbackWarning
 from montessori.ops import SparseRows
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{cpu.unavailable()}")
@@ -192,6 +193,19 @@ def test_the_package_works_where_the_kernels_are_not_built():
     environment = {"MONTESSORI_NO_KERNELS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert "MONTESSORI_NO_KERNELS is set" in done.stdout
+
+
+def test_kernels_that_are_missing_are_missed_aloud(monkeypatch):
+    tensors = [torch.ones(2, 2)] * 4
+    monkeypatch.setattr(cpu, "load_error", lambda: "they were not built")
+    with pytest.warns(FallbackWarning, match="plain torch scores .*: they were not built"):
+        assert ops.choose_impl("auto", STEP, *tensors)[0] == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # In float64, the precision of checks, plain torch is what was asked for; and where kernels are switched off.
+        assert ops.choose_impl("auto", STEP, torch.ones(2, dtype=torch.float64))[0] == "reference"
+        monkeypatch.setenv("MONTESSORI_NO_KERNELS", "1")
+        assert ops.choose_impl("auto", STEP, *tensors)[0] == "reference"
 
 
 @pytest.mark.parametrize("simd", simd_levels())
