@@ -31,7 +31,7 @@ def influence_figure(scored: np.ndarray | None, drift: float | None, real: Mappi
             if name in values:
                 right.hist(values[name], bins=edges, color=color, alpha=0.6, label=f"{name} teacher")
                 right.axvline(values[name].mean(), color=color, linewidth=1.5)
-        right.set(title="fresh instructions, by real steps", xlabel="influence (nats per token)", ylabel="instructions")
+        right.set(title="rows of each teacher, by real steps", xlabel="influence (nats per token)", ylabel="rows")
         right.legend(frameon=False)
     return figure
 

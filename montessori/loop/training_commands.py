@@ -28,7 +28,7 @@ pairs_command = _stage_command(
 tune_command = _stage_command("tune", "Train the teacher to write more of what helped: DPO on the pairs, or SFT.")
 train_command = _stage_command("train", "Train the student, from its base weights, on the final set.")
 evaluate_command = _stage_command(
-    "evaluate", "Measure held-out loss, real influence of fresh instructions and, with a judge, the win rate."
+    "evaluate", "Measure held-out loss, real influence of what each teacher wrote and, with a judge, the win rate."
 )
 
 
