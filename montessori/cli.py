@@ -281,7 +281,7 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
     console = Console()
     _show(console, scores, rows, quantity, name, top)
     if png is not None:
-        inspection.save_histogram(scores, png, quantity)
+        inspection.save_histogram(scores, png, quantity, () if name is None else (name,))
         console.print(f"wrote {png}", soft_wrap=True)
 
 

@@ -23,7 +23,7 @@ from montessori.errors import ArgumentError, DataError
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
 from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
 from montessori.journal import ScoreJournal
-from montessori.live import Watch, own_precision, unwrapped
+from montessori.live import Watch, borrowed, own_precision, unwrapped
 from montessori.losses import LossFunction, response_loss
 from montessori.models import check_token_ids, validate_model
 from montessori.optim_state import AdamWState
@@ -169,7 +169,7 @@ class InfluenceEstimator:
 
         `score` does it on its own; the result is kept as long as the pilot examples stay the same.
         """
-        pilot = spread(self._encode(candidates, "candidates").examples, self.options.pilot)
+        pilot = self._pilot(self._encode(candidates, "candidates"))
         with self._at_work():
             self._prepare(self.options.method, pilot)
 
@@ -181,17 +181,19 @@ class InfluenceEstimator:
         progress: bool = False,
         journal: ScoreJournal | None = None,
         distributed: bool = False,
+        pilot_rows: Any = None,
     ) -> Scores:
         """Scores of all candidates in input order.
 
         `candidates`: rows, a dataset or a path. `batch_tokens` bounds the padded tokens of a batch and
         with them memory; it does not change the scores beyond rounding. `journal` keeps finished batches
         on disk and lets a killed run go on. Candidates that cannot be scored are reported in
-        `Scores.status`, the others are scored. With `distributed` the candidates are divided over the
-        processes of `torch.distributed`: all of them call this, each with a journal of its own, and all
-        return all scores.
+        `Scores.status`, the others are scored. With `distributed` the processes of `torch.distributed` share
+        the candidates: all call this, each with a journal of its own, and return all scores. `pilot_rows`: what
+        the pilot examples are chosen from, if not these candidates: one anchor for rows of several calls.
         """
         encoded = self._encode(candidates, "candidates")
+        pilot = self._pilot(encoded if pilot_rows is None else self._encode(pilot_rows, "pilot_rows"))
         size = batch_tokens if self.options.method != "exact" else max(e.num_tokens for e in encoded.examples)
         batches = make_batches(encoded.examples, size)
         if self.options.method == "exact":
@@ -199,7 +201,7 @@ class InfluenceEstimator:
         elif self._steady is not None:
             batches = one_by_one_beyond(batches, self._steady)
         with self._at_work():
-            return self._score(encoded, batches, self.options.method, progress, journal, distributed=distributed)
+            return self._score(encoded, batches, self.options.method, progress, journal, pilot, distributed)
 
     def audit(self, candidates: Any, k: int = 16, *, progress: bool = False) -> Audit:
         """Predictions for `k` candidates against real float32 steps on the same ones.
@@ -212,16 +214,16 @@ class InfluenceEstimator:
             raise ArgumentError(f"audit: expected at least 2 candidates that can be scored, got {len(sample)}")
         part = Encoded(sample, {}, [], encoded.num_rows)
         singles = [[example] for example in sample]
-        pilot = spread(encoded.examples, self.options.pilot)
+        pilot = self._pilot(encoded)
         with self._at_work():
             predicted = self._score(part, singles, self.options.method, progress, None, pilot)
-            real = self._score(part, singles, "exact", progress, None)
+            real = self._score(part, singles, "exact", progress, None, pilot)
         return Audit.of(predicted, real, [example.index for example in sample])
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Everything in the weights' own precision; what was computed before the owner trained on is forgotten."""
-        with own_precision(self.model):
+        with borrowed(self.model), own_precision(self.model):
             fixed, moved = self._watch.changes()
             if fixed or moved:
                 validate_model(self.model)
@@ -242,18 +244,16 @@ class InfluenceEstimator:
         method: str,
         progress: bool,
         journal: ScoreJournal | None,
-        pilot: Sequence[Example] | None = None,
+        pilot: Sequence[Example],
         distributed: bool = False,
     ) -> Scores:
-        if pilot is None:
-            pilot = spread(encoded.examples, self.options.pilot)
         if distributed:
             # The longest stand first, so that every process gets long and short ones.
             batches = batches[processes.rank() :: processes.world_size()]
         if journal is None:
             records, summary = self._pending(batches, method, progress, None, pilot)
         else:
-            with journal.opened(self._fingerprint(encoded, batches)):
+            with journal.opened(self._fingerprint(encoded, batches, pilot, distributed)):
                 records, summary = self._pending(batches, method, progress, journal, pilot)
         if distributed:
             records = [record for part in processes.from_all(records) for record in part]
@@ -331,19 +331,26 @@ class InfluenceEstimator:
             )
         return self._expansions[key]
 
-    def _fingerprint(self, encoded: Encoded, batches: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    def _fingerprint(
+        self, encoded: Encoded, batches: Sequence[Sequence[Example]], pilot: Sequence[Example], distributed: bool
+    ) -> dict[str, Any]:
         return {
             "options": asdict(self.options),
             "model": model_digest(self.model),
             "optimizer state": self.state.digest(),
             "reference": sets_digest(self.references.sets),
             "candidates": examples_digest(encoded.examples),
+            "pilot": examples_digest(pilot),
+            "number of processes": processes.world_size() if distributed else 1,
             "batches": [[example.index for example in batch] for batch in batches],
             "loss": function_digest(self._loss),
             "reference loss": function_digest(self._reference_loss),
             "torch": torch.__version__,
             "float32 products": torch.get_float32_matmul_precision(),
         }
+
+    def _pilot(self, encoded: Encoded) -> list[Example]:
+        return spread(encoded.examples, self.options.pilot)
 
     def _verified_plan(self) -> Plan:
         if self._plan is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from montessori.batching import Example
 from montessori.errors import CurvatureWarning
+from montessori.live import undisturbed
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, mean_delta, restored
@@ -78,7 +79,8 @@ def expand_at_anchor(
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.add_(anchor.pop(name))
-            q, loss_at_anchor = sets.gradient(model, parameters, reference_loss)
+            with undisturbed(parameters):
+                q, loss_at_anchor = sets.gradient(model, parameters, reference_loss)
             q_dot_anchor = _dot_moved(q, parameters, theta)
     moved = loss_at_anchor - loss
     curvature = ((moved - q_dot_anchor).abs() / (moved.abs() + q_dot_anchor.abs())).nan_to_num(nan=0.0)
@@ -119,7 +121,8 @@ def real_drift(
     with real_products(model, impl), restored(parameters):
         loss = sets.loss(model, reference_loss)
         apply_step(parameters, state, dict.fromkeys(parameters))
-        after = sets.loss(model, reference_loss)
+        with undisturbed(parameters):
+            after = sets.loss(model, reference_loss)
     return after - loss, loss
 
 

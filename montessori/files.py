@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -185,12 +187,22 @@ def _read_csv(path: Path, source: str) -> Rows:
 
     try:
         with _opened(path) as file:
-            # "NA" and "007" are texts like others, and an empty cell is an empty one.
-            frame = pandas.read_csv(file, dtype=str, na_filter=False, encoding="utf-8-sig")
-    except pandas.errors.EmptyDataError:
-        return Rows([], source)
+            # At the end of a file an empty line means nothing; in the middle it is a row without texts.
+            content = file.read().decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: expected UTF-8 ({one_line(error)}); convert the file to UTF-8") from error
+    try:
+        header = Counter(next(csv.reader(io.StringIO(content)), []))
+    except csv.Error as error:
+        raise DataError(f"{source}: expected a CSV file with a header ({error})") from error
+    twice = next((name for name, count in header.items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{source}: expected each column once, got {twice!r} {header[twice]} times")
+    try:
+        # "NA" and "007" are texts like others, and an empty cell is an empty one.
+        frame = pandas.read_csv(io.StringIO(content), dtype=str, na_filter=False, skip_blank_lines=False)
+    except pandas.errors.EmptyDataError:
+        return Rows([], source)
     except ValueError as error:
         raise DataError(f"{source}: expected a CSV file with a header ({one_line(error)})") from error
     # pandas takes the first cells for names of rows where the first row has more cells than the header.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from montessori.scores import Scores
 QUANTITIES = ("influence", "centred")
 BAR = 40
 SHOWN_CAUSES = 3
+_ORDERS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def select(scores: Scores, quantity: str = "influence", name: str | None = None) -> np.ndarray:
@@ -65,8 +67,8 @@ def print_histogram(console: Console, values: np.ndarray, title: str, bins: int 
         console.print(Text(f"{low:+.2e} … {high:+.2e} {count:5d} {bar}"))
 
 
-def save_histogram(scores: Scores, path: Path, quantity: str = "influence") -> None:
-    """Histogram of every reference set as a PNG.
+def save_histogram(scores: Scores, path: Path, quantity: str = "influence", names: Sequence[str] = ()) -> None:
+    """Histogram of the reference sets `names`, by default all, as a PNG.
 
     Raises ArgumentError for a name that does not end in .png, ResourceError when it cannot be written.
     """
@@ -76,11 +78,13 @@ def save_histogram(scores: Scores, path: Path, quantity: str = "influence") -> N
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name in scores.names:
+    names = names or scores.names
+    for name in names:
         axes.hist(select(scores, quantity, name)[scores.ok], bins=40, alpha=0.7, label=name)
     axes.axvline(0, color="black", linewidth=0.8)
     if quantity == "influence":
-        for value in np.atleast_1d(scores.drift):
+        for name in names:
+            value = np.atleast_1d(scores.drift)[scores.names.index(name)]
             axes.axvline(value, color="tab:red", linewidth=0.8, linestyle="--", label="drift (step with g = 0)")
     axes.set_xlabel(f"{quantity}: reference loss before the step minus after it (nats per token)")
     axes.set_ylabel("candidates")
@@ -142,7 +146,13 @@ def _shortened(text: str, width: int) -> str:
 def _one_line(row: Mapping) -> str:
     keys = ("messages", "conversations", "instruction", "input", "prompt", "response", "completion", "output", "text")
     parts = [part for key in keys if row.get(key) is not None for part in _texts(row[key])]
-    return " → ".join(" ".join(part.split()) for part in parts if part.strip())
+    text = " → ".join(" ".join(part.split()) for part in parts if part.strip())
+    return "".join("\N{REPLACEMENT CHARACTER}" if _is_obeyed(character) else character for character in text)
+
+
+def _is_obeyed(character: str) -> bool:
+    """Whether a terminal does something for it, or shows what follows in another order."""
+    return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _ORDERS
 
 
 def _texts(value: object) -> list[str]:

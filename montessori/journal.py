@@ -116,6 +116,9 @@ class ScoreJournal:
         if before is None:
             raise self._damaged(1)
         differing = sorted(key for key in {*before, *fingerprint} if before.get(key) != fingerprint.get(key))
+        # A share of the batches follows from the number of processes, which is what the user has changed.
+        if "number of processes" in differing:
+            differing = [key for key in differing if key != "batches"]
         if differing:
             raise StateError(
                 f"{self.path}: holds an unfinished run with other {', '.join(differing)}; "

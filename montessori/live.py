@@ -3,17 +3,98 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
 
 # Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
 _COLUMNS, _ROWS = 256, 256
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_NEW_LOCK = threading.Lock()
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """The model for oneself: other threads that would score it wait. Where an error or an interrupt ends this, whenever
+    it comes, modes, hooks and gradients are as they were before."""
+    with _NEW_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        put_back = _arrangement(model)
+        try:
+            yield
+        except BaseException:
+            to_the_end(put_back)
+            raise
+
+
+def _arrangement(model: nn.Module) -> Callable[[], None]:
+    """What puts back all that is not a value: modes, forwards, hooks, which parameters train, gradients."""
+    modules = []
+    for module in model.modules():
+        attributes = vars(module)
+        tables = [table for key, table in attributes.items() if "_hooks" in key and isinstance(table, dict)]
+        hooks = [(table, dict(table)) for table in tables]
+        modules.append((module, module.training, attributes.get("forward"), hooks))
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        for module, training, forward, hooks in modules:
+            module.training = training
+            if forward is not None:
+                vars(module)["forward"] = forward
+            else:
+                vars(module).pop("forward", None)
+            for table, before in hooks:
+                for key in table.keys() - before.keys():
+                    del table[key]
+        for parameter, trained, grad in parameters:
+            parameter.requires_grad_(trained)
+            parameter.grad = grad
+
+    return put_back
+
+
+def to_the_end(work: Callable[[], object]) -> None:
+    """Do `work`, which can be done again, whole: an interrupt in the midst of it comes after it."""
+    interrupt = None
+    while True:
+        try:
+            work()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+@contextmanager
+def undisturbed(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Raises ModelError if somebody else, such as a training loop in another thread, writes a parameter inside."""
+    before = {name: _version(parameter) for name, parameter in parameters.items()}
+
+    def check(cause: Exception | None = None) -> None:
+        written = next((name for name, parameter in parameters.items() if _version(parameter) != before[name]), None)
+        if written is not None:
+            raise ModelError(
+                f"{written} was written while the model was scored: its weights are moved and put back then, so scores "
+                "and the training of another thread spoil each other; score between steps, or a copy of the model"
+            ) from cause
+
+    try:
+        yield
+    except RuntimeError as error:
+        check(error)
+        raise
+    check()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from montessori import ops
 from montessori import reference as equations
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.live import to_the_end
 from montessori.steps import AdamWStep
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tenso
     try:
         yield saved
     finally:
-        restore(parameters, saved)
+        to_the_end(partial(restore, parameters, saved))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
@@ -163,6 +164,8 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
             write_json(config_path, config)
         processes.wait_for_all()
         journal.remove()
+        if processes.is_main():
+            _remove_journals_of_more_processes(out)
     if processes.is_main():
         if audit and not _is_audited(out, audit):
             _audit(bench or open_workbench(settings, audit=audit), out, audit, progress)
@@ -170,6 +173,14 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
             print(f"{out} is complete; pass --fresh to score again", file=sys.stderr)
     processes.wait_for_all()
     return scores
+
+
+def _remove_journals_of_more_processes(out: Path) -> None:
+    """What an earlier run on more processes, cut short, has left beside the scores."""
+    for path in out.parent.glob(f"{glob.escape(out.name)}.journal.*.jsonl"):
+        rank = path.name.removeprefix(f"{out.name}.journal.").removesuffix(".jsonl")
+        if rank.isdecimal() and int(rank) >= processes.world_size():
+            path.unlink()
 
 
 def _audit(bench: Workbench, out: Path, size: int, progress: bool) -> None:
@@ -313,6 +324,8 @@ def _load_references(settings: ScoreSettings) -> Any:
     named: dict[str, Rows] = {}
     for entry in settings.reference:
         name, found, path = _reference_path(entry)
+        if not name:
+            raise ArgumentError(f"--reference {entry}: expected name=path, the name is empty")
         if name in named:
             raise ArgumentError(f"--reference {entry}: the name {name!r} is taken; give name=path")
         named[name] = load_rows(path, split=settings.split, name=name)

@@ -23,6 +23,7 @@ from montessori.cpu import TileSample
 from montessori.errors import FallbackWarning, ResourceError
 from montessori.expansion import Expansion, real_products, trainable_parameters
 from montessori.journal import ScoreJournal
+from montessori.live import undisturbed
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, example_gradients, restore, restored
@@ -75,7 +76,7 @@ class LinearScorer:
         self._capture = Capture(self.model, plan, self.impl)
         self._draws: dict[str, TileSample] = {}
         self._device = next(iter(self.plan.trainable.values())).device
-        with self._capture.installed():
+        with undisturbed(self.plan.trainable), self._capture.installed():
             yield
 
     def score(self, group: Sequence[Example]) -> Scored:
@@ -155,7 +156,8 @@ class ExactScorer:
         grads, loss = example_gradients(self.model, self._parameters, example, self.loss)
         apply_step(self._parameters, self.state, grads, self.max_grad_norm, self.impl)
         try:
-            after = self.sets.loss(self.model, self.reference_loss, require_finite=False)
+            with undisturbed(self._parameters):
+                after = self.sets.loss(self.model, self.reference_loss, require_finite=False)
         finally:
             restore(self._parameters, self._saved)
         return Scored((after - self.loss_before)[None], torch.tensor([loss], dtype=torch.float64))

@@ -133,6 +133,7 @@ BAD = {
     "too long": (lambda tmp: {"max_length": 5}, ["5 tokens", "--max-length"]),
     "no such file": (lambda tmp: {"candidates": tmp / "none.jsonl"}, ["none.jsonl"]),
     "no such student": (lambda tmp: {"student": tmp / "nobody"}, ["nobody"]),
+    "no name": (lambda tmp: {"reference": f"={tmp / 'reference.jsonl'}"}, ["--reference =", "name=path"]),
     "no optimizer state": (lambda tmp: {"optimizer": write(folder(tmp / "other") / "x", "").parent}, ["optimizer.pt"]),
     "budget too small": (lambda tmp: {"batch_tokens": 3}, ["batch_tokens=3"]),
     "learning rate 0": (lambda tmp: {"lr": 0}, ["learning rate is 0"]),
@@ -226,6 +227,13 @@ def test_finished_scores_are_not_given_for_data_that_changed(run, student, files
     write(files["candidates"], "".join(json.dumps(row) + "\n" for row in make_text_rows(12, seed=7)))
     status, _, error = run("score", *words)
     assert status == 2 and "candidates changed since" in error and "--fresh" in error
+
+
+def test_a_run_leaves_no_journal_of_one_on_more_processes(run, student, files, tmp_path):
+    journals = [write(tmp_path / f"scores.parquet.journal.{rank}.jsonl", "") for rank in (1, 3)]
+    other = write(tmp_path / "scores.parquet.journal.mine.jsonl", "")
+    assert run("score", *options(student, files), "--out", tmp_path / "scores.parquet", "--quiet")[0] == 0
+    assert other.exists() and not any(journal.exists() for journal in journals)
 
 
 def test_an_audit_belongs_to_the_scores_beside_it(run, student, files, tmp_path):
@@ -372,12 +380,14 @@ def test_rows_of_several_kinds_are_shown(run, student, files, tmp_path):
         {"conversations": [{"from": "human", "value": "say e"}, {"from": "gpt", "value": "hello f"}]},
         {"instruction": "say g", "output": "hello h"},
         {"text": "plain text"},
+        {"text": "\x1b[31m red \u202e back \x00"},
     ]
     write(files["candidates"], "".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "scores.parquet"
     assert run("score", *options(student, files), "--out", out, "--quiet")[0] == 0
     status, shown, _ = run("inspect", out, "--candidates", files["candidates"])
     assert status == 0
+    assert not set("\x1b\u202e\x00") & set(shown) and "red" in shown
     for text in ("say a → hello", "say c → hello", "say a → olleh", "say e → hello", "say g → hello", "plain text"):
         assert text in shown
 

@@ -128,6 +128,14 @@ def test_csv_gives_texts_counted_from_zero(tmp_path, content):
     assert rows.where(1) == "data.csv, row 1"
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n\n\n"])
+def test_rows_of_csv_are_counted_as_they_stand(tmp_path, end):
+    rows = load_rows(written(tmp_path / "one.csv", b'\xef\xbb\xbftext\nhello\n\nworld\n""' + end))
+    assert [row["text"] for row in rows] == ["hello", "", "world", ""]
+    rows = load_rows(written(tmp_path / "two.csv", b"a,b\n1,2\n\n3,4" + end))
+    assert list(rows) == [{"a": "1", "b": "2"}, {"a": "", "b": ""}, {"a": "3", "b": "4"}]
+
+
 def test_cells_of_csv_stay_the_texts_they_are(tmp_path):
     content = b'id,input,response\n007,,"two\nlines, and a ""quote"""\n1e3,NA,null\n'
     assert list(load_rows(written(tmp_path / "data.csv", content))) == [
@@ -140,6 +148,7 @@ def test_cells_of_csv_stay_the_texts_they_are(tmp_path):
     ("content", "says"),
     [
         (b"a,b\n1,2,3\n", "data.csv, row 0: expected as many cells as the header has, 2, got more"),
+        (b"a,b,a\n1,2,3\n", "data.csv: expected each column once, got 'a' 2 times"),
         (b"a,b\n1,2\n1,2,3\n", "data.csv: expected a CSV file with a header (Error tokenizing data"),
         (b'a,b\n1,"2\n', "data.csv: expected a CSV file with a header (Error tokenizing data"),
         (b"a,b\n1,caf\xe9\n", "data.csv: expected UTF-8 ("),

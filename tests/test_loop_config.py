@@ -77,6 +77,7 @@ def test_a_file_goes_over_the_preset_and_assignments_over_both(tmp_path):
         ("signal.kind=judge", r"expected judge\.model"),
         ("score.audit=1", r"score\.audit: audit of 1: expected at least 2"),
         ("score={method: exact, sample: 0.5}", "score: sample=0.5: method='exact' takes real steps"),
+        ("score={batch_tokens: 128, max_length: 512}", "score: batch_tokens=128: expected at least max_length=512"),
         ("score.reference_dtype=model", "score: reference_dtype='model': method='anchored' takes steps"),
         ("novalue", "expected key=value"),
         ("tune.=1", "expected key=value"),

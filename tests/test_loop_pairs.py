@@ -72,6 +72,16 @@ def test_no_pairs_says_why(tmp_path):
         pairs.run(PairSettings(), rows, make_signal([1.0, -1.0, 1.0]), tmp_path)
     with pytest.raises(DataError, match=r"margin 9.*lower pairs\.margin"):
         pairs.run(PairSettings(margin=9.0), make_generated(1), make_signal([1.0, -1.0, 0.5, -2.0]), tmp_path)
+    nothing = float("nan")
+    with pytest.raises(DataError, match=r"3 of 8 rows that have a value: no prompt has two .*raise score\.max_length"):
+        pairs.run(PairSettings(), make_generated(8, siblings=1), make_signal([1.0, 2.0, 3.0, *[nothing] * 5]), tmp_path)
+    with pytest.raises(DataError, match=r"0 of 4 rows"):
+        pairs.run(PairSettings(), make_generated(1), make_signal([nothing] * 4), tmp_path)
+    for rule in ("sign", "centred", "difference"):
+        with pytest.raises(DataError, match="all values are the same"):
+            pairs.run(PairSettings(rule=rule), make_generated(1), make_signal([0.5] * 4), tmp_path)
+    with pytest.raises(DataError, match=r"by rule 'difference' with margin 9 .*: lower pairs\.margin$"):
+        pairs.run(PairSettings(rule="difference", margin=9.0), make_generated(1), make_signal([1, 2, 3, 4]), tmp_path)
     with pytest.raises(ArgumentError, match="one value per row"):
         pairs.run(PairSettings(), rows, make_signal([1.0]), tmp_path)
 

@@ -304,6 +304,11 @@ def test_the_student_learns_the_responses_alone(student, final_file, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and tokenizer.chat_template
 
 
+def test_rows_without_a_token_to_learn_are_one_line(student, final_file, tmp_path):
+    with pytest.raises(DataError, match=r"none of \d+ rows has a token to learn .*: raise train\.max_length"):
+        train.run(TrainSettings(max_length=3), student, final_file, tmp_path, seed=1, progress=False)
+
+
 def test_a_killed_training_goes_on_to_the_same_bytes(student, final_file, tmp_path, monkeypatch):
     settings = TrainSettings(learning_rate=1e-3, batch_size=4, per_device_train_batch_size=2)
     train.run(settings, student, final_file, tmp_path / "whole", seed=0, progress=False)

@@ -78,7 +78,7 @@ def test_a_journal_of_another_run_is_refused_by_what_differs(warm, tmp_path):
     content = path.read_bytes()
     with pytest.raises(StateError, match="other options"):
         score(warm, path, pilot=2)
-    with pytest.raises(StateError, match="other batches, candidates"):
+    with pytest.raises(StateError, match="other batches, candidates, pilot;"):
         score(warm, path, rows=make_rows(9, seed=1))
     with pytest.raises(StateError, match="other model, optimizer state"):
         score((warm[0], warm_optimizer(warm[0])), path)

@@ -46,9 +46,9 @@ def run(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal: Signa
     if len(rows) != len(signal.values):
         raise ArgumentError(f"expected one value per row, got {len(signal.values)} for {len(rows)} rows")
     pairs = make_pairs(settings, rows, signal)
-    summary = summarise(settings, rows, signal, pairs)
     if not pairs:
-        raise DataError(_no_pairs(settings, summary))
+        raise DataError(_no_pairs(settings, rows, signal))
+    summary = summarise(settings, rows, signal, pairs)
     write_jsonl(out / PAIRS_FILE, pairs)
     write_json(out / SUMMARY_FILE, summary)
     return summary
@@ -142,21 +142,23 @@ def _signs(values: np.ndarray) -> dict[str, int]:
     return {"positive": int((finite > 0).sum()), "negative": int((finite < 0).sum()), "zero": int((finite == 0).sum())}
 
 
-def _no_pairs(settings: PairSettings, summary: Mapping[str, Any]) -> str:
-    signs = summary["sign_centred" if settings.rule == "centred" else "sign"]
-    counts = f"{summary['num_valued']} values in {summary['num_prompts']} prompts"
-    if signs["positive"] == signs["negative"] == 0:
-        return f"pairs: none from {counts}: all values are the same: use another signal, or another judge"
+def _no_pairs(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal: Signal) -> str:
+    """Why no pair came out, and what to change."""
+    values = signal.centred if settings.rule == "centred" else signal.values
+    finite = values[np.isfinite(values)]
+    counts = f"pairs: none from {len(finite)} of {len(rows)} rows that have a value"
+    if all(len(siblings) < 2 for siblings in _by_prompt(rows, values)):
+        missing = "raise score.max_length, or " if len(finite) < len(rows) else ""
+        return f"{counts}: no prompt has two candidates with a value: {missing}sample more per prompt, filter less"
+    if finite.min() == finite.max():
+        return f"{counts}: all values are the same: use another signal, or another judge"
+    signs = _signs(values)
     if settings.rule == "sign" and 0 in (signs["positive"], signs["negative"]):
         sign = "negative" if signs["negative"] else "positive"
-        return (
-            f"pairs: none from {counts}: no two signs, all are {sign} (a drift that all candidates share): "
-            "set pairs.rule=centred"
-        )
-    if summary["prompts_with_one_candidate"] == summary["num_prompts"]:
-        return f"pairs: none from {counts}: no prompt has two candidates left: sample more per prompt, filter less"
+        return f"{counts}: no two signs, all are {sign} (a drift that all candidates share): set pairs.rule=centred"
+    changes = ["lower pairs.margin"] if settings.margin else []
+    changes += ["set pairs.rule=difference"] if settings.rule != "difference" else []
     return (
-        f"pairs: none from {counts} by rule {settings.rule!r} with margin {settings.margin:g} "
-        f"({signs['positive']} positive, {signs['negative']} negative): lower pairs.margin, or set "
-        "pairs.rule=difference"
+        f"{counts} by rule {settings.rule!r} with margin {settings.margin:g} ({signs['positive']} positive, "
+        f"{signs['negative']} negative): {', or '.join(changes) or 'siblings have equal values or texts: sample more'}"
     )

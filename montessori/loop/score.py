@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from montessori import processes
 from montessori.data import Rows
+from montessori.errors import ArgumentError, ResourceError
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
 from montessori.loop.rows import student_rows
@@ -40,6 +41,8 @@ class ScoreSettings(ChatSection):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_method(self.method, self.sample, self.reference_dtype)
+        if self.max_length is not None and self.batch_tokens < self.max_length:
+            raise ArgumentError(f"batch_tokens={self.batch_tokens}: expected at least max_length={self.max_length}")
         return self
 
 
@@ -85,9 +88,12 @@ def run(
     rows = student_rows(data)
     estimator = open_estimator(settings, checkpoint, reference, max_grad_norm)
     journal = ScoreJournal(out / f"scores.journal.{processes.rank()}.jsonl")
-    scores = estimator.score(
-        rows, batch_tokens=settings.batch_tokens, progress=progress, journal=journal, distributed=True
-    )
+    try:
+        scores = estimator.score(
+            rows, batch_tokens=settings.batch_tokens, progress=progress, journal=journal, distributed=True
+        )
+    except ResourceError as error:
+        raise ResourceError(f"score, {data}: {error}") from error
     if processes.is_main():
         scores.save(out / SCORES_FILE)
         if settings.audit:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori.encoding import encode_rows
+from montessori.errors import DataError
 from montessori.loop.fit import FitSettings, check_float32, finish, finished, fit_examples
 from montessori.loop.rows import student_rows
 from montessori.loop.section import ChatSection
@@ -42,6 +43,9 @@ def run(
         truncation="right",
         **settings.chat,
     )
+    if not encoded.examples:
+        reasons = ", ".join(sorted(set(encoded.skipped.values())))
+        raise DataError(f"{data}: none of {len(rows)} rows has a token to learn ({reasons}): raise train.max_length")
     metrics = fit_examples(settings, model, tokenizer, encoded.examples, out, seed, progress)
     summary = {
         "num_examples": len(encoded.examples),
