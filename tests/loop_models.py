@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
-from support import CHATML, WORDS
+from support import CHATML, WORDS, make_text_rows
 
+from montessori.loop.config import Config
+from montessori.loop.files import write_jsonl
 from montessori.loop.prompts import CLOSE, OPEN
 
 ALPHABET = [f"{first}{second}" for first in "bdfgklmnprst" for second in "aeiou"]
@@ -37,3 +41,42 @@ def make_teacher(path, seed: int = 1):
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def make_settings(path: Path) -> dict:
+    """Plain settings of a run of seconds, with the models and rows that they name below `path`."""
+    seeds = [{"instruction": f"Seed task {word} about {word}ing {word}s"} for word in "abcdefgh"]
+    write_jsonl(path / "seeds.jsonl", seeds)
+    write_jsonl(path / "reference.jsonl", make_text_rows(9, seed=3))
+    sampling = {"presence_penalty": 0.0, "top_p": 1.0, "max_new_tokens": 60}
+    training = {"learning_rate": 1e-3, "batch_size": 4, "per_device_train_batch_size": 2}
+    return {
+        "seed": 1,
+        "teacher": str(make_teacher(path / "teacher", seed=1)),
+        "student": str(make_teacher(path / "student", seed=2)),
+        "data": {
+            "seeds": str(path / "seeds.jsonl"),
+            "reference": str(path / "reference.jsonl"),
+            "reference_rows": 5,
+        },
+        "engine": {"batch_size": 8, "device": "cpu"},
+        "generate": {
+            "style": "completion",
+            "seed_examples": 2,
+            "own_examples": 1,
+            "prompts_per_wave": 3,
+            "sampling": sampling,
+        },
+        "responses": {"sampling": {**sampling, "max_new_tokens": 12}},
+        "split": {"warmup": 8, "probe": 16, "final": 8},
+        "warmup": training,
+        "score": {"device": "cpu"},
+        "pairs": {"rule": "difference", "per_prompt": 2},
+        "tune": {**training, "batch_size": 2},
+        "train": training,
+        "evaluate": {"sample": 2, "resamples": 100},
+    }
+
+
+def make_config(settings: dict, **changes) -> Config:
+    return Config.read({**settings, **changes}, "test")

@@ -1,0 +1,116 @@
+"""What would fail late is found before the first stage, and before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from loop_models import make_config, make_settings
+
+from montessori.errors import ArgumentError, DataError, ModelError
+from montessori.loop import round as loop
+from montessori.loop.files import write_jsonl
+from montessori.loop.preflight import check_config
+from montessori.models import load_model
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return make_settings(tmp_path_factory.mktemp("material"))
+
+
+@pytest.mark.parametrize("key", ["student", "judge", "opponent"])
+def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_written(key, settings, tmp_path):
+    absent = str(tmp_path / "absent")
+    changes = {
+        "student": {"student": absent},
+        "judge": {"judge": {"model": absent}},
+        "opponent": {"evaluate": {"answers": {"count": 1, "opponent": absent}}},
+    }[key]
+    with pytest.raises(ModelError, match="absent: expected a checkpoint directory"):
+        loop.run(make_config(settings, **changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": {"device": "cuda:99"}}, "score.device=cuda:99: expected auto, cpu"),
+        ({"warmup": {"max_steps": 0}}, "warmup.max_steps=0: expected at least 1"),
+        ({"engine": {"device": "toaster"}}, "engine.device=toaster: expected auto, cpu"),
+        ({"score": {"backend": "abacus"}}, "score.backend: .*abacus"),
+        ({"train": {"chat_template": "nowhere.jinja"}}, "train.chat_template, .*student: .*nowhere.jinja"),
+        ({"responses": {"chat_template": "none"}}, "responses.chat_template, .*teacher: .*none.*expected a template"),
+    ],
+)
+def test_what_a_late_stage_cannot_use_is_named_before_the_first(changes, message, settings, tmp_path):
+    with pytest.raises(ArgumentError if "nowhere" not in message else DataError, match=message):
+        loop.run(make_config(settings, **changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_sizes_that_the_devices_cannot_share_are_named_before_the_first_stage(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    tune = {**settings["tune"], "batch_size": 6}
+    with pytest.raises(ArgumentError, match=r"tune\.batch_size=6: expected a multiple of 4, .*=2 on each of 2 devices"):
+        loop.run(make_config(settings, tune=tune), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_within_what_it_reads_is_refused(settings, tmp_path):
+    inside = tmp_path / "student" / "run"
+    shutil.copytree(settings["student"], inside.parent)
+    with pytest.raises(ArgumentError, match=r"--out .*outside of .*student, which student reads"):
+        loop.run(make_config(settings, student=str(inside.parent)), inside, progress=False)
+    assert not inside.exists()
+
+
+def test_evaluation_rows_that_do_not_fit_are_named_before_the_first_stage(settings, tmp_path):
+    reference = [json.loads(line) for line in Path(settings["data"]["reference"]).read_text().splitlines()]
+    reference[7]["instruction"] = "a colour " * 60
+    write_jsonl(tmp_path / "reference.jsonl", reference)
+    data = {**settings["data"], "reference": str(tmp_path / "reference.jsonl")}
+    short = {**settings["score"], "max_length": 100}
+    with pytest.raises(DataError, match=r"reference\.jsonl, line 8: no_label_tokens; every held-out row must count"):
+        loop.run(make_config(settings, data=data, score=short), tmp_path / "run", progress=False)
+    answers = {**settings["evaluate"], "answers": {"count": 3}}
+    engine = {**settings["engine"], "max_length": 100}
+    with pytest.raises(DataError, match=r"reference\.jsonl, line 8: the instruction leaves no room .* 100 tokens"):
+        loop.run(make_config(settings, data=data, evaluate=answers, engine=engine), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_without_a_chat_template_is_found_before_the_first_stage(settings, tmp_path):
+    shutil.copytree(settings["student"], tmp_path / "base")
+    _model, tokenizer = load_model(settings["student"])
+    tokenizer.chat_template = None
+    for file in (tmp_path / "base").glob("*.jinja"):
+        file.unlink()
+    tokenizer.save_pretrained(tmp_path / "base")
+    given = {"student": str(tmp_path / "base")}
+    with pytest.raises(DataError, match=r"warmup\.chat_template, .*base: the tokenizer has no chat template; set"):
+        loop.run(make_config(settings, **given), tmp_path / "run", progress=False)
+    for template in ("plain", "none"):
+        changes = {name: {**settings.get(name, {}), "chat_template": template} for name in ("warmup", "score", "train")}
+        check_config(make_config(settings, **given, **changes))
+
+
+def test_evaluation_rows_in_the_reference_are_refused(settings, tmp_path):
+    data = {**settings["data"], "evaluation": settings["data"]["reference"]}
+    with pytest.raises(DataError, match=r"5 of 9 evaluation rows are also in the reference"):
+        loop.run(make_config(settings, data=data), tmp_path / "run", progress=False)
+
+
+def test_seeds_in_the_evaluation_set_are_refused(settings, tmp_path):
+    data = {**settings["data"], "seeds": settings["data"]["reference"]}
+    with pytest.raises(DataError, match=r"9 of 9 seeds are also in the reference or evaluation set"):
+        loop.run(make_config(settings, data=data), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_without_rows_left_to_evaluate_on(settings, tmp_path):
+    data = {**settings["data"], "reference_rows": 9}
+    with pytest.raises(DataError, match=r"9 rows and data\.reference_rows=9 leave none"):
+        loop.run(make_config(settings, data=data), tmp_path, progress=False)
