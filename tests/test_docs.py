@@ -1,0 +1,54 @@
+"""The Python of the README and of docs/pipelines.md, as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import make_text_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def place(student, tmp_path, monkeypatch):
+    """The working directory that the texts assume."""
+    for seed, name in enumerate(("candidates", "reference")):
+        rows = make_text_rows(16 if name == "candidates" else 4, seed=seed)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(student, tmp_path / "runs/warm/checkpoint-12")
+    monkeypatch.chdir(tmp_path)
+
+
+def run_python_of(page: str) -> dict:
+    names: dict = {"__name__": page}
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    assert blocks
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    return names
+
+
+def test_the_python_of_the_readme(place):
+    assert run_python_of("README.md")["scores"].ok.all()
+
+
+def test_the_python_of_the_recipes(place):
+    names = run_python_of("docs/pipelines.md")
+    influence, centred = names["scores"].influence, names["scores"].centred
+    assert list(names["table"]["influence"]) == list(influence)
+    np.testing.assert_array_equal(names["order"], np.argsort(-influence))
+    assert len(names["helpful"]) == (centred > 0).sum()
+    # One anchor, of other rows than those of the whole call.
+    np.testing.assert_allclose(names["scored"]["influence"], influence, rtol=0.05, atol=0.05 * np.abs(influence).max())
+    assert names["agreement"].spearman > 0.9
+    assert names["first"].shape == names["second"].shape == (16,)
+    assert not Path("scores.journal.jsonl").exists()
+    before, after = names["callback"].history
+    assert np.isfinite(before).all() and not np.array_equal(before, after)
+    assert set(names["pairs"].column_names) == {"prompt", "chosen", "rejected"} and len(names["pairs"]) > 0
+    assert names["delta"].shape == (3, 1)
