@@ -49,6 +49,18 @@ _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
+def is_row(source: Mapping) -> bool:
+    """Whether a mapping is one row, rather than sets of rows by names that happen to be those of columns."""
+    has_columns = any(source.keys() >= {*columns} for columns in COLUMN_SETS)
+    return has_columns and not all(_begins_with_row(value) for value in source.values())
+
+
+def _begins_with_row(value: object) -> bool:
+    # Messages have a role and a content, or from and value.
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and is_row(first)
+
+
 def load_rows(
     source: str | os.PathLike | datasets.Dataset | pandas.DataFrame | pyarrow.Table | Iterable[Mapping],
     *,

@@ -17,7 +17,7 @@ from montessori.checkpoints import read_optimizer
 from montessori.collecting import collect
 from montessori.copies import check_copy, full_precision
 from montessori.coverage import proved_loss, proved_references, verified_plan
-from montessori.data import COLUMN_SETS, load_rows
+from montessori.data import is_row, load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
@@ -140,8 +140,7 @@ class InfluenceEstimator:
         self._optimizer, self._lr = optimizer, lr
         self.state = read_optimizer(optimizer, model, lr)
         self._watch = Watch(model, optimizer)
-        is_row = isinstance(reference, Mapping) and any(reference.keys() >= {*columns} for columns in COLUMN_SETS)
-        self._named = isinstance(reference, Mapping) and not is_row
+        self._named = isinstance(reference, Mapping) and not is_row(reference)
         named = reference if self._named else {"reference": reference}
         if not named:
             raise ArgumentError("reference={}: expected at least one named set of rows, got none")

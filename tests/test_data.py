@@ -11,7 +11,7 @@ import pytest
 import torch
 from data_support import LINES, ROWS, fault, written
 
-from montessori.data import Rows, column_set, load_rows, read_chat
+from montessori.data import Rows, column_set, is_row, load_rows, read_chat
 from montessori.errors import ArgumentError, DataError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -364,3 +364,19 @@ def test_a_text_counts_where_no_other_set_of_columns_has_a_value():
         assert column_set(row, where) == columns
         assert malformed(row).startswith(f"expected a text in column {columns[1]}")
     assert malformed({"text": "a"}) == "expected a conversation, got a text alone in column text"
+
+
+@pytest.mark.parametrize(
+    ("source", "one"),
+    [
+        ({"prompt": "a", "completion": "b"}, True),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, True),
+        ({"conversations": [{"from": "human", "value": "a"}]}, True),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, True),
+        ({"messages": [{"prompt": "a", "completion": "b"}]}, False),
+        ({"prompt": [{"messages": []}], "completion": [{"instruction": "a", "response": "b"}]}, False),
+        ({"train": [{"prompt": "a", "completion": "b"}]}, False),
+    ],
+)
+def test_sets_may_be_called_as_columns_are(source, one):
+    assert is_row(source) is one
