@@ -82,9 +82,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Pad examples on the right to the longest of them. The padding token is 0; nothing looks at it."""
     longest = max(example.num_tokens for example in examples)
     shape = (len(examples), longest)
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
+    input_ids = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    mask = torch.zeros_like(input_ids)
     for row, example in enumerate(examples):
         span = slice(0, example.num_tokens)
         input_ids[row, span], labels[row, span], mask[row, span] = example.input_ids, example.labels, 1
@@ -139,8 +139,8 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
     for index, row in enumerate(rows):
         where = f"{name} row {index}"
         try:
-            columns = {key: torch.as_tensor(row[key]) for key in ("input_ids", "labels")}
-            mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(columns["input_ids"])))
+            columns = {key: torch.as_tensor(row[key], device="cpu") for key in ("input_ids", "labels")}
+            mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(columns["input_ids"])), device="cpu")
         except KeyError as error:
             raise DataError(f"{where}: expected columns input_ids and labels, {error} is missing") from None
         except (TypeError, ValueError, RuntimeError) as error:
@@ -160,7 +160,7 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
         span = slice(int(kept[0]), int(kept[-1]) + 1)
         if kept.numel() != span.stop - span.start:
             raise DataError(f"{where}: attention_mask has a hole; expected padding at the ends only")
-        positions = torch.as_tensor(row["position_ids"]) if row.get("position_ids") is not None else None
+        positions = torch.as_tensor(row["position_ids"], device="cpu") if row.get("position_ids") is not None else None
         if positions is not None and (positions.shape != mask.shape or (positions[span].diff() != 1).any()):
             raise DataError(
                 f"{where}: expected position_ids that count up by 1, or none; packed texts are not kept apart, give "

@@ -14,8 +14,9 @@ Arguments are trusted here; `montessori.ops` has checked them. Dimensions as the
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # Elements of a block: large enough to hide the cost of calling six operations, small enough that the
 # block, its scratch and its optimizer state stay in the cache.
 BLOCK_ELEMENTS = 1 << 16
+_SUMMED = 8192  # rows
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -148,7 +150,7 @@ def linear_influence(
     rows: SparseRows | None,
 ) -> Tensor:
     """Eq. 5 block by block; see `montessori.ops.linear_influence`."""
-    dtype = _compute_dtype(x, dy, q, exp_avg, exp_avg_sq, param)
+    dtype = _compute_dtype(x, dy, q, exp_avg, exp_avg_sq, param, None if rows is None else rows.grad)
     x, dy = x.to(dtype), dy.to(dtype)
     num_examples, (num_out, num_in) = len(spans), param.shape
     scores = torch.zeros(num_examples, q.shape[0], dtype=torch.float64, device=x.device)
@@ -191,6 +193,34 @@ def adam_influence(
     return scores
 
 
+def row_changes(
+    rows: SparseRows,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    base: Sequence[tuple[Tensor, Tensor]] | None,
+    dense: Callable[..., Tensor],
+) -> Tensor:
+    """f(h + g) − f(h) of the touched rows by `dense`, an `adam_influence`; see `montessori.ops.row_changes`."""
+    given = [rows.grad, q] + [grad for _, grad in base or ()]
+    wide = _compute_dtype(*given)
+    scores = torch.zeros(rows.offsets.numel() - 1, q.shape[0], dtype=torch.float64, device=param.device)
+    for b, (low, high) in enumerate(itertools.pairwise(rows.offsets.tolist())):
+        ids, position = rows.ids[low:high].unique(return_inverse=True)
+        if not ids.numel():
+            continue
+        before = rows.grad.new_zeros(ids.numel(), param.shape[1], dtype=wide)
+        if base is not None:
+            before += base[b][1][torch.searchsorted(base[b][0], ids)]
+        after = before.index_add(0, position, rows.grad[low:high].to(wide))
+        state = [tensor[ids] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq, param)]
+        both = dense(torch.stack([after, before]), q[:, ids], *state, step)
+        scores[b] = both[0] - both[1]
+    return scores
+
+
 def example_sums(rows: Tensor, spans: Spans, times: Tensor | None, scale: Tensor | None) -> Tensor:
     """Sums of each example's rows; see `montessori.ops.example_sums`."""
     dtype = _compute_dtype(rows, times, scale)
@@ -201,7 +231,8 @@ def example_sums(rows: Tensor, spans: Spans, times: Tensor | None, scale: Tensor
             part = part * times[low:high]
         if scale is not None:
             part = part * scale[low:high].reshape(-1, *[1] * (part.dim() - 1))
-        torch.sum(part, dim=0, out=sums[example])
+        # Torch shares a longer sum over its threads.
+        sums[example] = sum((chunk.sum(0) for chunk in part.split(_SUMMED)[1:]), part[:_SUMMED].sum(0))
     return sums
 
 
@@ -216,12 +247,18 @@ def adam_step_(
     """param = source + Δ(grad); see `montessori.ops.adam_step_`."""
     if param is not source:
         param.copy_(source)
+    # Of one dtype they have the bits of torch's step; torch has none for several.
+    dtypes = {tensor.dtype for tensor in (param, grad, exp_avg, exp_avg_sq) if tensor is not None}
+    wide = param.dtype if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes, torch.float32)
+    stepped, grad = param.to(wide), grad.to(wide)
     if isinstance(step, SGDStep):
-        _sgd_step(param, grad, exp_avg, step)
+        _sgd_step(stepped, grad, None if exp_avg is None else exp_avg.to(wide), step)
     elif exp_avg is None or exp_avg_sq is None:
         raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
     else:
-        _adamw_step(param, grad, exp_avg, exp_avg_sq, step)
+        _adamw_step(stepped, grad, exp_avg.to(wide), exp_avg_sq.to(wide), step)
+    if stepped is not param:
+        param.copy_(stepped)
 
 
 def _adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
@@ -230,8 +267,8 @@ def _adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
             param.mul_(1 - step.lr * step.weight_decay)
         else:
             grad = grad.add(param, alpha=step.weight_decay)
-    exp_avg = exp_avg.to(grad.dtype).lerp(grad, 1 - step.beta1)
-    exp_avg_sq = exp_avg_sq.to(grad.dtype).mul(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
+    exp_avg = exp_avg.lerp(grad, 1 - step.beta1)
+    exp_avg_sq = exp_avg_sq.mul(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
     step_size = step.lr / (1 - step.beta1**step.step)
     denominator = (exp_avg_sq.sqrt() / (1 - step.beta2**step.step) ** 0.5).add_(step.eps)
     param.addcdiv_(exp_avg, denominator, value=-step_size)

@@ -96,10 +96,10 @@ class TileSample:
         generator = torch.Generator().manual_seed(seed)
         tiles = []
         for (low, high), size in zip(pairwise(edges), sizes, strict=True):
-            chosen = torch.randperm(high - low, generator=generator)[:size]
+            chosen = torch.randperm(high - low, generator=generator, device="cpu")[:size]
             tiles.append(order[low:high][chosen].sort().values)
-        population = torch.tensor(edges).diff()
-        return cls(tuple(q.shape), torch.cat(tiles), torch.tensor([0, *accumulate(sizes)]), population)
+        population = torch.tensor(edges, device="cpu").diff()
+        return cls(tuple(q.shape), torch.cat(tiles), torch.tensor([0, *accumulate(sizes)], device="cpu"), population)
 
 
 def _edges(shares: list[float], sizes: list[int]) -> list[int]:
@@ -232,7 +232,7 @@ def _folded(
 def _sorted_rows(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
     """Ids sorted within each example, so that a tile finds its rows by bisection."""
     counts = rows.offsets.diff()
-    example = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+    example = torch.repeat_interleave(torch.arange(counts.numel(), device="cpu"), counts)
     by_id = rows.ids.argsort(stable=True)
     order = by_id[example[by_id].argsort(stable=True)]
     return rows.ids[order], rows.grad[order].contiguous(), rows.offsets.contiguous()

@@ -222,7 +222,7 @@ def _encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> 
         all_ids = tokenizer(whole, verbose=False)["input_ids"]
         prompts = tokenizer([text.prompt or "" for text in group], verbose=False)["input_ids"]
         for text, ids, prompt in zip(group, all_ids, prompts, strict=True):
-            input_ids = torch.tensor(ids, dtype=torch.int64)
+            input_ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
             labels = input_ids.clone()
             # A token may span both, or end the prompt where a text ends: labels begin where the ids part.
             labels[: 0 if text.prompt is None else count_shared(prompt, ids)] = IGNORE_INDEX
@@ -277,16 +277,16 @@ def _marked_example(chat: Chat, template: Template) -> Example:
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
-    mask = torch.tensor(output["assistant_masks"], dtype=torch.bool)
+    mask = torch.tensor(output["assistant_masks"], dtype=torch.bool, device="cpu")
     if any(message["role"] == "assistant" for message in chat.messages[: chat.first_labelled]):
-        starts = torch.tensor([start for start, _ in output["offset_mapping"]])
+        starts = torch.tensor([start for start, _ in output["offset_mapping"]], device="cpu")
         mask &= starts >= _prompt_length(chat, template)
     if not mask.any():
         raise DataError(
             f"{chat.where}: the chat template marks no token with {{% generation %}}; put the content of "
             f"the assistant inside that block"
         )
-    input_ids = torch.tensor(output["input_ids"], dtype=torch.int64)
+    input_ids = torch.tensor(output["input_ids"], dtype=torch.int64, device="cpu")
     return Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
 
 
@@ -327,7 +327,8 @@ def _cut_example(chat: Chat, parts: _Tokens) -> Example:
         ids = _without(context, both, chat)
         input_ids += ids
         labels += ids if place % 2 else [IGNORE_INDEX] * len(ids)
-    return Example(torch.tensor(input_ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64), chat.index)
+    columns = [torch.tensor(column, dtype=torch.int64, device="cpu") for column in (input_ids, labels)]
+    return Example(columns[0], columns[1], chat.index)
 
 
 # Of every piece of a text, the ids of its context and those of the context with the piece.

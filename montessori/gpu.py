@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from montessori.ops import SparseRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SMALLEST = 2 * torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class StepMap:
     def of(cls, step: OptimizerStep, exp_avg: Tensor | None) -> StepMap:
         if isinstance(step, AdamWStep):
             decay, l2 = (step.weight_decay, 0.0) if step.decoupled else (0.0, step.weight_decay)
-            constants = (*step.folded, step.eps, decay, l2)
+            a1, a2, s1, s2 = step.folded
+            # Lanes beyond a tensor have v = 1, and a quotient of 0 / s1 there.
+            constants = (a1, a2, s1 or _SMALLEST, s2, step.eps, decay, l2)
             return cls(step.lr, constants, {"ADAM": True, "MOMENT": True, "DECAY": decay != 0, "L2": l2 != 0})
         on_grad, on_buffer = step.line(buffered=step.step > 1 and exp_avg is not None)
         decay = step.weight_decay * on_grad
@@ -96,6 +99,9 @@ def linear_influence(
     from montessori.kernels.triton.linear import linear_influence_launch
 
     common = torch.promote_types(x.dtype, dy.dtype)
+    if interpreting() and common is torch.bfloat16:
+        # The interpreter would multiply the bits.
+        common = torch.float32
     x, dy = x.to(common).contiguous(), dy.to(common).contiguous()
     tile = tile or tiles.choose_tile(x)
     tiles_o, tiles_i = -(-num_out // tile.block_o), -(-num_in // tile.block_i)

@@ -112,7 +112,9 @@ def own_precision(model: nn.Module) -> Iterator[None]:
         attributes["forward"] = attributes["_original_forward"]
     try:
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), eager:
+        # A default device of the owner's would also be that of offsets and sums, which belong on the host.
+        host = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+        with host, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), eager:
             yield
     finally:
         if aside:

@@ -116,6 +116,7 @@ def draw_tiles(q: Tensor, sample: float, seed: int) -> cpu.TileSample:
     similar ‖q‖, two drawn of each. Raises ArgumentError where the compiled kernels are missing."""
     if not 0 < sample <= 1:
         raise ArgumentError(f"sample={sample}: expected a share of the tiles, 0 < sample <= 1")
+    _device_of("q", q)
     if q.dim() != 3:
         raise ArgumentError(f"q: expected [K, O, I], got {list(q.shape)}")
     reason = cpu.unsupported(q)
@@ -175,7 +176,8 @@ def embedding_influence(
     if drift is None:
         drift = adam_influence(None, q, exp_avg, exp_avg_sq, param, step, impl=impl)[0]
     check_shape("drift", drift, (q.shape[0],), "[K]")
-    return drift.to(param.device) + row_changes(rows, q, exp_avg, exp_avg_sq, param, step, impl=impl)
+    changes = unchecked_row_changes(rows, q, exp_avg, exp_avg_sq, param, step, None, impl)
+    return drift.to(param.device) + changes
 
 
 @torch.no_grad()
@@ -194,24 +196,32 @@ def row_changes(
 
     h is 0 (Eq. 6), or per example `base[b]`: sorted ids int64 [U] and the gradient [U, I] that these rows
     have from elsewhere, as a tied head's; U covers every row the example touches. Returns float64 [B, K].
+    Raises ArgumentError when an argument does not fit.
     """
+    check_state(q, exp_avg, exp_avg_sq, param, step)
+    _matrix_shape(param)
+    _check_rows(rows, param, None)
+    if base is not None:
+        _check_base(base, rows, param)
+    return unchecked_row_changes(rows, q, exp_avg, exp_avg_sq, param, step, base, impl)
+
+
+@torch.no_grad()
+def unchecked_row_changes(
+    rows: SparseRows,
+    q: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    param: Tensor,
+    step: OptimizerStep,
+    base: Sequence[tuple[Tensor, Tensor]] | None,
+    impl: str,
+) -> Tensor:
+    """`row_changes` of what the package itself has made: checks would wait for the device, once an example."""
     chosen = _choose_dense(impl, step, rows.grad, q, exp_avg, exp_avg_sq, param)
     if chosen == "triton":
         return gpu.row_changes(rows, q, exp_avg, exp_avg_sq, param, step, base)
-    wide = torch.promote_types(torch.promote_types(rows.grad.dtype, q.dtype), torch.float32)
-    scores = torch.zeros(rows.offsets.numel() - 1, q.shape[0], dtype=torch.float64, device=param.device)
-    for b, (low, high) in enumerate(pairwise(rows.offsets.tolist())):
-        ids, position = rows.ids[low:high].unique(return_inverse=True)
-        if not ids.numel():
-            continue
-        before = rows.grad.new_zeros(ids.numel(), param.shape[1], dtype=wide)
-        if base is not None:
-            before += base[b][1][torch.searchsorted(base[b][0], ids)]
-        after = before.index_add(0, position, rows.grad[low:high].to(wide))
-        state = [tensor[ids] if tensor is not None else None for tensor in (exp_avg, exp_avg_sq, param)]
-        both = _DENSE[chosen](torch.stack([after, before]), q[:, ids], *state, step)
-        scores[b] = both[0] - both[1]
-    return scores
+    return blocked.row_changes(rows, q, exp_avg, exp_avg_sq, param, step, base, _DENSE[chosen])
 
 
 @torch.no_grad()
@@ -251,9 +261,11 @@ def adam_step_(
 ) -> None:
     """param = source + Δ(grad) in place (Eq. 1), of one shape; the optimizer's state is not advanced.
 
-    `param` may be `source`; the way back is a copy of it. The kernels go over memory once and round as they do in
-    scores; impl="reference" takes torch's own operations and has the bits of `optimizer.step()`.
+    `param` may be `source`, and shares no memory with anything else; the way back is a copy of it. The kernels go over
+    memory once and round as they do in scores; impl="reference" takes torch's own operations and has the bits of
+    `optimizer.step()`.
     """
+    _device_of("source", source)
     check_state(source[None], exp_avg, exp_avg_sq, source, step)
     check_tensors({"param": param, "grad": grad}, source.device)
     check_shape("param", param, tuple(source.shape), "source.shape")
@@ -266,6 +278,7 @@ def adam_step_(
         impl = "reference"
     chosen = _choose_dense(impl, step, param, grad, exp_avg, exp_avg_sq)
     _STEP[chosen](param, source, grad, exp_avg, exp_avg_sq, step)
+    _written(param, chosen)
 
 
 @torch.no_grad()
@@ -275,7 +288,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: st
     In place, row i becomes weights[i] · (softmax(logits[i]) − one-hot(targets[i])). targets int64 [n];
     logits and weights [n] are float32 or float64.
     """
-    check_tensors({"logits": logits, "weights": weights}, logits.device)
+    check_tensors({"logits": logits, "weights": weights}, _device_of("logits", logits))
     check_shape("logits", logits, (None, None), "[n, V]")
     check_shape("targets", targets, (logits.shape[0],), "[n]")
     check_shape("weights", weights, (logits.shape[0],), "[n]")
@@ -288,7 +301,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: st
     if impl == "cpu" and reason is not None:
         raise ArgumentError(f"impl='cpu': {reason}; pass impl='auto' or 'reference'")
     compiled = check_impl(impl) in ("auto", "cpu") and reason is None
-    return (cpu if compiled else blocked).cross_entropy_(logits, targets, weights.contiguous())
+    losses = (cpu if compiled else blocked).cross_entropy_(logits, targets.contiguous(), weights.contiguous())
+    _written(logits, "cpu" if compiled else "reference")
+    return losses
 
 
 @torch.no_grad()
@@ -306,7 +321,7 @@ def example_sums(
     rows [N, *shape] are the gradients by row; with `times` (of the same shape) and `scale` [N] their products, as a
     norm's dY · x · (1/σ). offsets and starts as in `linear_influence`.
     """
-    check_tensors({"rows": rows, "times": times, "scale": scale}, rows.device)
+    check_tensors({"rows": rows, "times": times, "scale": scale}, _device_of("rows", rows))
     if rows.dim() == 0:
         raise ArgumentError("rows: expected [N, *shape], got a single number")
     if times is not None:
@@ -320,6 +335,31 @@ def example_sums(
         raise ArgumentError(f"impl={impl!r}: {reason}; pass impl='auto' or 'reference'")
     fused = by_name or (impl == "auto" and reason is None and rows.is_cuda)
     return (gpu if fused else blocked).example_sums(rows, spans, times, scale)
+
+
+def _written(tensor: Tensor, impl: str) -> None:
+    """Autograd, and whoever watches a tensor, learn that a kernel has written it; torch's own operations say so."""
+    if impl != "reference" and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _device_of(name: str, tensor: Tensor) -> torch.device:
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    return tensor.device
+
+
+def _check_base(base: Sequence[tuple[Tensor, Tensor]], rows: SparseRows, param: Tensor) -> None:
+    bounds = rows.offsets.tolist()
+    if len(base) != len(bounds) - 1:
+        raise ArgumentError(f"base: expected ids and gradients for each of {len(bounds) - 1} examples, got {len(base)}")
+    for example, ((ids, grad), (low, high)) in enumerate(zip(base, pairwise(bounds), strict=True)):
+        name = f"base[{example}]"
+        check_ids(ids, param.shape[0], param.device, f"{name} ids")
+        check_tensors({f"{name} gradient": grad}, param.device)
+        check_shape(f"{name} gradient", grad, (ids.shape[0], param.shape[1]), "[U, I]")
+        if bool((ids.diff() <= 0).any()) or not bool(torch.isin(rows.ids[low:high], ids).all()):
+            raise ArgumentError(f"{name} ids: expected sorted ids, each once, of all rows that the example touches")
 
 
 def _choose_dense(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:

@@ -67,7 +67,7 @@ class InfluenceSink:
             self.scores += self.drift[name] if self.sample < 1 else 0.0
             if use.rows is not None:
                 base = [(rows.ids, rows.grad) for rows in use.parts]
-                self.scores += ops.row_changes(use.rows, *rest, base=base, impl=self.impl)
+                self.scores += ops.unchecked_row_changes(use.rows, *rest, base, self.impl)
 
     def part(self, name: str, first: int, use: LinearUse, rows: slice) -> None:
         examples = slice(first, first + use.offsets.numel() - 1)

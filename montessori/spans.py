@@ -25,14 +25,14 @@ def spans_of(offsets: Tensor, starts: Tensor | None = None) -> Spans:
 def packed_layout(spans: Spans, num_rows: int) -> tuple[Tensor, Tensor | None]:
     """Offsets int64 [B+1] of the examples' rows once packed, and which of the `num_rows` rows they are, int64 [T];
     None where they are all of them in order."""
-    ends = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+    ends = torch.tensor(spans, dtype=torch.int64, device="cpu").reshape(-1, 2)
     counts = ends[:, 1] - ends[:, 0]
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     shift = ends[:, 0] - offsets[:-1]
     total = int(offsets[-1])
     if total == num_rows and not bool(shift[counts > 0].any()):
         return offsets, None
-    return offsets, torch.arange(total) + shift.repeat_interleave(counts)
+    return offsets, torch.arange(total, device="cpu") + shift.repeat_interleave(counts)
 
 
 @lru_cache(maxsize=64)

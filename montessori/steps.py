@@ -77,8 +77,11 @@ class SGDStep:
     def __post_init__(self) -> None:
         _require(math.isfinite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "0 <= momentum < 1")
+        _require(math.isfinite(self.dampening), "dampening", self.dampening, "a finite number")
         _require(math.isfinite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
         _require(isinstance(self.step, int) and self.step >= 1, "step", self.step, "a 1-based integer")
+        damped = not self.momentum or self.dampening
+        _require(not (self.nesterov and damped), "nesterov", self.nesterov, "momentum without dampening, as torch does")
 
     def line(self, buffered: bool) -> tuple[float, float]:
         """(a, b) with Δ(g) = −lr · (a (g + λθ) + b · buffer); `buffered` where there is a momentum buffer.

@@ -39,7 +39,7 @@ class Sums {
 template <Step step, bool kFast>
 inline Vector update(Vector g, const float* m, const float* v, const TileJob& job) {
   if constexpr (step == Step::kSgd) return job.a2 * g;
-  return quotient<kFast>(load(m) + job.a2 * g, load(v) + job.s2 * (g * g), job.eps);
+  return quotient<kFast>(load(m) + job.a2 * g, load(v) + (job.s2 * g) * g, job.eps);
 }
 
 // How a cell of x and of dy enter a product.

@@ -224,6 +224,7 @@ class Stratum {
   }
 
   void finish(int64_t drawn, int64_t population, double* scores, double* variance) const {
+    if (drawn == 0) return;
     const double n = static_cast<double>(drawn), all = static_cast<double>(population);
     for (size_t i = 0; i < sum_.size(); ++i) {
       scores[i] += sum_[i] * (all / n);
