@@ -161,10 +161,12 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
         if kept.numel() != span.stop - span.start:
             raise DataError(f"{where}: attention_mask has a hole; expected padding at the ends only")
         positions = torch.as_tensor(row["position_ids"], device="cpu") if row.get("position_ids") is not None else None
-        if positions is not None and (positions.shape != mask.shape or (positions[span].diff() != 1).any()):
+        counted = torch.arange(span.stop - span.start, device="cpu")
+        fits = positions is None or (positions.shape == mask.shape and torch.equal(positions[span].long(), counted))
+        if not fits:
             raise DataError(
-                f"{where}: expected position_ids that count up by 1, or none; packed texts are not kept apart, give "
-                "each a row of its own"
+                f"{where}: expected position_ids that count up by 1 from 0, or none; packed texts are not kept apart, "
+                "give each a row of its own"
             )
         yield Example(input_ids[span].to(torch.int64).cpu(), labels[span].to(torch.int64).cpu(), index)
 

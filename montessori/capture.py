@@ -9,7 +9,7 @@ linear layers compute the same products through the faster library (`montessori.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -359,13 +359,34 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_aside(parameters: Any) -> Iterator[None]:
-    """Parameters without `.grad` inside, with the user's `.grad` again outside."""
+def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Parameters without `.grad` inside, with the user's `.grad` again outside. What the user has hung on gradients
+    that are ready, such as a step of the optimizer, waits."""
+    parameters = list(parameters)
     kept = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, _ in kept:
-        parameter.grad = None
     try:
-        yield
+        for parameter in parameters:
+            parameter.grad = None
+        with _hooks_aside(parameters, "_post_accumulate_grad_hooks"):
+            yield
     finally:
         for parameter, grad in kept:
             parameter.grad = grad
+
+
+def unchanged_gradients(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Inside, gradients of parameters are those of the loss, whatever hooks of the user make of them."""
+    return _hooks_aside(list(parameters), "_backward_hooks")
+
+
+@contextmanager
+def _hooks_aside(parameters: Sequence[Tensor], table: str) -> Iterator[None]:
+    found = [hooks for parameter in parameters if (hooks := getattr(parameter, table, None))]
+    kept = [dict(hooks) for hooks in found]
+    try:
+        for hooks in found:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in zip(found, kept, strict=True):
+            hooks.update(before)

@@ -8,7 +8,8 @@ and captured in another way (`Plan.leave`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
 from montessori.capture import Capture, evaluation_mode, example_losses
-from montessori.errors import FallbackWarning, ModelError, UntrainedLossError
-from montessori.head import ChunkedLoss, HeadError, chunkable_head
+from montessori.errors import FallbackWarning, ModelError, MontessoriError, UntrainedLossError
+from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
 from montessori.losses import LossFunction, response_loss
 from montessori.oracle import example_gradients
-from montessori.referenceset import ReferenceSets
+from montessori.referenceset import PROOF_TOKENS, ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import LOCAL, ModuleRule, Plan, make_plan
 from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
+from montessori.wording import one_line
 
 # Rounding allowed between two ways to sum the same products, relative to the gradient's norm.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -31,10 +33,10 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # A gradient that is zero in exact arithmetic is rounding noise; measure it against the global norm.
 NOISE_SHARE = 1e-3
-# Tokens of the first example and of the others: enough to see every kind of mistake, few enough to cost little.
-PROOF_TOKENS = (128, 96)
-# Of each example whose loss is taken in company and alone: any length shows it.
+# Of the shortest examples, whose losses are taken in company and alone.
 LOSS_TOKENS = 32
+# For candidates, whose weights may be narrow: what is found wrong by mistake costs them their batches.
+LONG_SLACK = 3
 # The chunked head rounds less than torch's float32 softmax over a large vocabulary does, whose error reaches 1e-3 of
 # a norm's gradient; the rest of the model is proved without it.
 HEAD_SLACK = 10
@@ -92,8 +94,28 @@ class _CompareSink:
             self.wrong.add(name)
 
 
+def _widest(tolerances: Mapping[torch.dtype, float], model: nn.Module) -> float:
+    """That of the narrowest weights: float32 adapters on a narrow model get gradients through its rounding."""
+    return max(tolerances.get(parameter.dtype, 0.0) for parameter in model.parameters())
+
+
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+@contextmanager
+def failures_named() -> Iterator[None]:
+    """Raises ModelError where the passes of a proof cannot be made or captured at all."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, MontessoriError | torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            "a forward and backward pass in the weights' own dtypes cannot be made or captured "
+            f"({type(error).__name__}: {one_line(error)}); a loss function calls the model once for all rows of a "
+            "batch; method='exact' needs less"
+        ) from error
 
 
 def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
@@ -106,8 +128,7 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     parameters = plan.trainable
     examples = _of_two_lengths([_window(example, PROOF_TOKENS[i > 0]) for i, example in enumerate(examples)])
     proved: set[str] = set()
-    # Float32 adapters on a narrow model get gradients through its rounding.
-    tolerance = max(TOLERANCE.get(parameter.dtype, 0.0) for parameter in model.parameters())
+    tolerance = _widest(TOLERANCE, model)
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
         scale = sum(_norm(grad) ** 2 for grad in expected.values() if grad is not None) ** 0.5
@@ -139,7 +160,12 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
     They do where the model looks at later tokens, and so at padding, or where rows of a batch meet: in a layer of the
     model or in a loss function of the user.
     """
-    if references.batch_tokens is None or _rows_stand_alone(model, references.shortest(), loss):
+    examples = sorted((one for group in references.sets.values() for one in group), key=lambda one: one.num_tokens)
+    some = examples[-1], examples[len(examples) // 2], examples[0]
+    if references.batch_tokens is None or (
+        _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS)
+        and _rows_stand_alone(model, some, loss, examples[-1].num_tokens)
+    ):
         return references
     warnings.warn(
         "the loss of a reference row depends on what shares its batch (a model that is not causal, or a loss function "
@@ -150,16 +176,39 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
     return replace(references, batch_tokens=None)
 
 
+def apart(
+    model: nn.Module, batches: list[Sequence[Example]], loss: LossFunction, proved: int
+) -> tuple[list[Sequence[Example]], int]:
+    """`batches`, longest first, or each example by itself, with a FallbackWarning, where long ones change each other's
+    loss; and the number of tokens up to which they are known not to, `proved` before."""
+    longest = batches[0] if batches else []
+    if len(longest) < 2 or longest[0].num_tokens <= proved:
+        return batches, proved
+    most = longest[0].num_tokens
+    some = [longest[0], longest[len(longest) // 2], longest[-1]]
+    if _rows_stand_alone(model, some, loss, most, LONG_SLACK):
+        return batches, most
+    warnings.warn(
+        f"the losses of candidates of {most} tokens depend on what shares their batch: candidates are scored one at a "
+        "time, which is slower",
+        FallbackWarning,
+        stacklevel=4,
+    )
+    return [[example] for batch in batches for example in batch], proved
+
+
 @torch.no_grad()
-def _rows_stand_alone(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> bool:
-    """Whether `loss` of windows of `examples` is the same in one batch as of each alone."""
-    windows = _of_two_lengths([_window(example, LOSS_TOKENS) for example in examples])
+def _rows_stand_alone(
+    model: nn.Module, examples: Sequence[Example], loss: LossFunction, most: int, slack: float = 1.0
+) -> bool:
+    """Whether `loss` of windows of `examples`, `most` tokens of each, is the same in one batch as of each alone."""
+    windows = _of_two_lengths([_window(example, most) for example in examples])
     device = next(model.parameters()).device
     with evaluation_mode(model):
         together = example_losses(model, collate(windows).to(device), loss).double()
         alone = torch.cat([example_losses(model, collate([one]).to(device), loss).double() for one in windows])
     # Losses of less than a nat are still differences of logits.
-    allowed = LOSS_TOLERANCE[next(model.parameters()).dtype] * alone.abs().clamp(min=1)
+    allowed = slack * _widest(LOSS_TOLERANCE, model) * alone.abs().clamp(min=1)
     # What is not finite is reported by its row, when the reference is evaluated.
     return bool((((together - alone).abs() <= allowed) | ~alone.isfinite()).all())
 
@@ -173,12 +222,15 @@ def proved_loss(model: nn.Module, examples: Sequence[Example], loss: LossFunctio
 
 
 def _proved_head(model: nn.Module, rules: dict[nn.Module, ModuleRule], examples: Sequence[Example]) -> nn.Linear | None:
-    """The vocabulary head if its loss by chunks is the model's own: no scale, no cap, nothing in between."""
+    """The vocabulary head if its loss by chunks is the model's own."""
     head = chunkable_head(model, rules)
     if head is None:
         return None
-    batch = collate(examples).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    batch, short = collate(examples).to(device), collate([_window(examples[0], LOSS_TOKENS)]).to(device)
     with torch.no_grad(), evaluation_mode(model):
+        if not returns_logits(model, head, short):
+            return None
         want = response_loss(model, batch)
         try:
             got = ChunkedLoss(head)(model, batch)

@@ -16,7 +16,7 @@ from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.checkpoints import read_optimizer
 from montessori.collecting import collect
 from montessori.copies import check_copy, full_precision
-from montessori.coverage import proved_loss, proved_references, verified_plan
+from montessori.coverage import apart, failures_named, proved_loss, proved_references, verified_plan
 from montessori.data import is_row, load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
@@ -154,7 +154,7 @@ class InfluenceEstimator:
         apart = floating_dtype(model) is torch.float64 or (self._steady is not None and longest > self._steady)
         self.references = ReferenceSets(sets, reference_weighting, None if apart else reference_batch_tokens)
         self._plan: Plan | None = None
-        self._rows_proved = False
+        self._rows_proved, self._proved_tokens = False, 0
         self._expansions: dict[str, Expansion] = {}
 
     @property
@@ -274,6 +274,8 @@ class InfluenceEstimator:
         summary = next((record for record in done if "drift" in record), None)
         if pending or summary is None:
             prepared = self._prepare(method, pilot)
+            if method != "exact":
+                pending, self._proved_tokens = apart(self.model, pending, self._loss, self._proved_tokens)
             summary = summary or _summary(prepared)
             if journal is not None and summary not in done:
                 journal.append(summary)
@@ -284,8 +286,10 @@ class InfluenceEstimator:
         narrow = self.options.reference_dtype == "model" and method != "exact"
         full = self.model if narrow else full_precision(self.model)
         if not self._rows_proved:
-            if full is not self.model:
-                check_copy(self.model, full, self.references.shortest()[0], self._reference_loss)
+            for function in dict.fromkeys((self._reference_loss, self._loss)):
+                if full is not self.model:
+                    check_copy(self.model, full, self.references.shortest()[0], function)
+                self.references.prove_packing(full, function)
             self.references = proved_references(full, self.references, self._reference_loss)
             self._rows_proved = True
         if method == "exact":
@@ -353,8 +357,10 @@ class InfluenceEstimator:
 
     def _verified_plan(self) -> Plan:
         if self._plan is None:
-            self.references.check_shortest(self.model, self._reference_loss)
-            self._plan = verified_plan(self.model, self.references.shortest(), self._loss)
+            with failures_named():
+                self.references.prove_packing(self.model, self._loss)
+                self.references.check_shortest(self.model, self._reference_loss)
+                self._plan = verified_plan(self.model, self.references.telling(), self._loss)
         return self._plan
 
     def _chunked_loss(self, full: nn.Module) -> LossFunction:

@@ -67,6 +67,25 @@ def hidden_states(model: nn.Module, head: nn.Linear, batch: Batch) -> Tensor:
     return caught[0]
 
 
+@torch.no_grad()
+def returns_logits(model: nn.Module, head: nn.Linear, batch: Batch) -> bool:
+    """Whether the model returns what its head computes, value by value: no scale, no cap, nothing in between.
+
+    Told by numbers put in the place of the head's, since a cap of 30 does not show in logits of 1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (*batch.labels.shape, head.out_features)
+    probe = (torch.randn(shape, generator=generator) * 100).to(head.weight)
+
+    def replace(_hidden: Tensor) -> Tensor:
+        # A cap may be taken in place.
+        return probe.clone()
+
+    with forward_replaced(head, replace):
+        logits = getattr(model(**model_inputs(model, batch)), "logits", None)
+    return isinstance(logits, Tensor) and logits.shape == shape and torch.equal(logits.double(), probe.double())
+
+
 @dataclass
 class ChunkedHead:
     """Losses of a batch from hidden states; hands the head's gradient on part by part.

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from montessori.batching import IGNORE_INDEX, Batch
 from montessori.errors import ModelError
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
+# Heads of models that compute something by position with the logits.
+_ON_ALL_POSITIONS: WeakSet[nn.Module] = WeakSet()
 
 
 def label_rows(batch: Batch) -> Tensor:
@@ -37,6 +40,28 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     rows = label_rows(batch)
     with _head_on(model, rows, batch.labels.shape):
         output = model(**model_inputs(model, batch))
+    return _response_loss(model, batch, rows, output)
+
+
+def prove_packing(model: nn.Module, batch: Batch) -> None:
+    """From now on the head of this model runs on all positions, if what follows it tells which were left out."""
+    head = _head(model)
+    if head is None or head in _ON_ALL_POSITIONS:
+        return
+    with torch.no_grad():
+        want = _response_loss(model, batch, label_rows(batch), model(**model_inputs(model, batch)))
+        try:
+            got = response_loss(model, batch)
+        except (RuntimeError, ValueError, IndexError):
+            got = torch.full_like(want, torch.nan)
+    # The products of fewer rows may be summed in another order.
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    allowed = 64 * eps * want.abs().clamp(min=1)
+    if bool(((got - want).abs() > allowed).any() | (got.isnan() & ~want.isnan()).any()):
+        _ON_ALL_POSITIONS.add(head)
+
+
+def _response_loss(model: nn.Module, batch: Batch, rows: Tensor, output: object) -> Tensor:
     logits = getattr(output, "logits", None)
     if logits is None:
         raise ModelError(
@@ -83,11 +108,15 @@ def _forward_arguments(forward: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
+def _head(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
 @contextmanager
 def _head_on(model: nn.Module, rows: Tensor, shape: torch.Size) -> Iterator[None]:
     """While active, the output embedding sees hidden states [1, n, H] of `rows` only."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
+    head = _head(model)
+    if head is None or head in _ON_ALL_POSITIONS:
         yield
         return
 

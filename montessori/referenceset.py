@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batches
-from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.capture import evaluation_mode, example_losses, gradients_aside, unchanged_gradients
 from montessori.errors import ArgumentError, ModelError
 from montessori.head import ChunkedLoss
-from montessori.losses import LossFunction
+from montessori.losses import LossFunction, prove_packing, response_loss
 
+# Tokens of the first example of a proof and of the others: enough to see every kind of mistake, and cheap.
+PROOF_TOKENS = (128, 96)
 WEIGHTINGS = ("example_mean", "token_mean")
 
 
@@ -53,6 +55,23 @@ class ReferenceSets:
         by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
         longer = [example for example in by_length[1:] if example.num_tokens > by_length[0].num_tokens][:1]
         return by_length[:1] + (longer or by_length[1:2])
+
+    def telling(self) -> list[Example]:
+        """One or two examples for a proof on windows: as long as these, where there are such, and of two lengths."""
+        examples = [example for group in self.sets.values() for example in group]
+        by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
+        first = next((one for one in by_length if one.num_tokens >= PROOF_TOKENS[0]), by_length[-1])
+        others = [one for one in by_length if one.num_tokens != first.num_tokens] or by_length[1:2]
+        second = [one for one in others if one.num_tokens >= PROOF_TOKENS[1]][:1] or others[-1:]
+        return [first, *second]
+
+    def prove_packing(self, model: nn.Module, loss: LossFunction) -> None:
+        """See `montessori.losses.prove_packing`."""
+        if loss is response_loss:
+            # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
+            examples = self.shortest()
+            with evaluation_mode(model):
+                prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
 
     @torch.no_grad()
     def check_shortest(self, model: nn.Module, loss: LossFunction) -> None:
@@ -93,7 +112,11 @@ class ReferenceSets:
         }
         totals = torch.zeros(len(self.sets), dtype=torch.float64)
         for position, set_name in enumerate(self.sets):
-            with evaluation_mode(model), gradients_aside(parameters.values()):
+            with (
+                evaluation_mode(model),
+                gradients_aside(parameters.values()),
+                unchanged_gradients(parameters.values()),
+            ):
                 for name, parameter in parameters.items():
                     # Backward accumulates straight into q: no second copy of the gradient.
                     parameter.grad = q[name][position]

@@ -140,6 +140,7 @@ def test_a_journal_of_another_loss_is_refused(tmp_path):
         ({"labels": [-100.0, 4.7, 5.0, 6.0]}, "expected integer labels, got torch.float32"),
         ({"labels": [True, False, True, True]}, "expected integer labels, got torch.bool"),
         ({"position_ids": [0, 1, 0, 1]}, "packed texts are not kept apart"),
+        ({"position_ids": [20, 21, 22, 23]}, "count up by 1 from 0"),
     ],
 )
 def test_ids_and_labels_that_would_mean_something_else_name_their_row(changes, message):
