@@ -181,7 +181,7 @@ class Watch:
 
 def _fixed_parts(model: nn.Module) -> tuple[Any, ...]:
     """What a proof of the capture rests on: the parameters, which of them are trained, and what modules keep beside
-    their tensors, such as an epsilon, the scale of an adapter, which adapters are merged."""
+    their tensors, such as an epsilon, the scale of an adapter, which adapters are merged, a cap in the config."""
     parameters = tuple((name, id(entry), entry.requires_grad) for name, entry in model.named_parameters())
     numbers = tuple(
         (name, key, repr(value))
@@ -189,7 +189,8 @@ def _fixed_parts(model: nn.Module) -> tuple[Any, ...]:
         for key, value in vars(module).items()
         if key != "training" and _is_number(value)
     )
-    return parameters, numbers
+    settings = getattr(getattr(model, "config", None), "to_dict", dict)
+    return parameters, numbers, repr(settings())
 
 
 def _is_number(value: Any) -> bool:

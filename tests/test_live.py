@@ -215,6 +215,15 @@ def test_writes_past_torch_are_noticed(change, dtype):
     np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)
 
 
+def test_a_number_of_the_config_is_noticed():
+    model = make_model("gemma2", torch.float32)
+    found, candidates = estimator(model, warm_optimizer(model), method="first_order"), make_rows(5, seed=1)
+    before = found.score(candidates)
+    model.config.final_logit_softcapping = 0.5
+    after = found.score(candidates)
+    assert after.reference_loss != before.reference_loss and not np.array_equal(after.influence, before.influence)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_number_of_a_module_is_noticed(dtype):
     model = make_model("llama_tied", dtype)
