@@ -177,8 +177,8 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
 
 
 def apart(
-    model: nn.Module, batches: list[Sequence[Example]], loss: LossFunction, proved: int
-) -> tuple[list[Sequence[Example]], int]:
+    model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction, proved: int
+) -> tuple[Sequence[Sequence[Example]], int]:
     """`batches`, longest first, or each example by itself, with a FallbackWarning, where long ones change each other's
     loss; and the number of tokens up to which they are known not to, `proved` before."""
     longest = batches[0] if batches else []

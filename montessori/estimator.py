@@ -269,17 +269,22 @@ class InfluenceEstimator:
         """Records of all batches, scored now unless they stand in the `journal`, and the summary."""
         done = [] if journal is None else journal.records
         finished = {index for record in done for index in record.get("index", [])}
-        pending = [batch for batch in batches if batch[0].index not in finished]
+
+        def left() -> list[list[Example]]:
+            rest = ([example for example in batch if example.index not in finished] for batch in batches)
+            return [batch for batch in rest if batch]
+
         records = [record for record in done if "index" in record]
         summary = next((record for record in done if "drift" in record), None)
-        if pending or summary is None:
+        if left() or summary is None:
             prepared = self._prepare(method, pilot)
             if method != "exact":
-                pending, self._proved_tokens = apart(self.model, pending, self._loss, self._proved_tokens)
+                # Of all batches: what is left would come to the same only by chance.
+                batches, self._proved_tokens = apart(self.model, batches, self._loss, self._proved_tokens)
             summary = summary or _summary(prepared)
             if journal is not None and summary not in done:
                 journal.append(summary)
-            records += score_batches(prepared.scorer, pending, journal, progress)
+            records += score_batches(prepared.scorer, left(), journal, progress)
         return records, summary
 
     def _prepare(self, method: str, pilot: Sequence[Example]) -> _Prepared:

@@ -9,7 +9,7 @@ import transformers
 from support import make_model, make_rows, slow_influence, warm_optimizer
 from torch import nn
 
-from montessori import InfluenceEstimator
+from montessori import InfluenceEstimator, ScoreJournal
 from montessori.batching import collate, examples_from_tokens
 from montessori.errors import FallbackWarning, ModelError, StateError
 from montessori.head import returns_logits
@@ -167,6 +167,25 @@ def test_long_candidates_that_change_each_other_are_scored_alone():
     with pytest.warns(FallbackWarning, match="depend on what shares their batch"):
         got = found.score(rows).influence
     np.testing.assert_allclose(got, alone, rtol=1e-9)
+
+
+def test_candidates_scored_alone_go_on_after_a_kill_to_the_same_bytes(tmp_path):
+    model = doge()
+    optimizer = warm_optimizer(model)
+    rows, path = rows_of(90, 85, 40, 30), tmp_path / "journal.jsonl"
+
+    def score(journal=None):
+        found = InfluenceEstimator(model, optimizer, make_rows(3, seed=2), method="first_order")
+        with pytest.warns(FallbackWarning, match="depend on what shares their batch"):
+            return found.score(rows, journal=journal)
+
+    want = score().influence
+    score(ScoreJournal(path))
+    whole = path.read_bytes().splitlines(keepends=True)
+    for kept in range(2, len(whole)):
+        path.write_bytes(b"".join(whole[:kept]))
+        np.testing.assert_array_equal(score(ScoreJournal(path)).influence, want)
+        assert path.read_bytes() == b"".join(whole)
 
 
 def test_long_references_that_change_each_other_are_taken_alone():
