@@ -19,7 +19,7 @@ from montessori.batching import IGNORE_INDEX, Example, collate
 from montessori.capture import Capture, evaluation_mode, example_losses
 from montessori.errors import FallbackWarning, ModelError, MontessoriError, UntrainedLossError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
-from montessori.losses import LossFunction, response_loss
+from montessori.losses import LossFunction, prove_packing, response_loss
 from montessori.oracle import example_gradients
 from montessori.referenceset import PROOF_TOKENS, ReferenceSets
 from montessori.rowmap import UnmappableRowsError
@@ -35,6 +35,8 @@ LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2
 NOISE_SHARE = 1e-3
 # Of the shortest examples, whose losses are taken in company and alone.
 LOSS_TOKENS = 32
+# Of long ones: beyond them rows that share a batch are not told apart from rows alone.
+LONG_TOKENS = 256
 # For candidates, whose weights may be narrow: what is found wrong by mistake costs them their batches.
 LONG_SLACK = 3
 # The chunked head rounds less than torch's float32 softmax over a large vocabulary does, whose error reaches 1e-3 of
@@ -154,6 +156,15 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     return plan
 
 
+def prove_head(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> None:
+    """`montessori.losses.prove_packing` on windows of two examples."""
+    if loss is response_loss:
+        examples = [_window(example, LOSS_TOKENS) for example in references.shortest()]
+        # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
+        with evaluation_mode(model):
+            prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
+
+
 def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> ReferenceSets:
     """`references`, one row at a time where rows that share a batch change each other's loss, with a FallbackWarning.
 
@@ -164,7 +175,7 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
     some = examples[-1], examples[len(examples) // 2], examples[0]
     if references.batch_tokens is None or (
         _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS)
-        and _rows_stand_alone(model, some, loss, examples[-1].num_tokens)
+        and _rows_stand_alone(model, some, loss, LONG_TOKENS)
     ):
         return references
     warnings.warn(
@@ -182,15 +193,15 @@ def apart(
     """`batches`, longest first, or each example by itself, with a FallbackWarning, where long ones change each other's
     loss; and the number of tokens up to which they are known not to, `proved` before."""
     longest = batches[0] if batches else []
-    if len(longest) < 2 or longest[0].num_tokens <= proved:
+    most = min(longest[0].num_tokens, LONG_TOKENS) if longest else 0
+    if len(longest) < 2 or most <= proved:
         return batches, proved
-    most = longest[0].num_tokens
     some = [longest[0], longest[len(longest) // 2], longest[-1]]
     if _rows_stand_alone(model, some, loss, most, LONG_SLACK):
         return batches, most
     warnings.warn(
-        f"the losses of candidates of {most} tokens depend on what shares their batch: candidates are scored one at a "
-        "time, which is slower",
+        f"the losses of candidates of {longest[0].num_tokens} tokens depend on what shares their batch: candidates are "
+        "scored one at a time, which is slower",
         FallbackWarning,
         stacklevel=4,
     )

@@ -16,7 +16,7 @@ from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.checkpoints import read_optimizer
 from montessori.collecting import collect
 from montessori.copies import check_copy, full_precision
-from montessori.coverage import apart, failures_named, proved_loss, proved_references, verified_plan
+from montessori.coverage import apart, failures_named, prove_head, proved_loss, proved_references, verified_plan
 from montessori.data import is_row, load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
@@ -294,7 +294,7 @@ class InfluenceEstimator:
             for function in dict.fromkeys((self._reference_loss, self._loss)):
                 if full is not self.model:
                     check_copy(self.model, full, self.references.shortest()[0], function)
-                self.references.prove_packing(full, function)
+                prove_head(full, self.references, function)
             self.references = proved_references(full, self.references, self._reference_loss)
             self._rows_proved = True
         if method == "exact":
@@ -363,7 +363,7 @@ class InfluenceEstimator:
     def _verified_plan(self) -> Plan:
         if self._plan is None:
             with failures_named():
-                self.references.prove_packing(self.model, self._loss)
+                prove_head(self.model, self.references, self._loss)
                 self.references.check_shortest(self.model, self._reference_loss)
                 self._plan = verified_plan(self.model, self.references.telling(), self._loss)
         return self._plan

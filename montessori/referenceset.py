@@ -13,10 +13,10 @@ from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batch
 from montessori.capture import evaluation_mode, example_losses, gradients_aside, unchanged_gradients
 from montessori.errors import ArgumentError, ModelError
 from montessori.head import ChunkedLoss
-from montessori.losses import LossFunction, prove_packing, response_loss
+from montessori.losses import LossFunction
 
 # Tokens of the first example of a proof and of the others: enough to see every kind of mistake, and cheap.
-PROOF_TOKENS = (128, 96)
+PROOF_TOKENS = (64, 48)
 WEIGHTINGS = ("example_mean", "token_mean")
 
 
@@ -64,14 +64,6 @@ class ReferenceSets:
         others = [one for one in by_length if one.num_tokens != first.num_tokens] or by_length[1:2]
         second = [one for one in others if one.num_tokens >= PROOF_TOKENS[1]][:1] or others[-1:]
         return [first, *second]
-
-    def prove_packing(self, model: nn.Module, loss: LossFunction) -> None:
-        """See `montessori.losses.prove_packing`."""
-        if loss is response_loss:
-            # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
-            examples = self.shortest()
-            with evaluation_mode(model):
-                prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
 
     @torch.no_grad()
     def check_shortest(self, model: nn.Module, loss: LossFunction) -> None:
