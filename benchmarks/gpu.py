@@ -84,7 +84,7 @@ def run_section(name: str, limit_s: int) -> dict[str, Any]:
 def calibrate(sections: dict[str, Any]) -> dict[str, Any]:
     """Keep for "auto" which of the kernels that were right is fastest; the sections after it use that."""
     timed = {}
-    for name in ("triton", *gpu_sections.CUDA_KERNELS):
+    for name in ("triton", *calibration.HOPPER_KERNELS):
         outcomes = [sections[f"{what} {name}"] for what in ("checks", "linear")]
         if not any("error" in outcome for outcome in outcomes):
             timed[name] = outcomes[-1]["result"]["rows"]
@@ -101,7 +101,7 @@ def sanitize() -> dict[str, Any]:
         return {"error": "no compute-sanitizer"}
     reports = {}
     for kind in SANITIZER_TOOLS:
-        for name in ("triton", *gpu_sections.CUDA_KERNELS):
+        for name in ("triton", *calibration.HOPPER_KERNELS):
             name = f"checks {name}"
             command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu"]
             outcome = run([*command, "--section", name], SANITIZER_LIMIT_S)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import gpu_models
 from montessori import cuda, gpu, ops, reference, tiles, trial
+from montessori.calibration import HOPPER_KERNELS
 from montessori.ops import SparseRows
 from montessori.spans import Spans
 from montessori.trial import HELD, NARROW, STEP, make_problem, milliseconds, timed
@@ -232,16 +233,15 @@ def _named(work: Callable[..., dict[str, Any]], *arguments: str) -> Callable[[],
     return run
 
 
-CUDA_KERNELS = ("wgmma", "wgmma_cluster", "mma")
 FIRST_SCORED = "score triton"
 # The most telling first: time may run out. From FIRST_SCORED on, "auto" knows what the sections before it measured.
 SECTIONS = {
     "ceilings": Section(ceilings, 40),
     "checks triton": Section(checks_triton, 90),
-    **{f"checks {name}": Section(_named(checks_cuda, name), 40) for name in CUDA_KERNELS},
+    **{f"checks {name}": Section(_named(checks_cuda, name), 40) for name in HOPPER_KERNELS},
     "fidelity": Section(gpu_models.fidelity, 60),
     "linear triton": Section(linear_triton, 60),
-    **{f"linear {name}": Section(_named(linear_cuda, name), 60) for name in CUDA_KERNELS},
+    **{f"linear {name}": Section(_named(linear_cuda, name), 60) for name in HOPPER_KERNELS},
     FIRST_SCORED: Section(_named(gpu_models.score, "triton"), 90),
     "score mixed": Section(_named(gpu_models.score, "auto", "mixed"), 90),
     "score 8B": Section(gpu_models.score_8b, 100),

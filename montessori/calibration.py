@@ -35,7 +35,7 @@ LIMIT_S = 180  # of a kernel: compiling, checking, timing
 SHAPES = ((2048, 2048), (5632, 2048))
 LENGTHS = (128, 512, 2048)
 PACKED_TOKENS = 16384
-_HOPPER = ("wgmma_cluster", "wgmma", "mma")
+HOPPER_KERNELS = ("wgmma_cluster", "wgmma", "mma")
 _FILE = "kernels.json"
 
 
@@ -89,7 +89,7 @@ def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outco
 def keep(timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Write what the rows of each kernel, `state` and `ratio` to the plain product, say is fastest on this device.
 
-    Returns the record. Raises ModelError when there are none.
+    Returns the record. Raises ModelError when there are none, ResourceError when it cannot be written.
     """
     if not timed:
         raise ModelError("calibrate: no kernel gave right results on this device; report it, and use another backend")
@@ -100,12 +100,10 @@ def keep(timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "ratios": ratios,
         "ranking": {state: sorted(found, key=found.__getitem__) for state, found in ratios.items()},
     }
-    path = _path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    everything = _read() | {_name(torch.cuda.current_device()): record}
-    partial_path.write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial_path.replace(path)
+    # It stands on the estimator, which stands on this.
+    from montessori.runs import write_json
+
+    write_json(_path(), _read() | {_name(torch.cuda.current_device()): record})
     _kept.cache_clear()
     return record
 
@@ -114,7 +112,7 @@ def kernels() -> list[str]:
     """Kernels that can run on the current device."""
     portable = ["triton"] if gpu.unavailable() is None else []
     chosen = None if cuda.load_error() is not None else cuda.KERNELS.get(torch.cuda.get_device_capability())
-    compiled = _HOPPER if chosen == "wgmma" else () if chosen is None else (chosen,)
+    compiled = HOPPER_KERNELS if chosen == "wgmma" else () if chosen is None else (chosen,)
     return [*compiled, *portable]
 
 

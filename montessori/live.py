@@ -222,7 +222,9 @@ def _bit_sum(tensor: Tensor) -> Tensor:
     words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[width])
     ragged = words[words.numel() // _COLUMNS * _COLUMNS :].long()
     columns, rows = torch.zeros(_COLUMNS, dtype=torch.int64, device=tensor.device), []
-    for block in words[: words.numel() - ragged.numel()].view(-1, _COLUMNS).split(_ROWS):
+    whole = words[: words.numel() - ragged.numel()].view(-1, _COLUMNS)
+    # On a GPU every block would be launches of its own.
+    for block in whole.split(_ROWS) if whole.device.type == "cpu" else [whole]:
         # The sign of a double is the top bit of a word: two of them would vanish from a sum.
         block = block ^ (block >> 21) if tensor.dtype is torch.float64 else block
         rows.append(block.sum(1))

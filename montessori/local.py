@@ -23,8 +23,7 @@ from montessori.spans import spans_of
 if TYPE_CHECKING:
     from montessori.rules import ModuleRule
 
-# ε of the modules found to be RMS norms, None of those found not to be.
-# By module: the ε that it declares, and the one it was found to compute with.
+# By module: the ε that it declares, and the one it was found to compute with, None where it is no RMS norm.
 _RMS_EPS: WeakKeyDictionary[nn.Module, tuple[float | None, float | None]] = WeakKeyDictionary()
 
 

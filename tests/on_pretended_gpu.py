@@ -22,7 +22,7 @@ from montessori.models import load_model
 from montessori.spans import spans_on
 
 # Sections that need the CUDA library.
-NEEDING_CUDA = (*gpu_sections.CUDA_KERNELS, "cuda")
+NEEDING_CUDA = (*calibration.HOPPER_KERNELS, "cuda")
 ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
 # Float32 sums of the same terms, in another order: some hundred roundings of the largest score. An anchor, and a real
 # step, subtract two losses of whose roundings no influence is free.
