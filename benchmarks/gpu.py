@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--out DIRECTORY] [--sanitize] [--dry-run]
 
-Needs torch, triton, transformers, nvcc and ninja, and no network. Every section runs in a process of its own with a
-time limit, so a kernel that hangs or breaks the device costs its own section alone.
+Needs torch, triton, transformers, pyarrow, rich, nvcc and ninja, and no network. Every section runs in a process of its
+own with a time limit, so a kernel that hangs or breaks the device costs its own section alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,15 @@ from benchmarks import gpu_sections
 from benchmarks.common import RESULTS, machine
 from montessori import calibration
 from montessori.errors import ModelError
+from montessori.runs import write_json
 
 ROOT = Path(__file__).parents[1]
-SANITIZER_TOOLS = ("memcheck", "racecheck")
+SANITIZER_TOOLS = ("memcheck", "synccheck", "racecheck")
 BUILD_LIMIT_S = 120
 SANITIZER_LIMIT_S = 180
-# Of the build and all sections together; what comes after it is left out.
+# Of the build and all sections together, and with the sanitizer; what comes after it is left out.
 TOTAL_LIMIT_S = 450
+SANITIZED_LIMIT_S = 570
 
 
 def build() -> dict[str, Any]:
@@ -60,13 +63,19 @@ def run(
     start = time.perf_counter()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = (environment or dict(os.environ)) | {"PYTHONPATH": path}
-    try:
-        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"seconds": time.perf_counter() - start, "error": f"took more than {limit_s} s", "output": ""}
-    outcome: dict[str, Any] = {"seconds": time.perf_counter() - start, "output": done.stdout}
-    if done.returncode:
-        outcome["error"] = (done.stderr or done.stdout)[-3000:]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes) as child:
+        try:
+            output, errors = child.communicate(timeout=limit_s)
+        except BaseException as error:
+            # What it has started too: compilers, and the program that a sanitizer runs, would keep the device.
+            os.killpg(child.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return {"seconds": time.perf_counter() - start, "error": f"took more than {limit_s} s", "output": ""}
+    outcome: dict[str, Any] = {"seconds": time.perf_counter() - start, "output": output}
+    if child.returncode:
+        outcome["error"] = (errors or output)[-3000:].strip() or f"exit status {child.returncode}"
     return outcome
 
 
@@ -94,30 +103,29 @@ def calibrate(sections: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def sanitize() -> dict[str, Any]:
-    """The checks under compute-sanitizer, at their own small shapes."""
+def sanitize(kind: str, name: str, limit_s: int) -> dict[str, Any]:
+    """The checks of one kernel under one of compute-sanitizer's tools, at their own small shapes."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        return {"error": "no compute-sanitizer"}
-    reports = {}
-    for kind in SANITIZER_TOOLS:
-        for name in ("triton", *calibration.HOPPER_KERNELS):
-            name = f"checks {name}"
-            command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu"]
-            outcome = run([*command, "--section", name], SANITIZER_LIMIT_S)
-            summary = [line for line in outcome.pop("output").splitlines() if "SUMMARY" in line]
-            reports[f"{kind}: {name}"] = outcome | {"summary": summary}
-    return reports
+    if not Path(tool).exists() or limit_s <= 0:
+        return {"seconds": 0.0, "error": "no time left" if limit_s <= 0 else "no compute-sanitizer"}
+    command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu"]
+    # Torch hands out pieces of large allocations, where what is written past the end of one hits the next unseen.
+    outcome = run([*command, "--section", name], limit_s, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return outcome | {"summary": [line for line in outcome.pop("output").splitlines() if "SUMMARY" in line]}
 
 
 def print_table(record: dict[str, Any]) -> None:
     """A line per section, then the ratios that matter."""
     for name, outcome in record["sections"].items():
-        print(f"{name:24} {outcome['seconds']:7.1f} s  {outcome.get('error', 'ok').strip().splitlines()[-1][:90]}")
+        print(f"{name:24} {outcome['seconds']:7.1f} s  {last_line(outcome)[:90]}")
     print(f"fastest: {record['calibration'].get('ranking', record['calibration'])}")
     for name, outcome in record["sections"].items():
         for row in [] if name.startswith("checks") else outcome.get("result", {}).get("rows", []):
             print(f"{name:24} " + "  ".join(f"{key} {_short(value)}" for key, value in row.items()))
+
+
+def last_line(outcome: dict[str, Any]) -> str:
+    return outcome.get("error", "ok").splitlines()[-1]
 
 
 def _short(value: Any) -> str:
@@ -140,22 +148,37 @@ def main() -> None:
     if arguments.section:
         print(json.dumps(gpu_sections.SECTIONS[arguments.section].work()))
         return
-    record: dict[str, Any] = {"device": gpu_sections.describe_device(), "machine": machine(), "sections": {}}
-    start = time.perf_counter()
-    record["sections"]["build"] = build()
-    for name, section in gpu_sections.SECTIONS.items():
-        left = int(TOTAL_LIMIT_S - (time.perf_counter() - start))
-        if name == gpu_sections.FIRST_SCORED:
-            record["calibration"] = calibrate(record["sections"])
-        record["sections"][name] = run_section(name, min(section.limit_s, left))
-        print(f"{name}: {record['sections'][name].get('error', 'ok').strip().splitlines()[-1]}", flush=True)
-    if arguments.sanitize:
-        record["sanitizer"] = sanitize()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"gpu_{record['device']['name'].lower().replace(' ', '_')}.json"
-    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    device = gpu_sections.describe_device()
+    path = arguments.out / f"gpu_{device['name'].lower().replace(' ', '_')}.json"
+    record = {"device": device, "machine": machine(), "sections": {}} | (
+        {"sanitizer": {}} if arguments.sanitize else {}
+    )
+    measure(record, path)
     print_table(record)
     print(f"wrote {path}")
+
+
+def measure(record: dict[str, Any], path: Path) -> None:
+    """Fill the record, and the file after every step: whoever ends this in the middle keeps what is done."""
+    start = time.perf_counter()
+
+    def left(limit_s: int) -> int:
+        return int(limit_s - (time.perf_counter() - start))
+
+    def keep(part: str, name: str, outcome: dict[str, Any]) -> None:
+        record[part][name] = outcome
+        write_json(path, record)
+        print(f"{name}: {last_line(outcome)}", flush=True)
+
+    keep("sections", "build", build())
+    for name, section in gpu_sections.SECTIONS.items():
+        if name == gpu_sections.FIRST_SCORED:
+            record["calibration"] = calibrate(record["sections"])
+        keep("sections", name, run_section(name, min(section.limit_s, left(TOTAL_LIMIT_S))))
+    for kind in SANITIZER_TOOLS if "sanitizer" in record else ():
+        for kernel in ("triton", *calibration.HOPPER_KERNELS):
+            limit_s = min(SANITIZER_LIMIT_S, left(SANITIZED_LIMIT_S))
+            keep("sanitizer", f"{kind}: checks {kernel}", sanitize(kind, f"checks {kernel}", limit_s))
 
 
 if __name__ == "__main__":

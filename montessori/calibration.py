@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from montessori import cuda, gpu
 from montessori.errors import ArgumentError, FallbackWarning, ModelError
-from montessori.fingerprint import content_digest
+from montessori.fingerprint import content_digest, installed
 from montessori.models import cache_directory
 from montessori.spans import Spans
 from montessori.steps import OptimizerStep
@@ -167,13 +166,7 @@ def _versions() -> dict[str, str]:
     """What a measurement goes out of date with."""
     library = content_digest(cuda.LIBRARY) if cuda.LIBRARY.exists() else "none"
     # The metadata of some builds of torch leave out for which CUDA they are.
-    found = {"library": library, "torch": torch.__version__}
-    for name in ("montessori", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
+    return {"library": library, "torch": torch.__version__, **installed("montessori", "triton")}
 
 
 def _path() -> Path:

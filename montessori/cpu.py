@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from montessori.products import torch_rounds_products
+from montessori.products import float32_precision, torch_rounds_products
 from montessori.spans import Spans, packed_layout
 from montessori.steps import OptimizerStep, SGDStep
 
@@ -195,7 +195,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 def _round_products() -> bool:
     """Whether float32 products may be those of bfloat16: only where torch's switch allows it and torch's own are."""
-    return torch.get_float32_matmul_precision() == "medium" and torch_rounds_products()
+    return float32_precision() == "medium" and torch_rounds_products()
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,28 @@ def load_error() -> str | None:
 @lru_cache(maxsize=1)
 def built_archs() -> tuple[str, ...]:
     """Capabilities that the library has machine code for, such as ("80", "90a"). The library has been loaded."""
-    archs = ctypes.CDLL(str(LIBRARY)).montessori_cuda_archs
-    archs.restype = ctypes.c_char_p
-    return tuple(archs().decode().split(","))
+    return tuple((_told("montessori_cuda_archs") or "").split(","))
+
+
+@lru_cache(maxsize=1)
+def driver_refusal() -> str | None:
+    """Why the driver does not run this library, such as that it is too old for the CUDA it was built with; None when
+    it does. The library has been loaded."""
+    return _told("montessori_cuda_refusal")
+
+
+def _told(function: str) -> str | None:
+    ask = getattr(ctypes.CDLL(str(LIBRARY)), function)
+    ask.restype = ctypes.c_char_p
+    text = ask()
+    return None if text is None else text.decode()
 
 
 def unavailable() -> str | None:
     """Why the CUDA kernels cannot be used in this process, None when they can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return load_error()
+    return load_error() or driver_refusal()
 
 
 def unsupported(step: OptimizerStep, *tensors: Tensor | None) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,15 +145,13 @@ def _from_dataset(loaded: datasets.Dataset | datasets.DatasetDict, split: str, s
 
 
 def _from_memory(source: object, split: str, name: str) -> Rows:
-    import datasets
-    import pandas
-    import pyarrow
-
-    if isinstance(source, datasets.Dataset | datasets.DatasetDict):
+    # Whoever has a table has imported its library; rows in a list do without.
+    datasets, pandas, pyarrow = map(sys.modules.get, ("datasets", "pandas", "pyarrow"))
+    if datasets is not None and isinstance(source, datasets.Dataset | datasets.DatasetDict):
         return _from_dataset(source, split, name, "dataset")
-    if isinstance(source, pandas.DataFrame):
+    if pandas is not None and isinstance(source, pandas.DataFrame):
         return from_table(_records(source), name)
-    if isinstance(source, pyarrow.Table):
+    if pyarrow is not None and isinstance(source, pyarrow.Table):
         return from_table(source.to_pylist(), name)
     if isinstance(source, Mapping) and any(source.keys() >= {*columns} for columns in (*COLUMN_SETS, TEXT_COLUMNS)):
         raise ArgumentError(

@@ -36,6 +36,7 @@ from montessori.options import (
     floating_dtype,
     steady_length,
 )
+from montessori.products import float32_precision
 from montessori.referenceset import ReferenceSets
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
@@ -354,7 +355,7 @@ class InfluenceEstimator:
             "loss": function_digest(self._loss),
             "reference loss": function_digest(self._reference_loss),
             "torch": torch.__version__,
-            "float32 products": torch.get_float32_matmul_precision(),
+            "float32 products": float32_precision(),
         }
 
     def _pilot(self, encoded: Encoded) -> list[Example]:

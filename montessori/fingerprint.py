@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -16,6 +18,15 @@ from torch import nn
 
 from montessori.batching import Example
 from montessori.errors import ArgumentError
+
+
+def installed(*names: str) -> dict[str, str]:
+    """Versions of these packages; "none" for what is not installed, such as this package in a checkout."""
+    found = dict.fromkeys(names, "none")
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def examples_digest(examples: Iterable[Example]) -> str:

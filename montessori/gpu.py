@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from montessori import tiles
+from montessori.products import gpu_rounds_products
 from montessori.spans import Spans, spans_on, steps_on
 from montessori.steps import AdamWStep, OptimizerStep
 
@@ -293,7 +294,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _dot_precision() -> str:
     """Float32 products follow torch's own switch; narrower ones are exact products either way."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if gpu_rounds_products() else "ieee"
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:

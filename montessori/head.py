@@ -30,6 +30,7 @@ from montessori.uses import LinearUse, TouchedRows
 # Bytes of logits alive at a time: near the caches on a processor, enough work for one launch on a GPU.
 LOGITS_BYTES = 64 << 20
 GPU_LOGITS_BYTES = 512 << 20
+BLOCK_WORDS = 128
 
 
 class HeadError(ModelError):
@@ -205,6 +206,8 @@ class ChunkedHead:
     def _vocabulary_blocks(self, hidden: Tensor) -> list[slice]:
         """The whole vocabulary where the group's logits fit, else parts that do."""
         size, width = self.head.out_features, max(1, _most_logits(hidden) // hidden.shape[0])
+        # Whole tiles, in rows of whole 16-byte words: what kernels of a GPU are fast for.
+        width -= width % BLOCK_WORDS if BLOCK_WORDS < width < size else 0
         return [slice(low, min(low + width, size)) for low in range(0, size, width)]
 
     def _losses_from(self, most: Tensor, total: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:

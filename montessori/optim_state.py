@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,9 +320,9 @@ def _sgd_state(group: Mapping, entry: Mapping) -> ParameterState:
 
 
 def _unwrap(optimizer: object) -> torch.optim.Optimizer:
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    while isinstance(optimizer, AcceleratedOptimizer):
+    # Whoever has wrapped an optimizer has imported it.
+    accelerate = sys.modules.get("accelerate.optimizer")
+    while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     # A subclass may step differently, so only the classes themselves are known.
     known = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Torch has switches there that its annotations lack.
+_BACKENDS: Any = torch.backends
+
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b of x [..., I], weight [O, I] and bias [O], as `torch.nn.functional.linear` has it; no autograd."""
@@ -27,6 +30,39 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
     # Not a view: a model may change it in place, which autograd refuses for views that come out of a Function.
     return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], weight.shape[0]))
+
+
+def float32_precision() -> str:
+    """What `torch.get_float32_matmul_precision` says; where torch's newer switches were set to what it has no word for,
+    theirs, such as "tf32".
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return f"{_BACKENDS.cuda.matmul.fp32_precision}, {_BACKENDS.mkldnn.matmul.fp32_precision}"
+
+
+def gpu_rounds_products() -> bool:
+    """Whether float32 products on a GPU are of factors rounded to TF32, by either of torch's switches."""
+    return bool(_BACKENDS.cuda.matmul.fp32_precision == "tf32")
+
+
+@contextmanager
+def unrounded_products() -> Iterator[None]:
+    """Inside, float32 products are of float32 factors whatever torch's switches say: two ways to compute the same are
+    told from a mistake by much less than rounded factors put between them."""
+    with ExitStack() as stack:
+        precision = float32_precision()
+        if precision != "highest":
+            for switch in (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
+                # What a switch has of the one above it, it goes on having of it.
+                inherited = switch.fp32_precision == _BACKENDS.fp32_precision
+                stack.callback(setattr, switch, "fp32_precision", "none" if inherited else switch.fp32_precision)
+                switch.fp32_precision = "ieee"
+            if precision in ("high", "medium"):
+                stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 def torch_rounds_products() -> bool:
@@ -40,11 +76,9 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     """Inside, plain linear layers call `product`, forward and for the gradient of their input, and torch's switch
     stands at "highest" where a lower one changes the library but not the precision."""
     with ExitStack() as stack:
-        precision = torch.get_float32_matmul_precision()
         on_processor = all(parameter.device.type == "cpu" for parameter in model.parameters())
-        if precision != "highest" and on_processor and not torch_rounds_products():
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
+        if float32_precision() != "highest" and on_processor and not torch_rounds_products():
+            stack.enter_context(unrounded_products())
         for module in model.modules():
             if is_plain_linear(module):
                 stack.enter_context(forward_replaced(module, partial(_forward, module)))
@@ -107,6 +141,6 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and torch.get_float32_matmul_precision() == "highest"
+        and float32_precision() == "highest"
         and not torch.is_autocast_enabled("cpu")
     )

@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from montessori.agreement import Agreement
 from montessori.data import Rows, load_rows, one_line
 from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError
 from montessori.estimator import InfluenceEstimator
-from montessori.fingerprint import check_outside, content_digest, rows_digest
+from montessori.fingerprint import check_outside, content_digest, installed, rows_digest
 from montessori.inspection import agreement_table
 from montessori.journal import ScoreJournal
 from montessori.models import load_model
@@ -246,7 +245,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     names = ("montessori", "torch", "transformers", "datasets", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **installed(*names)}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -21,6 +21,7 @@ from montessori.steps import AdamWStep
 
 STEP = AdamWStep(lr=1e-3, eps=1e-8, weight_decay=0.1, step=12)
 NARROW, HELD = (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)
+WAITING_CYCLES = 2_000_000  # about a millisecond
 # O, I and lengths of examples. The first two are smaller than a box of the bulk copies.
 CHECKED: tuple[tuple[int, int, tuple[int, ...]], ...] = (
     (24, 16, (3,)),
@@ -127,12 +128,14 @@ def timed(run: Callable[..., object], p: Problem) -> dict[str, float]:
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 12) -> float:
-    """Median time on the device of single runs after three warm-ups."""
+    """Median time on the device of single runs after three warm-ups, without what the host takes to launch them."""
     for _ in range(3):
         work()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Launches queue up behind it.
+        torch.cuda._sleep(WAITING_CYCLES)
         start.record()
         work()
         end.record()

@@ -237,6 +237,7 @@ PROPERTIES = SimpleNamespace(
 )
 CUDA = {
     "Event": Event,
+    "_sleep": lambda cycles: None,
     "_lazy_init": lambda: None,
     "current_device": lambda: 0,
     "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
@@ -284,6 +285,7 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         stack.callback(set_overwrite_module_params_on_conversion, get_overwrite_module_params_on_conversion())
         set_overwrite_module_params_on_conversion(True)
         if cuda.load_error() is None:
+            put(cuda, "driver_refusal", lambda: None)
             operator = torch.ops.montessori_cuda.linear_scores
             put(torch.ops.montessori_cuda, "linear_scores", partial(cuda_linear_scores, operator.default._schema))
         PretendGpu.now = gpu

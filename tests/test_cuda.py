@@ -77,6 +77,15 @@ def test_the_library_loads_without_a_driver():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA kernels were not built")
+def test_a_driver_that_does_not_run_the_library_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "driver" in cuda.driver_refusal()
+    with pytest.raises(ArgumentError, match=f"cuda.*{cuda.driver_refusal()}"):
+        ops.check_impl("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_kernels_are_refused_by_name_with_the_reason():
     assert "cuda" not in ops.available_impls()
     with pytest.raises(ArgumentError, match=r"impl='cuda': .*there is no CUDA device"):

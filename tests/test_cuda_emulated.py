@@ -23,6 +23,7 @@ TOOLKITS = [path for path in (Path("/usr/local/cuda/include"), Path("/opt/cuda/i
 SOURCES = ("linear_mma.cu", "linear_wgmma.cu", "partials.cu", "entry.cpp")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LIMIT_S = 60
+CHOOSE = 0  # splits, by the kernel itself
 
 pytestmark = pytest.mark.skipif(not (TOOLKITS and shutil.which("g++")), reason="no g++ or no CUDA headers")
 
@@ -102,6 +103,7 @@ def test_the_share_of_a_block_does_not_change_a_bit(library, kernel):
     case = ragged(lengths=(35, 3, 0, 65, 1), num_out=16, num_in=24)
     together = run(library, kernel, case)
     assert torch.equal(run(library, kernel, case, splits=3), together)
+    assert torch.equal(run(library, kernel, case, splits=CHOOSE), together)
     alone = ragged(lengths=(35, 3, 0, 65, 1), num_out=16, num_in=24)
     alone.x, alone.dy, alone.offsets = alone.x[38:103].clone(), alone.dy[38:103].clone(), bounds(65)
     assert torch.equal(run(library, kernel, alone)[0], together[3])

@@ -140,3 +140,50 @@ def test_someone_elses_forward_is_left_alone_and_put_back():
     with forward_replaced(module, lambda x: x + 2):
         assert torch.equal(module(torch.zeros(2)), torch.full((2,), 2.0))
     assert module.forward is theirs
+
+
+@pytest.fixture(params=["everywhere", "products", "products on a GPU", "as high", "high but on a GPU"])
+def newer_switches(request):
+    """torch's newer switches for TF32, set in another process's place; `get_float32_matmul_precision` then raises."""
+    switches = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "none"
+    if request.param == "everywhere":
+        torch.backends.fp32_precision = "tf32"
+    elif "high" in request.param:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if "but" in request.param else "tf32"
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32" if request.param == "products" else "none"
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
+
+
+def seen_by_switches() -> list[str]:
+    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+
+def test_products_are_unrounded_inside_and_as_the_user_has_them_outside(newer_switches):
+    before = seen_by_switches()
+    assert products.gpu_rounds_products() == ("but" not in newer_switches)
+    with products.unrounded_products():
+        assert not products.gpu_rounds_products()
+        assert seen_by_switches() == ["ieee", "ieee"]
+    assert seen_by_switches() == before
+    if newer_switches == "everywhere":
+        # What followed the switch above it still does.
+        torch.backends.fp32_precision = "none"
+        assert seen_by_switches() == ["none", "none"]
+
+
+def test_models_compute_whichever_switch_was_used(newer_switches):
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 3), torch.randn(4, 6)
+    want, before = model(x).detach(), products.float32_precision()
+    with fast_products(model):
+        torch.testing.assert_close(model(x).detach(), want)
+    assert products.float32_precision() == before

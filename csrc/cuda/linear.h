@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -42,6 +43,8 @@ inline double fold_constants(LinearProblem& p, double a1, double a2, double s1, 
   return constant;
 }
 
+inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
+
 // How a kernel cuts the problem: tiles of (block_o, block_i), each worked on by `blocks` blocks together, of which each
 // gives `parts_per_block` partial scores.
 struct Cut {
@@ -49,8 +52,24 @@ struct Cut {
 };
 
 inline int64_t num_tiles(const LinearProblem& p, const Cut& cut) {
-  const int64_t tiles_o = (p.out + cut.block_o - 1) / cut.block_o;
-  return tiles_o * ((p.in + cut.block_i - 1) / cut.block_i);
+  return ceil_div(p.out, cut.block_o) * ceil_div(p.in, cut.block_i);
+}
+
+constexpr int kChooseSplits = 0;
+
+// Shares of the examples, `at_a_time` of which run side by side: as asked for, at most one for each example, or else
+// enough that the last round is not a lone one, few enough that reading the state of a tile for each share, as long as
+// the products of some 2,000 tokens, does not outweigh it.
+inline int splits_for(const LinearProblem& p, int asked, int64_t tiles, int at_a_time) {
+  if (asked != kChooseSplits) return std::max(1, std::min(asked, p.examples));
+  constexpr int64_t kMost = 16, kStateTokens = 2048;
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= std::min<int64_t>(kMost, p.examples); ++splits) {
+    const int64_t longest = ceil_div(ceil_div(p.examples, splits) * p.tokens, p.examples);
+    const int64_t cost = ceil_div(tiles * splits, std::max(at_a_time, 1)) * (longest + kStateTokens);
+    if (splits == 1 || cost < least) best = splits, least = cost;
+  }
+  return static_cast<int>(best);
 }
 
 // A positive number that is asked of the runtime once for each device: such calls may wait for copies under way.

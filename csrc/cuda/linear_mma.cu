@@ -169,15 +169,18 @@ cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
   constexpr int kBytes = Kernel<Operand, State, BLOCK_I>::kSharedBytes;
   const auto kernel = linear_mma_kernel<Operand, State, BLOCK_I>;
   static PerDevice known;
-  int unused = 0;
-  const cudaError_t error = known.get(&unused, [&](int* value) {
-    *value = 1;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  int processors = 0;
+  const cudaError_t error = known.get(&processors, [&](int* value) {
+    int device = 0;
+    if (const cudaError_t failed = cudaGetDevice(&device)) return failed;
+    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    return failed != cudaSuccess ? failed : cudaDeviceGetAttribute(value, cudaDevAttrMultiProcessorCount, device);
   });
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
-  splits = std::max(1, std::min(splits, p.examples));
-  config.gridDim = dim3(static_cast<unsigned>(num_tiles(p, mma_cut(p))), splits);
+  const int64_t tiles = num_tiles(p, mma_cut(p));
+  splits = splits_for(p, splits, tiles, processors);
+  config.gridDim = dim3(static_cast<unsigned>(tiles), splits);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;

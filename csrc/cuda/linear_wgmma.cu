@@ -311,6 +311,10 @@ bool encode(Encode encoder, CUtensorMap* map, const Array& array, int64_t tokens
 template <typename Operand, typename State, int BLOCK_O, int SIDE_O, int SIDE_I>
 cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
   using Chosen = Kernel<Operand, State, BLOCK_O, SIDE_O, SIDE_I>;
+  // A thread whose first use of the device this is has no context yet, and the driver's encoder asks for one.
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaSetDevice(device)) return error;
   const Encode encoder = tensor_map_encoder();
   if (!encoder) return cudaErrorNotSupported;
   CUtensorMap x, dy;
@@ -338,9 +342,10 @@ cudaError_t launch(const LinearProblem& p, int splits, cudaStream_t stream) {
   });
   if (error != cudaSuccess) return error;
   if (clusters == 0) return cudaErrorLaunchOutOfResources;
-  splits = std::max(1, std::min(splits, p.examples));
   const Cut cut{SIDE_O * BLOCK_O, SIDE_I * kBlockI, Chosen::kBlocks, kWarps};
-  const int work = static_cast<int>(num_tiles(p, cut)) * splits;
+  const int64_t tiles = num_tiles(p, cut);
+  splits = splits_for(p, splits, tiles, clusters);
+  const int work = static_cast<int>(tiles) * splits;
   config.gridDim = std::min(work, clusters) * Chosen::kBlocks;
   return cudaLaunchKernelEx(&config, kernel, p, x, dy, splits, work);
 }

@@ -9,7 +9,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <string>
 
 #include "linear.h"
@@ -46,27 +45,8 @@ void check_launch(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
-int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
-
 #define MONTESSORI_TEXT(...) #__VA_ARGS__
 #define MONTESSORI_TEXT_OF(...) MONTESSORI_TEXT(__VA_ARGS__)
-
-// Shares of the examples: enough that the last round of blocks is not a lone one, few enough that reading the state of
-// a tile for each share, as long as the products of some 2,000 tokens, does not outweigh it.
-int splits_for(const LinearProblem& p, int64_t tiles, int blocks_per_tile) {
-  constexpr int64_t kMost = 16, kStateTokens = 2048;
-  int device = 0, processors = 0;
-  check_launch(cudaGetDevice(&device), "cudaGetDevice");
-  check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  const int64_t at_a_time = std::max(processors / blocks_per_tile, 1);
-  int64_t best = 1, least = 0;
-  for (int64_t splits = 1; splits <= std::min<int64_t>(kMost, p.examples); ++splits) {
-    const int64_t longest = ceil_div(ceil_div(p.examples, splits) * p.tokens, p.examples);
-    const int64_t cost = ceil_div(tiles * splits, at_a_time) * (longest + kStateTokens);
-    if (splits == 1 || cost < least) best = splits, least = cost;
-  }
-  return static_cast<int>(best);
-}
 
 struct Kernel {
   Cut (*cut)(const LinearProblem&);
@@ -113,10 +93,9 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& spans, con
   const Tensor partial = torch::stable::new_empty(q, {p.sets, p.examples + 1, parts}, ScalarType::Float);
   const Tensor scores = torch::stable::new_empty(q, {p.examples, p.sets}, ScalarType::Double);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  const int splits = splits_for(p, tiles, cut.blocks);
   const std::string what = "linear_scores, kernel " + kernel + ", " + std::to_string(p.tokens) + " tokens, param [" +
                            std::to_string(p.out) + ", " + std::to_string(p.in) + "]";
-  check_launch(chosen.launch(p, splits, stream), what.c_str());
+  check_launch(chosen.launch(p, montessori::kChooseSplits, stream), what.c_str());
   check_launch(montessori::launch_decay(p, parts, stream), "decay");
   check_launch(montessori::launch_sum_partials(p.partial, parts, p.examples, p.sets, -lr * constant,
                                                static_cast<double*>(scores.mutable_data_ptr()), stream),
@@ -129,6 +108,13 @@ Tensor linear_scores(const Tensor& x, const Tensor& dy, const Tensor& spans, con
 // Capabilities that this library has machine code for, such as "80,90a".
 extern "C" __attribute__((visibility("default"))) const char* montessori_cuda_archs() {
   return MONTESSORI_TEXT_OF(MONTESSORI_ARCHS);
+}
+
+// Why the driver will not run this library, which brings its own CUDA runtime; null where it will.
+extern "C" __attribute__((visibility("default"))) const char* montessori_cuda_refusal() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 STABLE_TORCH_LIBRARY(montessori_cuda, library) {
