@@ -82,6 +82,18 @@ def products(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def vocabulary(record: dict[str, Any]) -> str:
+    lines = ["| vocabulary of | tokens an example | plain | trimmed | score | score / plain | score / trimmed |"]
+    lines.append("|---" * 7 + "|")
+    for row in record["rows"]:
+        tokens = row["length"] * row["examples"]
+        rates = [tokens / statistics.median(row["seconds"][arm]) for arm in ("plain", "trimmed", "score")]
+        speeds = [_ratio(row["speed"][f"score/{to}"]) for to in ("plain", "trimmed")]
+        cells = [row["model"], str(row["length"]), *(f"{rate:.0f} tokens/s" for rate in rates), *speeds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def sampling(record: dict[str, Any]) -> str:
     lines = ["| share of the tiles | Spearman | Pearson | standard error / spread | error / standard error |"]
     lines.append("|---|---|---|---|---|")
@@ -228,6 +240,7 @@ def main() -> None:
         "products": products(_records("products_*.json")),
     }
     singles: dict[str, Callable[[dict[str, Any]], str]] = {
+        "vocabulary_2t": vocabulary,
         "sampling": sampling,
         "memory": memory,
         "profile": profile,

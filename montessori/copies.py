@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
 from montessori.errors import ModelError
+from montessori.expandable import check_memory
+from montessori.live import tensors_in
 from montessori.losses import LossFunction
 
 _INSTEAD = "pass the model without the wrapper, in float32, or method='first_order' with reference_dtype='model'"
@@ -27,8 +29,9 @@ def full_precision(model: nn.Module) -> nn.Module:
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if dtypes <= {torch.float32, torch.float64}:
         return model
+    check_memory(model)
     # torch copies no tensor that a graph has made: states that a module keeps from its last forward pass.
-    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    kept = (value for module in model.modules() for value in tensors_in(vars(module)))
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():

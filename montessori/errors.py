@@ -8,7 +8,8 @@ class FallbackWarning(UserWarning):
 
 
 class CurvatureWarning(UserWarning):
-    """The reference loss bends so much over one step that linear predictions of it may be rough."""
+    """Linear predictions of the reference loss may be rough: it bends over one step, or autograd is kept from its
+    derivative."""
 
 
 class MontessoriError(ValueError):

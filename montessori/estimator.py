@@ -20,6 +20,7 @@ from montessori.coverage import apart, failures_named, prove_head, proved_loss, 
 from montessori.data import is_row, load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
+from montessori.expandable import check_expandable
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
 from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
 from montessori.journal import ScoreJournal
@@ -61,8 +62,8 @@ class InfluenceEstimator:
 
     Args:
         model: causal LM (any `nn.Module` with a `loss_fn`); only parameters with `requires_grad` count. The
-            wrappers of torch.compile, DataParallel and DistributedDataParallel are taken off. It is put back bit for
-            bit after every call, and computes in its own dtype whatever autocast is on.
+            wrappers of torch.compile, DataParallel and DistributedDataParallel are taken off. Weights, gradients, modes
+            and hooks are as before after every call, bit for bit; it computes in its own dtype whatever autocast is on.
         optimizer: the state that the step starts from: a live `torch.optim.AdamW`, `Adam` or `SGD`, a
             checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`. A live one may go on training
             between calls: every call scores the step that it would take now.
@@ -82,7 +83,8 @@ class InfluenceEstimator:
         sample: share of each weight's tiles to score, 1 for all. Less is faster and gives unbiased estimates
             with `Scores.standard_error`; the tiles of a layer are the same for all candidates, those of the
             head for all whose logits are cut alike. Needs the compiled kernels.
-        max_grad_norm: clipping by global norm as the training run would apply it, None for none.
+        max_grad_norm: clipping by global norm as the training run would apply it, without the 1e-6 that torch adds to
+            the norm; None for none.
         reference_weighting: "example_mean" (w_r = 1/R) or "token_mean".
         reference_dtype: of the reference gradient. "float32" takes it on a float32 copy of a narrower model; "model"
             makes no copy and needs method="first_order", which takes no step that the model's dtype could not hold.
@@ -133,6 +135,8 @@ class InfluenceEstimator:
             reference_dtype=reference_dtype,
             invalid_rows=invalid_rows,
         )
+        if method != "exact":
+            check_expandable(model)
         check_positions(model, self.options.max_length)
         if sample < 1:
             check_sampling(model, backend)

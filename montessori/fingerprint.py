@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from montessori.batching import Example
 from montessori.errors import ArgumentError
+from montessori.live import module_numbers
 
 
 def installed(*names: str) -> dict[str, str]:
@@ -38,10 +40,10 @@ def examples_digest(examples: Iterable[Example]) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Hash of names, dtypes and values of all parameters."""
-    digest = hashlib.blake2b(digest_size=32)
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().cpu().contiguous()
+    """Hash of names, dtypes and values of all parameters and buffers, and of the numbers that modules hold."""
+    digest = hashlib.blake2b(repr(module_numbers(model)).encode(), digest_size=32)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        value = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{list(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

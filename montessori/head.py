@@ -27,7 +27,7 @@ from montessori.rowmap import RowMap
 from montessori.rules import LINEAR, ModuleRule
 from montessori.uses import LinearUse, TouchedRows
 
-# Bytes of logits alive at a time: near the caches on a processor, enough work for one launch on a GPU.
+# Fewest bytes of logits alive at a time: near the caches on a processor, enough work for one launch on a GPU.
 LOGITS_BYTES = 64 << 20
 GPU_LOGITS_BYTES = 512 << 20
 BLOCK_WORDS = 128
@@ -42,9 +42,10 @@ ReceivePart = Callable[[int, LinearUse, slice], None]
 
 
 def chunkable_head(model: nn.Module, rules: dict[nn.Module, ModuleRule]) -> nn.Linear | None:
-    """The output embedding if it is a plain linear layer that nothing else listens to, else None."""
+    """The output embedding if it is a plain linear layer, with a weight of its own, that nothing else listens to."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Module) or not is_plain_linear(head):
+    # A weight that is computed when it is read (a parametrization) is another tensor each time.
+    if not isinstance(head, nn.Module) or not is_plain_linear(head) or head._parameters.get("weight") is None:
         return None
     listened = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
     rule = rules.get(head)
@@ -159,7 +160,7 @@ class ChunkedHead:
 
     def _groups(self, hidden: Tensor) -> Iterator[tuple[int, int]]:
         """Runs of examples whose logits fit, each of one example at least."""
-        most = _most_logits(hidden) // self.head.out_features
+        most = most_logits(hidden, self.head.weight) // self.head.out_features
         first = 0
         for last in range(1, len(self.offsets)):
             if last == len(self.offsets) - 1 or self.offsets[last + 1] - self.offsets[first] > most:
@@ -205,7 +206,8 @@ class ChunkedHead:
 
     def _vocabulary_blocks(self, hidden: Tensor) -> list[slice]:
         """The whole vocabulary where the group's logits fit, else parts that do."""
-        size, width = self.head.out_features, max(1, _most_logits(hidden) // hidden.shape[0])
+        size = self.head.out_features
+        width = max(1, most_logits(hidden, self.head.weight) // hidden.shape[0])
         # Whole tiles, in rows of whole 16-byte words: what kernels of a GPU are fast for.
         width -= width % BLOCK_WORDS if BLOCK_WORDS < width < size else 0
         return [slice(low, min(low + width, size)) for low in range(0, size, width)]
@@ -307,9 +309,11 @@ def _add_part(total: Tensor, _first: int, use: LinearUse, rows: slice) -> None:
         total[rows].addmm_(use.dy.t(), use.x)
 
 
-def _most_logits(hidden: Tensor) -> int:
-    """Number of logits alive at a time."""
-    return (GPU_LOGITS_BYTES if hidden.is_cuda else LOGITS_BYTES) // _wide(hidden.dtype).itemsize
+def most_logits(hidden: Tensor, weight: Tensor) -> int:
+    """Number of logits alive at a time: as many bytes as the head's weight has. The state of the weight is read for
+    every group of examples, which must not be small where it is large."""
+    least = GPU_LOGITS_BYTES if hidden.is_cuda else LOGITS_BYTES
+    return max(least, weight.numel() * weight.element_size()) // _wide(hidden.dtype).itemsize
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -85,8 +87,9 @@ def undisturbed(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         written = next((name for name, parameter in parameters.items() if _version(parameter) != before[name]), None)
         if written is not None:
             raise ModelError(
-                f"{written} was written while the model was scored: its weights are moved and put back then, so scores "
-                "and the training of another thread spoil each other; score between steps, or a copy of the model"
+                f"{written} was written while the model was scored, when weights are moved and put back: by another "
+                "thread that trains it (score between steps, or a copy of the model) or by its own forward pass (which "
+                "cannot be scored)"
             ) from cause
 
     try:
@@ -145,7 +148,7 @@ class Watch:
 
     def changes(self) -> tuple[bool, bool]:
         """Whether the model is another, and whether a value or a setting of the optimizer is."""
-        moved = self._versions != self._now() or self._sums != self._bits()
+        moved = self._versions != self._now() or self._sums != self._bits() or self._kept != self._attributes()
         return self._fixed != _fixed_parts(self._model), moved
 
     def accept(self) -> None:
@@ -155,7 +158,7 @@ class Watch:
 
     def settle(self) -> None:
         """Nothing is another, though it has been written: steps taken and taken back, passes counted."""
-        self._fixed, self._versions = _fixed_parts(self._model), self._now()
+        self._fixed, self._versions, self._kept = _fixed_parts(self._model), self._now(), self._attributes()
 
     def _moments(self) -> list[Any]:
         if isinstance(self._optimizer, AdamWState):
@@ -164,33 +167,69 @@ class Watch:
 
     def _now(self) -> tuple[Any, ...]:
         groups = getattr(self._optimizer, "param_groups", [])
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        # A learning rate may be a tensor, of which torch shows four digits.
+        settings = [
+            {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
+            for group in ({**group, "params": None} for group in groups)
+        ]
         values = [*self._model.parameters(), *self._moments()]
         versions = tuple(_version(value) if isinstance(value, Tensor) else value for value in values)
         return versions, repr(settings)
 
     def _bits(self) -> tuple[int, ...]:
         """Checksums of all tensors: a write past torch (`.data`, numpy) leaves the versions as they are."""
-        tensors = [*self._model.parameters(), *self._model.buffers(), *self._moments()]
-        sums: dict[torch.device, list[Tensor]] = {}
-        for tensor in tensors:
-            if _is_plain(tensor) and tensor.numel() and tensor.layout is torch.strided:
-                sums.setdefault(tensor.device, []).append(_bit_sum(tensor.detach()))
-        return tuple(total for group in sums.values() for total in torch.stack(group).tolist())
+        return _bit_sums([*self._model.parameters(), *self._model.buffers(), *self._moments()])
+
+    def _attributes(self) -> tuple[int, ...]:
+        """Checksums of what modules hold beside parameters and buffers. Our own passes may leave something there."""
+        held = (tensors_in(value) for _, _, value in _beside_tables(self._model))
+        return _bit_sums([tensor for tensors in held for tensor in tensors if tensor.is_leaf])
+
+
+def module_numbers(model: nn.Module) -> tuple[tuple[str, str, str], ...]:
+    """What modules keep beside their tensors: an epsilon, the scale of an adapter, which adapters are merged."""
+    held = _beside_tables(model)
+    return tuple((name, key, repr(value)) for name, key, value in held if key != "training" and _is_number(value))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """A tensor, or those in lists, tuples and dicts of such."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from tensors_in(entry)
+
+
+def _beside_tables(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """(name of a module, attribute, value) of all attributes but the tables of parameters, buffers and modules."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                yield name, key, value
 
 
 def _fixed_parts(model: nn.Module) -> tuple[Any, ...]:
-    """What a proof of the capture rests on: the parameters, which of them are trained, and what modules keep beside
-    their tensors, such as an epsilon, the scale of an adapter, which adapters are merged, a cap in the config."""
+    """What a proof of the capture rests on: the parameters, which of them are trained, numbers that modules and the
+    config hold, such as a cap, and the functions that make up the forward pass."""
     parameters = tuple((name, id(entry), entry.requires_grad) for name, entry in model.named_parameters())
-    numbers = tuple(
-        (name, key, repr(value))
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if key != "training" and _is_number(value)
-    )
     settings = getattr(getattr(model, "config", None), "to_dict", dict)
-    return parameters, numbers, repr(settings())
+    return parameters, module_numbers(model), repr(settings()), _functions(model)
+
+
+def _functions(model: nn.Module) -> list[Any]:
+    found = [(name, type(module).forward) for name, module in model.named_modules()]
+    for name, key, value in _beside_tables(model):
+        if key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            found.append((name, list(value.values())))
+        elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | partial):
+            # `own_precision` takes accelerate's wrapper off the forward of the whole.
+            found.append(
+                (name, value if (name, key) != ("", "forward") else vars(model).get("_original_forward", value))
+            )
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -209,6 +248,14 @@ def _version(tensor: Tensor) -> tuple[int, int]:
     # A tensor of a class of its own (quantised) may have no address.
     address = tensor.data_ptr() if _is_plain(tensor) else id(tensor)
     return address, (0 if tensor.is_inference() else tensor._version)
+
+
+def _bit_sums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if _is_plain(tensor) and tensor.numel() and tensor.layout is torch.strided:
+            sums.setdefault(tensor.device, []).append(_bit_sum(tensor.detach()))
+    return tuple(total for group in sums.values() for total in torch.stack(group).tolist())
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

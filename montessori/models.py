@@ -37,7 +37,8 @@ def load_model(
       converted once into an ordinary checkpoint under `cache_directory(cache_dir)`. A local
       directory of that name is meant by `./smollm2-135m`;
     - a local checkpoint directory;
-    - a local directory of a PEFT adapter: its base model with the adapter, which is trainable;
+    - a local directory of a PEFT adapter: its base model with the adapter, which is trainable (prompt and prefix
+      tuning are not: PEFT loads them for inference alone);
     - a model name on the Hugging Face hub.
     Weights are cast to `dtype`. `cache_dir` is read for the demo student only.
 
@@ -112,6 +113,11 @@ def validate_model(model: nn.Module) -> None:
                 "add LoRA adapters or dequantise"
             )
         raise ModelError("the model has no trainable parameter: set requires_grad on those that are trained")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.sparse and module.weight.requires_grad:
+            raise ModelError(f"{name}: expected dense gradients, got sparse=True; set {name}.sparse = False")
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            raise ModelError(f"{name}: expected max_norm=None, got {module.max_norm}: its look-ups rewrite the weight")
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter.detach()):
             raise ModelError(f"{name} has NaN or Inf: expected finite weights; use an earlier checkpoint")

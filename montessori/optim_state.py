@@ -95,6 +95,11 @@ class AdamWState(Mapping[str, ParameterState]):
         the optimizer does not hold exactly the parameters of `model`.
         """
         inner = _unwrap(optimizer)
+        if getattr(inner, "_optimizer_step_pre_hooks", None):
+            raise StateError(
+                "optimizer: expected no hooks that run before its step (register_step_pre_hook), which may change the "
+                "gradients: take them off, or build AdamWState yourself"
+            )
         try:
             groups = quantised.groups_by_parameter(inner)
         except ArgumentError as error:

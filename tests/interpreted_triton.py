@@ -194,7 +194,7 @@ def test_an_example_whose_logits_do_not_fit_goes_by_these_kernels(monkeypatch):
     options = {"method": "first_order", "backend": "triton"}
     whole = InfluenceEstimator(model, optimizer, references, **options).score(rows)
     # Seven words at a time for the longest example, and less than its logits for every other.
-    monkeypatch.setattr(head, "LOGITS_BYTES", 4 * 7 * 8)
+    monkeypatch.setattr(head, "most_logits", lambda hidden, weight: 7 * 8)
     calls, blocks_of = [], gpu.logits_gradient
     monkeypatch.setattr(gpu, "logits_gradient", lambda *given: calls.append(given) or blocks_of(*given))
     parts = InfluenceEstimator(model, optimizer, references, **options).score(rows)

@@ -11,7 +11,7 @@ from support import CONFIGS, VOCABULARY, make_model, make_rows, slow_influence, 
 from montessori import InfluenceEstimator, head, ops
 from montessori.batching import collate, examples_from_tokens
 from montessori.coverage import proved_loss, verified_plan
-from montessori.errors import ArgumentError, ModelError
+from montessori.errors import ArgumentError, FallbackWarning, ModelError
 from montessori.expansion import trainable_parameters
 from montessori.losses import response_loss
 from montessori.referenceset import ReferenceSets
@@ -44,7 +44,7 @@ def examples(count=4):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_of_any_size_give_the_scores_of_single_examples(monkeypatch, name, size):
-    monkeypatch.setattr(head, "LOGITS_BYTES", size)
+    monkeypatch.setattr(head, "most_logits", lambda hidden, weight: size // 8)
     model = MODELS[name]()
     optimizer, candidates, references = warm_optimizer(model), make_rows(6, seed=1), make_rows(3, seed=2)
     got = InfluenceEstimator(model, optimizer, references, method="first_order").score(candidates)
@@ -66,7 +66,7 @@ def test_a_head_whose_logits_are_capped_goes_another_way(name):
 
 
 def test_no_chunk_holds_more_logits_than_allowed(monkeypatch):
-    monkeypatch.setattr(head, "LOGITS_BYTES", 8 * 7 * 8)
+    monkeypatch.setattr(head, "most_logits", lambda hidden, weight: 7 * 8)
     model, batch = make_model("llama_tied"), collate(examples())
     seen = []
     product = head.product
@@ -90,7 +90,7 @@ def test_no_chunk_holds_more_logits_than_allowed(monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_reference_by_chunks_has_the_loss_and_the_gradient_of_the_whole(monkeypatch, name, size):
-    monkeypatch.setattr(head, "LOGITS_BYTES", size)
+    monkeypatch.setattr(head, "most_logits", lambda hidden, weight: size // 8)
     model, rows = MODELS[name](), examples(5)
     sets = ReferenceSets({"short": rows[:2], "long": rows[2:]}, "token_mean", 4096)
     chunked, parameters = head.ChunkedLoss(model.get_output_embeddings()), trainable_parameters(model)
@@ -153,6 +153,23 @@ def test_the_reference_goes_by_chunks_only_where_that_is_the_models_own_loss(nam
         return response_loss(model, batch)
 
     assert proved_loss(model, rows, own, "auto") is own
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_a_head_whose_weight_is_computed_has_its_whole_gradient(name):
+    model = make_model("llama_untied")
+    getattr(torch.nn.utils.parametrizations, name)(model.lm_head)
+    model.eval()
+    optimizer, candidates, references = warm_optimizer(model), make_rows(4, seed=1), make_rows(3, seed=2)
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    model.train()
+    with pytest.warns(FallbackWarning):
+        got = InfluenceEstimator(model, optimizer, references, method="first_order").score(candidates)
+    # In train mode spectral norms step on with every look at the weight.
+    assert all(torch.equal(buffers[key], value) for key, value in model.named_buffers())
+    model.eval()
+    want = slow_influence(model, optimizer, candidates, references, "first_order")
+    np.testing.assert_allclose(got.influence, want, rtol=RTOL)
 
 
 HOSTILE = {

@@ -237,6 +237,62 @@ def test_a_number_of_a_module_is_noticed(dtype):
     np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)
 
 
+class Held(torch.nn.Module):
+    """A norm whose output a tensor scales that is neither parameter nor buffer."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.scale, self.named = norm, torch.ones(()), {"scale": torch.ones(())}
+
+    def forward(self, x):
+        return self.norm(x) * self.scale * self.named["scale"]
+
+
+def half(module, _arguments, output):
+    return output / 2
+
+
+CHANGES = {
+    "tensor": lambda model: model.model.norm.scale.fill_(0.5),
+    "another tensor": lambda model: setattr(model.model.norm, "scale", torch.tensor(0.5)),
+    "tensor in a dict": lambda model: model.model.norm.named["scale"].fill_(0.5),
+    "forward": lambda model: setattr(model.model.norm, "forward", lambda x, norm=model.model.norm.norm: norm(x) / 2),
+    "hook": lambda model: model.model.norm.register_forward_hook(half),
+    "activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.functional.relu),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_computes_otherwise_is_noticed(change):
+    model = make_model("llama_tied", torch.float32)
+    model.model.norm = Held(model.model.norm)
+    for layer in model.model.layers:
+        # Of transformers', some are modules, which are noticed by their parameters' names.
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = torch.nn.functional.silu
+    optimizer = warm_optimizer(model)
+    found, candidates = estimator(model, optimizer), make_rows(5, seed=1)
+    before = found.score(candidates).influence
+    CHANGES[change](model)
+    after = found.score(candidates).influence
+    assert not np.array_equal(after, before)
+    np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)
+
+
+def test_a_learning_rate_that_is_a_tensor_is_noticed_to_the_last_digit():
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.00100)
+    found, candidates = estimator(model, optimizer), make_rows(5, seed=1)
+    before = found.score(candidates).influence
+    for group in optimizer.param_groups:
+        group["lr"].fill_(0.00104)
+    after = found.score(candidates).influence
+    assert not np.array_equal(after, before)
+    np.testing.assert_array_equal(after, estimator(model, optimizer).score(candidates).influence)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_parameters_frozen_and_freed_between_calls(method):
     model = make_model("llama_tied", torch.float32)

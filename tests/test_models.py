@@ -346,6 +346,16 @@ def test_frozen_eight_bit_and_empty_weights_are_checked_too():
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [({"sparse": True}, "sparse=True; set model.embed_tokens.sparse = False"), ({"max_norm": 1.0}, "max_norm=None")],
+)
+def test_embeddings_that_cannot_be_scored_are_named(options, words):
+    model = tiny_llama()
+    model.model.embed_tokens = nn.Embedding(*model.model.embed_tokens.weight.shape, **options)
+    assert words in invalid(model)
+
+
+@pytest.mark.parametrize(
     ("left", "tool"), [("pytorch_model_fsdp_0", "merge-weights"), ("zero_to_fp32.py", "zero_to_fp32")]
 )
 def test_a_sharded_checkpoint_names_the_tool_that_merges_it(tmp_path, left, tool):

@@ -85,6 +85,19 @@ def test_a_journal_of_another_run_is_refused_by_what_differs(warm, tmp_path):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("change", ["number", "buffer"])
+def test_a_journal_of_a_model_that_computes_something_else_is_refused(warm, change, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    score(warm, path)
+    model = warm[0]
+    if change == "number":
+        model.model.norm.variance_epsilon *= 2
+    else:
+        model.model.rotary_emb.inv_freq *= 2
+    with pytest.raises(StateError, match="other model;"):
+        score(warm, path)
+
+
 def test_a_full_disk_keeps_what_was_written(tmp_path):
     path = tmp_path / "journal.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,0 +1,107 @@
+"""Models of which autograd does not give the derivative of the loss: two parameters in one memory, DoRA."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+from support import make_model, make_rows, plain_loss, reference_loss, slow_influence, warm_optimizer
+from torch import nn
+
+from montessori import InfluenceEstimator
+from montessori.errors import CurvatureWarning, ModelError
+
+CANDIDATES, REFERENCES = make_rows(4, seed=1), make_rows(3, seed=2)
+
+
+def alias(model, trained: bool = True) -> None:
+    table = model.model.embed_tokens.weight
+    model.lm_head.weight = nn.Parameter(table.data)
+    table.requires_grad_(trained)
+
+
+def first_column_block(model) -> None:
+    """Two layers that hold columns of one matrix: side by side, no value is in both."""
+    rows, columns = model.model.layers[0].mlp.gate_proj.weight.shape
+    whole = torch.randn(rows, 2 * columns, dtype=torch.float64)
+    for layer, part in zip(model.model.layers, whole.split(columns, 1), strict=True):
+        layer.mlp.gate_proj.weight = nn.Parameter(part)
+
+
+def adapters_in_one_memory(model) -> nn.Module:
+    targets = ["embed_tokens", "lm_head"]
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True))
+
+
+def score(model, method: str):
+    return InfluenceEstimator(model, warm_optimizer(model), REFERENCES, method=method).score(CANDIDATES).influence
+
+
+@pytest.mark.parametrize("method", ["anchored", "first_order"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_two_parameters_in_one_memory_are_named(method, trained):
+    model = make_model("llama_untied")
+    alias(model, trained)
+    with pytest.raises(ModelError, match=r"lm_head.weight and model.embed_tokens.weight .* method='exact'"):
+        score(model, method)
+
+
+def test_real_steps_take_two_parameters_in_one_memory():
+    model = make_model("llama_untied")
+    alias(model)
+    optimizer = warm_optimizer(model)
+    saved, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    before, want = float(reference_loss(model, REFERENCES).detach()), []
+    for row in CANDIDATES:
+        plain_loss(model, row).backward()
+        optimizer.step()
+        want.append(before - float(reference_loss(model, REFERENCES).detach()))
+        optimizer.zero_grad()
+        model.load_state_dict(saved)
+        optimizer.load_state_dict(copy.deepcopy(state))
+    got = InfluenceEstimator(model, optimizer, REFERENCES, method="exact").score(CANDIDATES)
+    np.testing.assert_allclose(got.influence, want, rtol=1e-9)
+
+
+def test_a_wider_copy_would_part_them():
+    model = make_model("llama_untied", torch.bfloat16)
+    alias(model)
+    with pytest.raises(ModelError, match="with float32 weights"):
+        score(model, "exact")
+
+
+def test_adapters_that_peft_ties_are_named():
+    model = adapters_in_one_memory(make_model("llama_tied"))
+    with pytest.raises(ModelError, match=r"lora_embedding_.* two parameters in the same memory"):
+        score(model, "anchored")
+
+
+def test_parts_of_one_matrix_that_do_not_meet_are_scored():
+    model = make_model("llama_untied")
+    first_column_block(model)
+    optimizer = warm_optimizer(model)
+    want = slow_influence(model, optimizer, CANDIDATES, REFERENCES, "first_order")
+    got = InfluenceEstimator(model, optimizer, REFERENCES, method="first_order").score(CANDIDATES)
+    np.testing.assert_allclose(got.influence, want, rtol=1e-9)
+
+
+def test_a_frozen_pair_in_one_memory_concerns_nobody():
+    model = make_model("llama_untied")
+    alias(model, trained=False)
+    model.lm_head.weight.requires_grad_(False)
+    assert np.isfinite(score(model, "first_order")).all()
+
+
+@pytest.mark.parametrize(("use_dora", "method", "warned"), [(True, "anchored", True), (True, "exact", False),
+                                                            (False, "anchored", False)])  # fmt: skip
+def test_dora_is_warned_of_where_it_matters(use_dora, method, warned):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=use_dora, init_lora_weights=False)
+    model = peft.get_peft_model(make_model("llama_tied", torch.float32), config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        InfluenceEstimator(model, warm_optimizer(model, lr=1e-5), REFERENCES, method=method)
+    assert any(issubclass(one.category, CurvatureWarning) and "DoRA" in str(one.message) for one in caught) == warned
