@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,21 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     return run_warmup(model, tokenizer, encoded.examples, out, **training)
 
 
+@contextmanager
+def _bars_of_transformers(shown: bool) -> Iterator[None]:
+    """Its bars of loading and saving go with ours."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
 def _show(console: Console, scores: Scores, rows: Rows | None, quantity: str, name: str | None, top: int) -> None:
     inspection.print_summary(console, scores)
     values = inspection.select(scores, quantity, name)
@@ -219,10 +234,12 @@ def cli() -> None:
 @click.option("--max-grad-norm", type=POSITIVE, help="Clip by global norm; score with the same. [default: no clipping]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True)
 @_with(TEXT_OPTIONS)
-def warmup(student: str, data: str, out: Path, epochs: float, **training: Any) -> None:
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def warmup(student: str, data: str, out: Path, epochs: float, quiet: bool, **training: Any) -> None:
     """Fine-tune a student for a few AdamW steps and keep its optimizer state."""
     text = {name: training.pop(name) for name in TEXT_SETTINGS}
-    checkpoint = _warm_up(student, data, out, text, num_train_epochs=epochs, **training)
+    with _bars_of_transformers(shown=not quiet):
+        checkpoint = _warm_up(student, data, out, text, num_train_epochs=epochs, progress=not quiet, **training)
     click.echo(f"checkpoint: {checkpoint}")
     click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} …")
 
@@ -235,7 +252,8 @@ def warmup(student: str, data: str, out: Path, epochs: float, **training: Any) -
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> None:
     """Score every candidate by what one optimizer step on it would do to the reference loss."""
-    scores = runs.score_to_file(_settings(values), out, fresh=not resume, audit=audit, progress=not quiet)
+    with _bars_of_transformers(shown=not quiet):
+        scores = runs.score_to_file(_settings(values), out, fresh=not resume, audit=audit, progress=not quiet)
     console = Console()
     inspection.print_summary(console, scores)
     console.print(f"scores: {out}", soft_wrap=True, markup=False)
@@ -254,8 +272,9 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     if out is not None:
         runs.check_out(settings, out)
         runs.check_writable(out)
-    bench = runs.open_workbench(settings, audit=size)
-    result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
+    with _bars_of_transformers(shown=not quiet):
+        bench = runs.open_workbench(settings, audit=size)
+        result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()
     console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))
     console.print(inspection.agreement_table("centred: the same without the shared drift", result.centred_agreement))

@@ -176,6 +176,8 @@ def embedding_influence(
     if drift is None:
         drift = adam_influence(None, q, exp_avg, exp_avg_sq, param, step, impl=impl)[0]
     check_shape("drift", drift, (q.shape[0],), "[K]")
+    if drift.dtype is not torch.float64:
+        raise ArgumentError(f"drift: expected float64, as scores are, got {drift.dtype}; convert it with .double()")
     changes = unchecked_row_changes(rows, q, exp_avg, exp_avg_sq, param, step, None, impl)
     return drift.to(param.device) + changes
 

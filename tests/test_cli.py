@@ -101,8 +101,8 @@ def test_audit_prints_the_agreement(run, student, files, tmp_path):
 
 def test_warmup_leaves_a_checkpoint_that_can_be_scored(run, student, files, tmp_path):
     words = ["--student", student, "--data", files["candidates"], "--out", tmp_path / "warm", "--max-steps", 2]
-    status, shown, _ = run("warmup", *words, "--batch-size", 4, "--learning-rate", 1e-4)
-    assert status == 0
+    status, shown, bars = run("warmup", *words, "--batch-size", 4, "--learning-rate", 1e-4, "--quiet")
+    assert status == 0 and "%|" not in shown + bars
     checkpoint = tmp_path / "warm" / "checkpoint-2"
     assert str(checkpoint) in shown.replace("\n", "")
     status, _, _ = run("score", *options(checkpoint, files), "--out", tmp_path / "s.parquet", "--quiet")

@@ -264,7 +264,7 @@ def test_an_argument_that_does_not_fit_says_what_was_expected_and_what_came(spoi
 def test_ready_gradients_and_drifts_that_do_not_fit_are_refused():
     with pytest.raises(ArgumentError, match=r"grad: expected shape .* = \[any, 3, 5\], got \[3, 5\]"):
         replace(HOSTILE["matrix"], ready=HOSTILE["matrix"].ready[0]).run()
-    for drift, got in ((torch.zeros(3), r"\[3\]"), (0.0, "float")):
+    for drift, got in ((torch.zeros(3), r"\[3\]"), (0.0, "float"), (torch.zeros(2), "torch.float32")):
         with pytest.raises(ArgumentError, match=f"drift: expected .*, got {got}"):
             HOSTILE["table"].run(drift=drift)
 
