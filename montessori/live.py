@@ -19,6 +19,8 @@ from montessori.optim_state import AdamWState
 
 # Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
 _COLUMNS, _ROWS = 256, 256
+# Attributes of a module that do not change what it computes here, where every module is in eval mode.
+_IDLE = {"training", "name_or_path", "warnings_issued"}
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _NEW_LOCK = threading.Lock()
 
@@ -189,7 +191,7 @@ class Watch:
 def module_numbers(model: nn.Module) -> tuple[tuple[str, str, str], ...]:
     """What modules keep beside their tensors: an epsilon, the scale of an adapter, which adapters are merged."""
     held = _beside_tables(model)
-    return tuple((name, key, repr(value)) for name, key, value in held if key != "training" and _is_number(value))
+    return tuple((name, key, repr(value)) for name, key, value in held if key not in _IDLE and _is_number(value))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -98,6 +98,14 @@ def test_a_journal_of_a_model_that_computes_something_else_is_refused(warm, chan
         score(warm, path)
 
 
+def test_a_journal_does_not_mind_where_the_model_came_from(warm, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    want = score(warm, path)
+    model = warm[0]
+    model.name_or_path, model.warnings_issued = "../elsewhere", {"estimate_tokens": True}
+    np.testing.assert_array_equal(score(warm, path).influence, want.influence)
+
+
 def test_a_full_disk_keeps_what_was_written(tmp_path):
     path = tmp_path / "journal.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
