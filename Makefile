@@ -69,4 +69,4 @@ format: .venv/installed
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf out build *.egg-info
+	rm -rf out build dist *.egg-info montessori/*.so .venv/installed .venv-bench/installed

@@ -65,8 +65,8 @@ def compile_device_code(toolkit: Path, build: Path, archs: list[str]) -> list[st
     if HOPPER in archs:
         sources[HOPPER_SOURCE] = [HOPPER]
     objects = []
-    for name, archs in sources.items():
-        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    for name, chosen in sources.items():
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
         objects.append(str(build / f"{name}.o"))
         command = [toolkit / "bin/nvcc", *flags, *targets, "-c", f"csrc/cuda/{name}.cu", "-o", objects[-1]]
         subprocess.run([str(part) for part in command], check=True)
@@ -114,7 +114,7 @@ def extension_arguments() -> dict:
             "montessori._cuda",
             ["csrc/cuda/register.cpp"],
             include_dirs=["csrc/cuda", str(toolkit / "include")],
-            library_dirs=[str(toolkit / "lib64"), str(toolkit / "targets/x86_64-linux/lib")],
+            library_dirs=[str(toolkit / "lib64"), *map(str, toolkit.glob("targets/*-linux/lib"))],
             libraries=["cudart_static", "rt", "pthread", "dl"],
             extra_compile_args=[*FLAGS, *without_hopper, f"-DMONTESSORI_ARCHS={','.join(archs)}"],
         )

@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.common import MAX_LENGTH, RESULTS, load_data, parser, warm_student, warmup_name, write_result
 from montessori import InfluenceEstimator
 from montessori.agreement import Agreement
-from montessori.inspection import agreement_table, save_histogram
+from montessori.inspection import agreement_table
 from montessori.models import load_model
 
 METHODS = ("anchored", "first_order", "exact")
@@ -38,7 +38,6 @@ def main() -> None:
         agreements[method] = Agreement.of(scores[method].influence, real.influence)
         centred[method] = Agreement.of(scores[method].centred, real.centred)
     _plot(scores, RESULTS / f"fidelity{warmup_name(arguments)}.png")
-    save_histogram(scores["anchored"], RESULTS / f"influence{warmup_name(arguments)}.png")
     path = write_result(
         f"fidelity{warmup_name(arguments)}",
         arguments,

@@ -231,7 +231,7 @@ def example_sums(rows: Tensor, spans: Spans, times: Tensor | None, scale: Tensor
             part = part * times[low:high]
         if scale is not None:
             part = part * scale[low:high].reshape(-1, *[1] * (part.dim() - 1))
-        # Torch shares a longer sum over its threads.
+        # In pieces: torch would spread a longer sum over its threads, and the order would change with their number.
         sums[example] = sum((chunk.sum(0) for chunk in part.split(_SUMMED)[1:]), part[:_SUMMED].sum(0))
     return sums
 

@@ -102,7 +102,12 @@ def keep(timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     # It stands on the estimator, which stands on this.
     from montessori.runs import write_json
 
-    write_json(_path(), _read() | {_name(torch.cuda.current_device()): record})
+    try:
+        earlier = _read()
+    except ArgumentError as error:
+        warnings.warn(f"{error}: written anew", FallbackWarning, stacklevel=2)
+        earlier = {}
+    write_json(_path(), earlier | {_name(torch.cuda.current_device()): record})
     _kept.cache_clear()
     return record
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from montessori.errors import StateError
 from montessori.optim_state import JSON_FILE, TENSOR_FILE, AdamWState, ParameterState, parameter_state
+from montessori.wording import first_line
 from montessori.zero import read_zero, zero_directory
 
 TRAINER_FILE = "optimizer.pt"
@@ -148,8 +149,7 @@ def _load(file: Path) -> dict:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise StateError(f"{file}: cannot be read as plain tensors ({reason}): save it again") from error
+        raise StateError(f"{file}: cannot be read as plain tensors ({first_line(error)}): save it again") from error
     fits = (
         isinstance(saved, dict)
         and isinstance(saved.get("state"), Mapping)

@@ -28,6 +28,7 @@ from montessori.warmup import RECORD_FILE
 from montessori.warmup import warmup as run_warmup
 
 Command = Callable[..., Any]
+WITHOUT_RESUME = {"audit", "inspect", "calibrate"}
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
@@ -113,7 +114,7 @@ SCORING_OPTIONS = [
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="What computes the scores; auto takes the fastest that was made for the device.",
+        help="What computes the scores; auto: compiled kernels, on a GPU Triton or what calibrate found fastest.",
     ),
     click.option(
         "--batch-tokens",
@@ -301,7 +302,7 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
     _show(console, scores, rows, quantity, name, top)
     if png is not None:
         inspection.save_histogram(scores, png, quantity, () if name is None else (name,))
-        console.print(f"wrote {png}", soft_wrap=True)
+        console.print(f"wrote {png}", soft_wrap=True, markup=False)
 
 
 @cli.command()
@@ -338,7 +339,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:
-        click.echo("interrupted; the same command goes on from here", err=True)
+        resumable = not set(sys.argv[1:2]) <= WITHOUT_RESUME
+        click.echo("interrupted" + "; the same command, without --fresh, goes on from here" * resumable, err=True)
         sys.exit(130)
     except MontessoriError as error:
         click.echo(f"error: {error}", err=True)

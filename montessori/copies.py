@@ -16,6 +16,7 @@ from montessori.errors import ModelError
 from montessori.expandable import check_memory
 from montessori.live import tensors_in
 from montessori.losses import LossFunction
+from montessori.wording import first_line
 
 _INSTEAD = "pass the model without the wrapper, in float32, or method='first_order' with reference_dtype='model'"
 
@@ -91,7 +92,7 @@ def check_copy(model: nn.Module, copied: nn.Module, example: Example, loss: Loss
         try:
             example_losses(copied, batch, loss).sum().backward()
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ModelError(f"a float32 copy of the model does not compute ({reason}): {_INSTEAD}") from error
+            why = first_line(error)
+            raise ModelError(f"a float32 copy of the model does not compute ({why}): {_INSTEAD}") from error
         if any(one.grad is not None for one in foreign) or all(one.grad is None for one in own):
             raise ModelError(f"a forward of the model is wrapped, and a copy computes with its weights: {_INSTEAD}")

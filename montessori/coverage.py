@@ -36,7 +36,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # A gradient that is zero in exact arithmetic is rounding noise; measure it against the global norm.
 NOISE_SHARE = 1e-3
-# Of the shortest examples, whose losses are taken in company and alone.
+# Tokens of the shortest examples, whose losses are compared in a batch and alone.
 LOSS_TOKENS = 32
 # Of long ones: beyond them rows that share a batch are not told apart from rows alone.
 LONG_TOKENS = 256

@@ -180,8 +180,8 @@ def _limit(
         if too_long and truncation == "error" and example.num_label_tokens:
             raise DataError(
                 f"{table.where(index)}: expected at most {max_length} tokens, got "
-                f"{example.num_tokens}; raise --max-length, or pass --truncation right (cuts the end) or "
-                f"skip (leaves the row out)"
+                f"{example.num_tokens}; raise max_length (--max-length), or cut the end with truncation='right' "
+                "(--truncation right), or leave the row out with 'skip'"
             )
         kept = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
         if example.num_label_tokens and too_long and truncation == "skip":

@@ -123,7 +123,7 @@ class InfluenceEstimator:
         validate_model(model)
         self.options = Options(
             method=method,
-            backend=ops.check_impl(backend),
+            backend=ops.check_impl(backend, "backend"),
             pilot=pilot,
             max_grad_norm=max_grad_norm,
             reference_weighting=reference_weighting,
@@ -156,8 +156,8 @@ class InfluenceEstimator:
         longest = max(example.num_tokens for examples in sets.values() for example in examples)
         # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
         # precision of checks, their sums must not depend on what shares a batch.
-        apart = floating_dtype(model) is torch.float64 or (self._steady is not None and longest > self._steady)
-        self.references = ReferenceSets(sets, reference_weighting, None if apart else reference_batch_tokens)
+        alone = floating_dtype(model) is torch.float64 or (self._steady is not None and longest > self._steady)
+        self.references = ReferenceSets(sets, reference_weighting, None if alone else reference_batch_tokens)
         self._plan: Plan | None = None
         self._rows_proved, self._proved_tokens = False, 0
         self._expansions: dict[str, Expansion] = {}
@@ -284,7 +284,7 @@ class InfluenceEstimator:
         if left() or summary is None:
             prepared = self._prepare(method, pilot)
             if method != "exact":
-                # Of all batches: what is left would come to the same only by chance.
+                # Judged on all batches, not on what is left: a resumed run decides as the first one did.
                 batches, self._proved_tokens = apart(self.model, batches, self._loss, self._proved_tokens)
             summary = summary or _summary(prepared)
             if journal is not None and summary not in done:

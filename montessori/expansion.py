@@ -16,6 +16,7 @@ from montessori.live import undisturbed
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, mean_delta, restored
+from montessori.parameters import trainable_parameters
 from montessori.products import fast_products
 from montessori.referenceset import ReferenceSets
 from montessori.scoring import parameter_drift
@@ -44,10 +45,6 @@ class Expansion:
     def drift_delta(self) -> Tensor:
         """ΔL of the step with g = 0, float64 [K]."""
         return self.constant + torch.stack(list(self.drift.values())).sum(0).cpu()
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def expand_at_theta(

@@ -16,7 +16,7 @@ _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "triton": gpu.unavailable,
     "cpu": cpu.unavailable,
 }
-# Fastest first; "reference" takes every argument that the checks let through.
+# "reference" takes every argument that the checks let through.
 _PREFERENCE = ("cuda", "triton", "cpu", "reference")
 # What "auto" tries by the tensors' device, where no measurement on it says otherwise.
 _AUTO = {"cuda": "triton", "cpu": "cpu"}
@@ -27,23 +27,24 @@ def available_impls() -> tuple[str, ...]:
     return tuple(name for name in _PREFERENCE if name not in _UNAVAILABLE or _UNAVAILABLE[name]() is None)
 
 
-def check_impl(impl: str) -> str:
+def check_impl(impl: str, argument: str = "impl") -> str:
     """`impl` itself, if it is "auto" or an implementation of this installation.
 
-    Raises ArgumentError with the reason otherwise.
+    Raises ArgumentError with the reason otherwise, under the name of the `argument` that it was given as.
     """
     if impl == "auto" or impl in available_impls():
         return impl
     reason = f": {_UNAVAILABLE[impl]()}" if impl in _UNAVAILABLE else ""
     known = ", ".join(repr(name) for name in available_impls())
-    raise ArgumentError(f"impl={impl!r}: expected 'auto' or one of {known} in this installation{reason}")
+    raise ArgumentError(f"{argument}={impl!r}: expected 'auto' or one of {known} in this installation{reason}")
 
 
 def choose_impl(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> tuple[str, str]:
     """The implementation that scores these tensors, and why.
 
-    "auto" takes the fastest kernels made for the tensors' device, else plain torch. Raises ArgumentError
-    when an implementation asked for by name cannot take the arguments.
+    "auto" takes kernels made for the tensors' device, else plain torch; which of a GPU's is fastest,
+    `montessori.calibration.resolve` has said before. Raises ArgumentError when an implementation asked for by name
+    cannot take the arguments.
     """
     check_impl(impl)
     if impl == "reference":

@@ -97,8 +97,11 @@ class ScoreJournal:
             except BlockingIOError:
                 file.close()
                 raise StateError(
-                    f"{self.path}: another process writes it; wait for it, or choose another --out"
+                    f"{self.path}: another process writes it; wait for it, or choose another file (--out)"
                 ) from None
+            except OSError as error:
+                file.close()
+                raise ResourceError(f"{self.path}: cannot be locked ({error.strerror or error})") from error
             if os.fstat(file.fileno()).st_nlink:
                 return file
             # The process that held it has finished and removed it.

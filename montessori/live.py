@@ -159,7 +159,7 @@ class Watch:
         self.settle()
 
     def settle(self) -> None:
-        """Nothing is another, though it has been written: steps taken and taken back, passes counted."""
+        """Take what is there now as unchanged: our own steps, taken back, have raised the version counters."""
         self._fixed, self._versions, self._kept = _fixed_parts(self._model), self._now(), self._attributes()
 
     def _moments(self) -> list[Any]:

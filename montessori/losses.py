@@ -44,7 +44,7 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def prove_packing(model: nn.Module, batch: Batch) -> None:
-    """From now on the head of this model runs on all positions, if what follows it tells which were left out."""
+    """Remember to run the head of this model on all positions, if its output changes when the others are left out."""
     head = _head(model)
     if head is None or head in _ON_ALL_POSITIONS:
         return

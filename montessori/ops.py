@@ -288,7 +288,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, *, impl: st
     """Cross-entropy of the rows of `logits` [n, V], float64 [n]; the logits become weighted gradients.
 
     In place, row i becomes weights[i] · (softmax(logits[i]) − one-hot(targets[i])). targets int64 [n];
-    logits and weights [n] are float32 or float64.
+    logits and weights [n] are float32 or float64. There is a compiled kernel for float32 on processors; every other
+    `impl` computes in plain torch. Raises ArgumentError when an argument does not fit.
     """
     check_tensors({"logits": logits, "weights": weights}, _device_of("logits", logits))
     check_shape("logits", logits, (None, None), "[n, V]")

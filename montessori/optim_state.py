@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from montessori import quantised
 from montessori.errors import ArgumentError, StateError
+from montessori.parameters import trainable_parameters
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
+from montessori.wording import one_line
 
 TENSOR_FILE = "adamw_state.safetensors"
 JSON_FILE = "adamw_state.json"
@@ -114,7 +116,7 @@ class AdamWState(Mapping[str, ParameterState]):
         decoupled = quantised.is_decoupled(inner) if known else isinstance(inner, torch.optim.AdamW)
         states = {
             name: parameter_state(groups[id(parameter)], inner.state.get(parameter, {}), name, decoupled)
-            for name, parameter in _trainable(model).items()
+            for name, parameter in trainable_parameters(model).items()
             if id(parameter) in groups
         }
         state = cls(states)
@@ -123,7 +125,7 @@ class AdamWState(Mapping[str, ParameterState]):
 
     def check_layout(self, model: nn.Module) -> None:
         """Raise StateError unless the entries are the trainable parameters of `model`, shape by shape."""
-        parameters = _trainable(model)
+        parameters = trainable_parameters(model)
         missing = [name for name in parameters if name not in self]
         if missing:
             raise StateError(
@@ -192,7 +194,7 @@ class AdamWState(Mapping[str, ParameterState]):
 
     def beside(self, model: nn.Module) -> AdamWState:
         """The same state with every tensor on the device of its parameter; shared where it is there."""
-        parameters = _trainable(model)
+        parameters = trainable_parameters(model)
         moved = {}
         for name, state in self.items():
             device = parameters[name].device
@@ -251,7 +253,7 @@ class AdamWState(Mapping[str, ParameterState]):
         try:
             tensors = load_file(path / TENSOR_FILE)
         except (SafetensorError, OSError) as error:
-            raise StateError(f"{path / TENSOR_FILE}: expected a safetensors file, got {error}") from error
+            raise StateError(f"{path / TENSOR_FILE}: expected a safetensors file, got {one_line(error)}") from error
         states = {
             name: ParameterState(step, tensors.pop(f"exp_avg.{name}", None), tensors.pop(f"exp_avg_sq.{name}", None))
             for name, step in named_steps.items()
@@ -337,10 +339,6 @@ def _unwrap(optimizer: object) -> torch.optim.Optimizer:
         f"unknown optimizer {type(optimizer).__name__}: supported are torch.optim.AdamW, Adam and SGD, and "
         "Adam and AdamW of bitsandbytes and torchao; or build AdamWState yourself"
     )
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _listed(names: Iterable[str], shown: int = 3) -> str:

@@ -10,6 +10,7 @@ torch's own choice stands.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -50,19 +51,50 @@ def gpu_rounds_products() -> bool:
 @contextmanager
 def unrounded_products() -> Iterator[None]:
     """Inside, float32 products are of float32 factors whatever torch's switches say: two ways to compute the same are
-    told from a mistake by much less than rounded factors put between them."""
-    with ExitStack() as stack:
-        precision = float32_precision()
-        if precision != "highest":
-            for switch in (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
-                # What a switch has of the one above it, it goes on having of it.
-                inherited = switch.fp32_precision == _BACKENDS.fp32_precision
-                stack.callback(setattr, switch, "fp32_precision", "none" if inherited else switch.fp32_precision)
-                switch.fp32_precision = "ieee"
-            if precision in ("high", "medium"):
-                stack.callback(torch.set_float32_matmul_precision, precision)
-            torch.set_float32_matmul_precision("highest")
+    told from a mistake by much less than rounded factors put between them.
+
+    The switches are those of the process: of several threads the last one to leave sets them back.
+    """
+    _UNROUNDED.enter()
+    try:
         yield
+    finally:
+        _UNROUNDED.leave()
+
+
+class _Unrounded:
+    """torch's switches, set for as long as somebody is inside."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._earlier = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._set()
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._earlier.close()
+
+    def _set(self) -> None:
+        precision = float32_precision()
+        if precision == "highest":
+            return
+        for switch in (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
+            # A switch that inherits its value is set back to inheriting it.
+            inherited = switch.fp32_precision == _BACKENDS.fp32_precision
+            self._earlier.callback(setattr, switch, "fp32_precision", "none" if inherited else switch.fp32_precision)
+            switch.fp32_precision = "ieee"
+        if precision in ("high", "medium"):
+            self._earlier.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")
+
+
+_UNROUNDED = _Unrounded()
 
 
 def torch_rounds_products() -> bool:
@@ -77,7 +109,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     stands at "highest" where a lower one changes the library but not the precision."""
     with ExitStack() as stack:
         on_processor = all(parameter.device.type == "cpu" for parameter in model.parameters())
-        if float32_precision() != "highest" and on_processor and not torch_rounds_products():
+        if on_processor and not torch_rounds_products():
             stack.enter_context(unrounded_products())
         for module in model.modules():
             if is_plain_linear(module):

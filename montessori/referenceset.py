@@ -57,7 +57,7 @@ class ReferenceSets:
         return by_length[:1] + (longer or by_length[1:2])
 
     def telling(self) -> list[Example]:
-        """One or two examples for a proof on windows: as long as these, where there are such, and of two lengths."""
+        """One or two examples for a proof on windows, PROOF_TOKENS long at least and of two lengths where possible."""
         examples = [example for group in self.sets.values() for example in group]
         by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
         first = next((one for one in by_length if one.num_tokens >= PROOF_TOKENS[0]), by_length[-1])

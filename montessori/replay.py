@@ -21,7 +21,7 @@ from montessori.rowmap import UnmappableRowsError
 
 # A parameter with more values than this has no gradient [B, *shape] that is held at once.
 MOST_VALUES = 1 << 20
-# Autograd does not look through these either.
+# Autograd cuts the graph at these too: what they return is followed no further.
 _APART = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from montessori.experts import are_experts
+from montessori.parameters import trainable_parameters
 from montessori.replay import MOST_VALUES
 
 LINEAR, CONV1D, EMBEDDING, LOCAL = "linear", "conv1d", "embedding", "local"
@@ -82,7 +83,7 @@ class Plan:
 
 def make_plan(model: nn.Module) -> Plan:
     """Assign a rule to every module that owns a trainable parameter."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = trainable_parameters(model)
     names = {parameter: name for name, parameter in trainable.items()}
     plan = Plan(rules={}, trainable=trainable)
     for module_name, module in model.named_modules():

@@ -80,10 +80,7 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
     check_audit(audit)
     if settings.dtype not in DTYPES:
         raise ArgumentError(f"dtype={settings.dtype!r}: expected one of {', '.join(DTYPES)}")
-    try:
-        ops.check_impl(settings.backend)
-    except ArgumentError as error:
-        raise ArgumentError(f"--backend {settings.backend}: {error}") from error
+    ops.check_impl(settings.backend, "--backend")
     device = resolve_device(settings.device, "--device")
     candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
     check_audit(audit, len(candidates))

@@ -21,12 +21,13 @@ from montessori.batching import Example, collate
 from montessori.capture import Capture
 from montessori.cpu import TileSample
 from montessori.errors import FallbackWarning, ResourceError
-from montessori.expansion import Expansion, real_products, trainable_parameters
+from montessori.expansion import Expansion, real_products
 from montessori.journal import ScoreJournal
 from montessori.live import undisturbed
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, example_gradients, restore, restored
+from montessori.parameters import trainable_parameters
 from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import Plan
@@ -119,15 +120,8 @@ class LinearScorer:
                 ResourceWarning,
                 stacklevel=2,
             )
-            try:
-                return Scored.joined([self._score(group[:half]), self._score(group[half:])])
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-        raise ResourceError(
-            f"out of memory on a batch of {len(group)} example(s), {tokens} tokens, also when halved: "
-            "lower batch_tokens or max_length"
-        )
+            return Scored.joined([self.score(group[:half]), self.score(group[half:])])
+        raise ResourceError(f"out of memory on one example of {tokens} tokens: lower max_length")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from montessori.errors import StateError
+from montessori.wording import first_line
 
 _CLASSES = {
     ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
@@ -120,8 +121,9 @@ def _piece(directory: Path, index: Metadata, where: MetadataIndex) -> object:
             content = io.BytesIO(stream.read(stored.length))
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise StateError(f"{file}: {where.fqn} cannot be read as plain tensors ({reason}): save it again") from error
+        raise StateError(
+            f"{file}: {where.fqn} cannot be read as plain tensors ({first_line(error)}): save it again"
+        ) from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -139,7 +141,9 @@ def _metadata(file: Path) -> Metadata:
         with file.open("rb") as stream:
             index = _Unpickler(stream).load()
     except Exception as error:
-        raise StateError(f"{file}: cannot be read as the index of a distributed checkpoint ({error})") from error
+        raise StateError(
+            f"{file}: cannot be read as the index of a distributed checkpoint ({first_line(error)})"
+        ) from error
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise StateError(f"{file}: expected the index of a distributed checkpoint, got {type(index).__name__}")
     return index

@@ -49,7 +49,7 @@ RIVALS = (
     Tile(128, 128, 64, 16, 3, hold=False),
 )
 LOGITS = Tile(64, 128, 64, 8, 3)
-WORD_BLOCKS = 32  # of one program of the cross-entropy: its splits depend on the vocabulary alone
+WORD_BLOCKS = 32  # that a program of the cross-entropy goes through: splits then depend on the vocabulary alone
 LOGITS_WIDE = Tile(32, 64, 16, 4, 2)
 
 

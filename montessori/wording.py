@@ -10,6 +10,11 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, or its kind: what follows is often a trace or advice."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def short(value: object) -> str:
     """A value of a row."""
     return " ".join(reprlib.repr(value).split())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from montessori.errors import StateError
+from montessori.wording import first_line
 
 _RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -210,8 +211,7 @@ def _load(file: Path) -> dict:
         with torch.serialization.safe_globals(empty):
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise StateError(f"{file}: cannot be read as plain tensors ({reason}): save it again") from error
+        raise StateError(f"{file}: cannot be read as plain tensors ({first_line(error)}): save it again") from error
     if not isinstance(saved, dict):
         raise StateError(f"{file}: expected a dict, got {type(saved).__name__}")
     return saved

@@ -345,7 +345,7 @@ def test_help_lists_the_backends_and_each_is_taken_or_refused_with_a_reason(run,
     assert f"[{'|'.join(runs.BACKENDS)}]" in shown
     for backend in set(runs.BACKENDS) - {"auto", *ops.available_impls()}:
         status, _, error = run("score", *options(student, files, backend=backend), "--out", tmp_path / "s.parquet")
-        assert status == 2 and f"error: --backend {backend}: " in error
+        assert status == 2 and f"error: --backend='{backend}': " in error
         assert "in this installation: " in error
 
 

@@ -12,8 +12,8 @@ from montessori import InfluenceEstimator, head, ops
 from montessori.batching import collate, examples_from_tokens
 from montessori.coverage import proved_loss, verified_plan
 from montessori.errors import ArgumentError, FallbackWarning, ModelError
-from montessori.expansion import trainable_parameters
 from montessori.losses import response_loss
+from montessori.parameters import trainable_parameters
 from montessori.referenceset import ReferenceSets
 
 RTOL = 1e-9

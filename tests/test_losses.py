@@ -13,8 +13,8 @@ from montessori.batching import Example, collate, examples_from_tokens, make_bat
 from montessori.capture import example_losses
 from montessori.coverage import verified_plan
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
-from montessori.expansion import trainable_parameters
 from montessori.losses import response_loss
+from montessori.parameters import trainable_parameters
 from montessori.referenceset import ReferenceSets
 
 

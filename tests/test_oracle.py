@@ -16,9 +16,9 @@ from torch import nn
 from montessori import AdamWState, InfluenceEstimator, naive
 from montessori.batching import examples_from_tokens
 from montessori.errors import ArgumentError
-from montessori.expansion import trainable_parameters
 from montessori.losses import response_loss
 from montessori.oracle import apply_step, clip_gradients, example_gradients, mean_delta, restore, restored
+from montessori.parameters import trainable_parameters
 from montessori.referenceset import ReferenceSets
 
 METHODS = ["first_order", "anchored", "exact"]

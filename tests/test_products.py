@@ -180,6 +180,17 @@ def test_products_are_unrounded_inside_and_as_the_user_has_them_outside(newer_sw
         assert seen_by_switches() == ["none", "none"]
 
 
+def test_of_several_threads_the_last_one_sets_the_switches_back(newer_switches):
+    before = seen_by_switches()
+    first, second = products.unrounded_products(), products.unrounded_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert seen_by_switches() == ["ieee", "ieee"]
+    second.__exit__(None, None, None)
+    assert seen_by_switches() == before
+
+
 def test_models_compute_whichever_switch_was_used(newer_switches):
     torch.manual_seed(0)
     model, x = nn.Linear(6, 3), torch.randn(4, 6)

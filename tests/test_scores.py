@@ -225,15 +225,20 @@ def short_of_memory(monkeypatch, largest):
     monkeypatch.setattr(scorers.LinearScorer, "_score", limited)
 
 
-def test_out_of_memory_halves_the_batch_once_and_says_so(warm, monkeypatch):
+@pytest.mark.parametrize("largest", [4, 2, 1])
+def test_out_of_memory_halves_the_batch_until_it_fits_and_says_so(warm, monkeypatch, largest):
     rows, estimator = make_rows(8, seed=1), InfluenceEstimator(*warm, make_rows(3))
     want = estimator.score(rows).influence
-    short_of_memory(monkeypatch, largest=4)
+    short_of_memory(monkeypatch, largest)
     with pytest.warns(ResourceWarning, match="lower batch_tokens"):
         got = estimator.score(rows).influence
     np.testing.assert_allclose(got, want, rtol=1e-9)
-    short_of_memory(monkeypatch, largest=2)
-    with pytest.warns(ResourceWarning), pytest.raises(ResourceError, match=r"8 example.*also when halved"):
+
+
+def test_an_example_that_does_not_fit_alone_is_an_error(warm, monkeypatch):
+    rows, estimator = make_rows(8, seed=1), InfluenceEstimator(*warm, make_rows(3))
+    short_of_memory(monkeypatch, largest=0)
+    with pytest.warns(ResourceWarning), pytest.raises(ResourceError, match=r"one example of \d+ tokens: lower"):
         estimator.score(rows)
 
 

@@ -58,7 +58,7 @@ def linear_cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["n", "first_word"])
 def logits_gradient_kernel(
-    hidden_ptr, weight_ptr, targets_ptr, lse_ptr, scale_ptr, grad_ptr, n, H, V, first_word, num_words,
+    hidden_ptr, weight_ptr, targets_ptr, lse_ptr, scale_ptr, grad_ptr, n, H, first_word, num_words,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad [n, num_words]: scale · (softmax − indicator of the target) for words first_word and on."""
@@ -95,7 +95,7 @@ def logits_gradient_launch(hidden, weight, targets, lse, scale, grad, first_word
     (num_rows, width), num_words = hidden.shape, grad.shape[1]
     grid = (triton.cdiv(num_rows, tile.block_o), triton.cdiv(num_words, tile.block_i))
     logits_gradient_kernel[grid](
-        hidden, weight, targets, lse, scale, grad, num_rows, width, weight.shape[0], first_word, num_words,
+        hidden, weight, targets, lse, scale, grad, num_rows, width, first_word, num_words,
         BLOCK_N=tile.block_o, BLOCK_V=tile.block_i, BLOCK_H=tile.block_t, PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

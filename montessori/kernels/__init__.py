@@ -2,4 +2,7 @@
 
 from pathlib import Path
 
-__path__.append(str(Path(__file__).resolve().parents[2] / "kernels"))
+_ROOT = Path(__file__).resolve().parents[2]
+if (_ROOT / "csrc").is_dir():
+    # Beside an installed package another one may be called kernels.
+    __path__.append(str(_ROOT / "kernels"))

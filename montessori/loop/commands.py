@@ -86,9 +86,9 @@ def show_run(out: Path, page: Path | None) -> None:
         table.add_row(*row)
     console.print(table)
     for name, value in report.headline(out):
-        console.print(f"{name}: {value}", soft_wrap=True, highlight=False)
+        console.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)
     if page is not None:
-        console.print(f"report: {page}", soft_wrap=True, highlight=False)
+        console.print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
 def read_run_config(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path) -> Config:

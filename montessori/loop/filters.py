@@ -27,7 +27,7 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-# Code points that no other part of Unicode's text uses are not needed: any distinct ones serve.
+# A distinct word gets a code point of its own; which one does not matter.
 _FIRST_CODE, _LAST_CODE = 0x10000, 0x10FFFF
 
 

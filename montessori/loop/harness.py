@@ -20,7 +20,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
     Names are left to the harness, which may have to ask a hub for their data.
     """
     if tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ArgumentError("evaluate.tasks: needs lm-evaluation-harness: pip install montessori[harness]")
+        raise ArgumentError("evaluate.tasks: needs lm-evaluation-harness: pip install lm-eval")
     for task in tasks:
         _read(task)
 

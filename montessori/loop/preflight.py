@@ -38,10 +38,7 @@ def check_config(config: Config) -> None:
             check_checkpoint(name)
     resolve_device(config.score.device, "score.device")
     resolve_device(config.engine.device, "engine.device")
-    try:
-        ops.check_impl(config.score.backend)
-    except ArgumentError as error:
-        raise ArgumentError(f"score.backend: {error}") from error
+    ops.check_impl(config.score.backend, "score.backend")
     for key, section in _trained(config):
         try:
             check_max_steps(section.max_steps)

@@ -12,8 +12,6 @@ from montessori.errors import ArgumentError
 from montessori.loop.section import Section
 from montessori.scores import Scores
 
-KINDS = ("influence", "training_loss", "judge", "random")
-
 
 class SignalSettings(Section):
     """Which signal tells helpful from harmful.

@@ -265,5 +265,5 @@ def _import_trl() -> Any:
     try:
         import trl
     except ImportError as error:
-        raise ModelError(f"tune needs trl ({error}): pip install montessori[train]") from error
+        raise ModelError(f"tune needs trl ({error}): pip install trl peft") from error
     return trl

@@ -30,7 +30,7 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise ModelError("engine.name=vllm: vllm is not installed: pip install montessori[vllm]")
+            raise ModelError("engine.name=vllm: vllm is not installed: pip install vllm")
         self.settings = settings
         self.tokenizer: Any = None
         self._llm: Any = None
