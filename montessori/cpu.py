@@ -54,6 +54,11 @@ def load_error() -> str | None:
     return None
 
 
+def tiling() -> int:
+    """What tells how this processor's caches and vectors cut a weight: the number of tiles of a large one."""
+    return int(torch.ops.montessori.tile_norms(torch.zeros(1, 1024, 1024)).shape[1])
+
+
 def unsupported(*tensors: Tensor | None) -> str | None:
     """Why these arguments are not for this implementation, None when they are."""
     reason = unavailable()

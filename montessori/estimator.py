@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from montessori import ops, processes
+from montessori import cpu, ops, processes
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.checkpoints import read_optimizer
 from montessori.collecting import collect
@@ -360,6 +360,9 @@ class InfluenceEstimator:
             "reference loss": function_digest(self._reference_loss),
             "torch": torch.__version__,
             "float32 products": float32_precision(),
+            "kernels": list(ops.available_impls()),
+            # A sample is of this machine's tiles; other machines cut, and so draw, others.
+            "tiles": cpu.tiling() if self.options.sample < 1 else None,
         }
 
     def _pilot(self, encoded: Encoded) -> list[Example]:

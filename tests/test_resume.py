@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import make_model, make_rows, make_text_rows, warm_optimizer
 
-from montessori import InfluenceEstimator, ScoreJournal, scorers
+from montessori import InfluenceEstimator, ScoreJournal, cpu, ops, scorers
 from montessori.errors import ResourceError, StateError
 
 
@@ -104,6 +104,25 @@ def test_a_journal_does_not_mind_where_the_model_came_from(warm, tmp_path):
     model = warm[0]
     model.name_or_path, model.warnings_issued = "../elsewhere", {"estimate_tokens": True}
     np.testing.assert_array_equal(score(warm, path).influence, want.influence)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels were not built")
+def test_a_sample_of_another_machines_tiles_is_not_gone_on_with(warm, tmp_path, monkeypatch):
+    model, path = warm[0].float(), tmp_path / "journal.jsonl"
+    single = model, warm_optimizer(model)
+    score(single, path, sample=0.5)
+    score(single, path, sample=0.5)
+    monkeypatch.setattr(cpu, "tiling", lambda: 7)
+    with pytest.raises(StateError, match="other tiles;"):
+        score(single, path, sample=0.5)
+
+
+def test_other_kernels_do_not_go_on_either(warm, tmp_path, monkeypatch):
+    path = tmp_path / "journal.jsonl"
+    score(warm, path)
+    monkeypatch.setattr(ops, "available_impls", lambda: ("triton", "reference"))
+    with pytest.raises(StateError, match="other kernels;"):
+        score(warm, path)
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path):
