@@ -26,7 +26,7 @@ from benchmarks import gpu_sections
 from benchmarks.common import RESULTS, machine
 from montessori import calibration
 from montessori.errors import ModelError
-from montessori.runs import write_json
+from montessori.writing import write_json
 
 ROOT = Path(__file__).parents[1]
 SANITIZER_TOOLS = ("memcheck", "synccheck", "racecheck")

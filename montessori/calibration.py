@@ -29,6 +29,7 @@ from montessori.fingerprint import content_digest, installed
 from montessori.models import cache_directory
 from montessori.spans import Spans
 from montessori.steps import OptimizerStep
+from montessori.writing import write_json
 
 LIMIT_S = 180  # of a kernel: compiling, checking, timing
 SHAPES = ((2048, 2048), (5632, 2048))
@@ -99,9 +100,6 @@ def keep(timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "ratios": ratios,
         "ranking": {state: sorted(found, key=found.__getitem__) for state, found in ratios.items()},
     }
-    # It stands on the estimator, which stands on this.
-    from montessori.runs import write_json
-
     try:
         earlier = _read()
     except ArgumentError as error:

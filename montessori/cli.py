@@ -26,6 +26,7 @@ from montessori.runs import BACKENDS, DTYPES, ScoreSettings
 from montessori.scores import Scores
 from montessori.warmup import RECORD_FILE
 from montessori.warmup import warmup as run_warmup
+from montessori.writing import write_json
 
 Command = Callable[..., Any]
 WITHOUT_RESUME = {"audit", "inspect", "calibrate"}
@@ -280,7 +281,7 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))
     console.print(inspection.agreement_table("centred: the same without the shared drift", result.centred_agreement))
     if out is not None:
-        runs.write_json(out, runs.audit_record(result))
+        write_json(out, runs.audit_record(result))
 
 
 @cli.command()

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from montessori.agreement import Agreement
-from montessori.errors import ArgumentError, ResourceError
+from montessori.errors import ArgumentError
 from montessori.scores import Scores
+from montessori.writing import written_whole
 
 QUANTITIES = ("influence", "centred")
 BAR = 40
@@ -89,11 +90,8 @@ def save_histogram(scores: Scores, path: Path, quantity: str = "influence", name
     axes.set_xlabel(f"{quantity}: reference loss before the step minus after it (nats per token)")
     axes.set_ylabel("candidates")
     axes.legend()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
 
 
 def print_extremes(

@@ -22,6 +22,7 @@ from montessori.errors import ArgumentError, StateError
 from montessori.parameters import trainable_parameters
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.wording import one_line
+from montessori.writing import written_whole
 
 TENSOR_FILE = "adamw_state.safetensors"
 JSON_FILE = "adamw_state.json"
@@ -230,9 +231,9 @@ class AdamWState(Mapping[str, ParameterState]):
             "groups": [_step_fields(step) for step in steps],
             "parameters": {name: steps[state.step] for name, state in self.items()},
         }
-        partial = path / f".{JSON_FILE}.{os.getpid()}"
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path / JSON_FILE)
+        with written_whole(path / JSON_FILE) as partial:
+            # In the order of the parameters.
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> AdamWState:

@@ -25,6 +25,7 @@ from montessori.journal import ScoreJournal
 from montessori.models import load_model
 from montessori.options import resolve_device
 from montessori.scores import Audit, Scores
+from montessori.writing import write_json
 
 # All that some installation accepts; `ops.check_impl` says why one is not to be had here.
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -243,17 +244,6 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     names = ("montessori", "torch", "transformers", "datasets", "tokenizers")
     return {"python": platform.python_version(), **installed(*names)}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write whole or not at all. Raises ResourceError when it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _finished(out: Path, config_path: Path, config: dict[str, Any]) -> Scores:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from montessori.agreement import Agreement
-from montessori.errors import ArgumentError, DataError, ResourceError
+from montessori.errors import ArgumentError, DataError
+from montessori.writing import written_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -110,14 +111,8 @@ class Scores:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a Parquet file, whole or not at all. Raises ResourceError when it cannot be written."""
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as partial:
             pq.write_table(self.to_table(), partial)
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
         return path
 
     @classmethod

@@ -34,6 +34,7 @@ from montessori.training import (
     step_of,
     train,
 )
+from montessori.writing import write_json
 
 RECORD_FILE = "warmup.json"
 
@@ -173,7 +174,7 @@ def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path |
     if not record_file.exists():
         if checkpoints:
             raise ArgumentError(f"output_dir {path}: holds checkpoints of another run: choose another directory")
-        _write_record(path, {"settings": settings, "weights": [weights]})
+        write_json(path / RECORD_FILE, {"settings": settings, "weights": [weights]})
         return None
     if not resume:
         raise ArgumentError(f"output_dir {path}: holds a run: expected none with resume=False: delete it")
@@ -205,13 +206,6 @@ def _writing(path: Path) -> Iterator[None]:
         raise ResourceError(f"output_dir {path}: cannot be written ({error.strerror or error})") from error
 
 
-def _write_record(path: Path, record: dict) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    partial = path / f".{RECORD_FILE}"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path / RECORD_FILE)
-
-
 def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: Any, start: Path | None) -> None:
     from transformers import PrinterCallback, Trainer
 
@@ -239,6 +233,6 @@ def _finish(path: Path, model: nn.Module, total_steps: int) -> Path:
             raise ResourceError(f"{final}: expected a complete checkpoint after {total_steps} steps: is the disk full?")
         with _writing(path):
             record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
-            _write_record(path, {**record, "weights": [*record["weights"], model_digest(model)]})
+            write_json(path / RECORD_FILE, {**record, "weights": [*record["weights"], model_digest(model)]})
     processes.wait_for_all()
     return final

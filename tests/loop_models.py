@@ -9,8 +9,8 @@ import transformers
 from support import CHATML, WORDS, make_text_rows
 
 from montessori.loop.config import Config
-from montessori.loop.files import write_jsonl
 from montessori.loop.prompts import CLOSE, OPEN
+from montessori.writing import write_jsonl
 
 ALPHABET = [f"{first}{second}" for first in "bdfgklmnprst" for second in "aeiou"]
 

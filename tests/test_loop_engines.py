@@ -188,12 +188,12 @@ def test_a_released_engine_can_be_loaded_again(teacher):
     assert engine.generate(requests(["say"]), Sampling(max_new_tokens=5)) == before
 
 
-def test_an_engine_that_is_not_installed_names_its_extra():
+def test_an_engine_that_is_not_installed_names_its_package():
     from importlib.util import find_spec
 
     if find_spec("vllm") is not None:
         pytest.skip("vllm is installed")
-    with pytest.raises(ModelError, match=r"montessori\[vllm\]"):
+    with pytest.raises(ModelError, match=r"pip install vllm"):
         open_engine(EngineSettings(name="vllm"))
 
 

@@ -24,13 +24,13 @@ from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write
 from montessori.loop.config import read_config
 from montessori.loop.engines import EngineSettings, Sampling, open_engine
 from montessori.loop.evaluate import EvaluateSettings
-from montessori.loop.files import write_jsonl
 from montessori.loop.harness import check_tasks, harness
 from montessori.loop.judge import JudgeSettings
 from montessori.loop.round import run as run_loop
 from montessori.loop.rows import student_rows
 from montessori.models import load_model
 from montessori.naive import make_adamw
+from montessori.writing import write_jsonl
 
 EVALUATION = Rows(make_text_rows(5, seed=11), "evaluation")
 REFERENCE = make_text_rows(3, seed=9)
@@ -223,8 +223,8 @@ HARNESS = importlib.util.find_spec("lm_eval") is not None
 
 
 @pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
-def test_the_harness_names_its_extra_when_it_is_not_installed(student):
-    with pytest.raises(ArgumentError, match=r"pip install montessori\[harness\]"):
+def test_the_harness_names_its_package_when_it_is_not_installed(student):
+    with pytest.raises(ArgumentError, match=r"pip install lm-eval"):
         harness(student, ["arc_easy"])
 
 

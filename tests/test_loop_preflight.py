@@ -11,9 +11,9 @@ from loop_models import make_config, make_settings
 
 from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.loop import round as loop
-from montessori.loop.files import write_jsonl
 from montessori.loop.preflight import check_config
 from montessori.models import load_model
+from montessori.writing import write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from process_support import run_in_two_processes
 from support import make_text_rows
 
 from montessori.loop import pairs
-from montessori.loop.files import write_jsonl
 from montessori.models import load_model
 from montessori.scores import Scores
+from montessori.writing import write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from test_loop_pairs import make_scores
 from montessori.cli import cli
 from montessori.errors import ArgumentError, ResourceError
 from montessori.loop import report
-from montessori.loop.files import write_jsonl
-from montessori.runs import write_json
+from montessori.writing import write_json, write_jsonl
 
 COSTS = {
     "round_1/generate": {"seconds": 30.0, "tokens": 3000, "started": 1.0},

@@ -13,11 +13,11 @@ from support import make_text_rows
 from montessori.encoding import encode_continuations, encode_rows
 from montessori.errors import DataError, ResourceError
 from montessori.loop import fit, pairs, train, tune
-from montessori.loop.files import write_jsonl
 from montessori.loop.rows import student_rows
 from montessori.loop.train import TrainSettings
 from montessori.loop.tune import LoraSettings, TuneSettings
 from montessori.models import load_model
+from montessori.writing import write_jsonl
 
 TUNE = {"learning_rate": 1e-3, "batch_size": 2, "per_device_train_batch_size": 2}
 

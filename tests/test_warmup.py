@@ -403,7 +403,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, change
 def test_an_output_directory_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/warm")):
-        with pytest.raises(ResourceError, match=f"output_dir {path}: cannot be written"):
+        with pytest.raises(ResourceError, match=f"{path}.*: cannot be written"):
             run(path)
 
 

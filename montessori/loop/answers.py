@@ -15,9 +15,8 @@ from montessori.errors import DataError
 from montessori.journal import ScoreJournal
 from montessori.loop import prompts
 from montessori.loop.engines import Engine, Request, SampleMemory, Sampling, derive_seed
-from montessori.loop.files import write_jsonl
 from montessori.loop.section import ChatSection
-from montessori.runs import write_json
+from montessori.writing import write_json, write_jsonl
 
 
 class AnswerSettings(ChatSection):

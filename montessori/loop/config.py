@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from montessori.demo import demo_file
-from montessori.errors import ArgumentError, ResourceError
+from montessori.errors import ArgumentError
 from montessori.loop.engines import EngineSettings
 from montessori.loop.evaluate import EvaluateSettings
 from montessori.loop.generate import GenerateSettings, ResponseSettings, SplitSettings
@@ -26,6 +26,7 @@ from montessori.loop.train import TrainSettings
 from montessori.loop.tune import TuneSettings
 from montessori.loop.warmup import WarmupSettings
 from montessori.runs import check_audit
+from montessori.writing import written_whole
 
 PRESETS = ("demo", "small", "paper")
 _PACKAGED = "packaged:"
@@ -131,12 +132,8 @@ def read_config(path: str | Path | None = None, preset: str | None = None, assig
 def write_config(config: Config, path: Path) -> None:
     """Write every setting, defaults included, as YAML that `read_config` reads back to the same config."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def data_path(name: str) -> str:

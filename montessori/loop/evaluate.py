@@ -26,8 +26,8 @@ from montessori.loop.statistics import bootstrap_mean, compare_means
 from montessori.loop.winrate import win_rate
 from montessori.models import load_model
 from montessori.options import resolve_device
-from montessori.runs import write_json
 from montessori.scores import OK
+from montessori.writing import write_json
 
 EVALUATION_FILE = "evaluation.json"
 

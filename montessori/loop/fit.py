@@ -25,9 +25,7 @@ from typing_extensions import Self
 from montessori import processes
 from montessori.batching import Example
 from montessori.errors import ModelError, ResourceError
-from montessori.loop.files import write_jsonl
 from montessori.loop.section import Section
-from montessori.runs import write_json
 from montessori.training import (
     ExampleRows,
     accumulation_steps,
@@ -39,6 +37,7 @@ from montessori.training import (
     tokens_trained,
     train,
 )
+from montessori.writing import write_json, write_jsonl
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

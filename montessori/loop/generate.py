@@ -18,10 +18,9 @@ from montessori.errors import DataError
 from montessori.journal import ScoreJournal
 from montessori.loop import prompts
 from montessori.loop.engines import Engine, Request, Sample, SampleMemory, Sampling, derive_seed
-from montessori.loop.files import write_jsonl
 from montessori.loop.filters import FilterSettings, RougeIndex
 from montessori.loop.section import ChatSection, Section
-from montessori.runs import write_json
+from montessori.writing import write_json, write_jsonl
 
 SAMPLES_FILE = "samples.jsonl"
 # Examples are drawn again this often where a prompt would not fit into the teacher's context.

@@ -12,10 +12,9 @@ import numpy as np
 from pydantic import Field
 
 from montessori.errors import ArgumentError, DataError
-from montessori.loop.files import write_jsonl
 from montessori.loop.section import Section
 from montessori.loop.signals import Signal
-from montessori.runs import write_json
+from montessori.writing import write_json, write_jsonl
 
 PAIRS_FILE = "pairs.jsonl"
 SUMMARY_FILE = "summary.json"

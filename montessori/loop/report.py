@@ -15,11 +15,12 @@ import jinja2
 import numpy as np
 
 from montessori.data import load_rows
-from montessori.errors import ArgumentError, ResourceError
+from montessori.errors import ArgumentError
 from montessori.loop.evaluate import EVALUATION_FILE
 from montessori.loop.fit import METRICS_FILE, SUMMARY_FILE
 from montessori.loop.rundir import RunDirectory
 from montessori.scores import Scores
+from montessori.writing import written_whole
 
 REPORT_FILE = "report.html"
 EXTREMES = 5
@@ -49,10 +50,8 @@ def run(directory: Path, costs: Mapping[str, Mapping[str, Any]]) -> Path:
     )
     page = template.render(title=f"montessori: {directory.name}", rounds=rounds, costs=cost_rows(costs))
     path = directory / REPORT_FILE
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with written_whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 
@@ -166,10 +165,8 @@ def _picture(page: _Round, directory: Path, title: str, figure: Any, note: str =
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     path = directory / f"{page.name}_{title.replace(' ', '_').lower()}.png"
-    try:
-        path.write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with written_whole(path) as partial:
+        partial.write_bytes(buffer.getvalue())
     page.pictures.append({"title": title, "data": base64.b64encode(buffer.getvalue()).decode(), "note": note})
 
 

@@ -16,7 +16,6 @@ from montessori.errors import ArgumentError, DataError
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
 from montessori.loop.config import Config, data_path, write_config
 from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
-from montessori.loop.files import write_jsonl
 from montessori.loop.generate import Recipe
 from montessori.loop.inputs import by_content, identity, text_digest
 from montessori.loop.judge import open_judge
@@ -25,8 +24,9 @@ from montessori.loop.prompts import instruction_text
 from montessori.loop.rundir import RunDirectory
 from montessori.loop.signals import around_median, from_scores
 from montessori.models import free_models
-from montessori.runs import versions, write_json
+from montessori.runs import versions
 from montessori.scores import Scores
+from montessori.writing import write_json, write_jsonl
 
 STAGES = ("generate", "warmup", "score", "pairs", "tune", "regenerate", "train", "evaluate")
 # Under torchrun the processes share the work of these; the others are done by the first while the rest wait.

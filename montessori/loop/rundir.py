@@ -19,7 +19,7 @@ from typing import Any
 
 from montessori import processes
 from montessori.errors import ArgumentError, ResourceError
-from montessori.runs import write_json
+from montessori.writing import write_json
 
 DONE, INPUTS, COST, LOG = "DONE", "inputs.json", "cost.json", "log.txt"
 _DROPPED = ".dropped_"

@@ -17,7 +17,8 @@ from montessori.loop.rows import student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import check_method, resolve_device
-from montessori.runs import DTYPES, audit_record, write_json
+from montessori.runs import DTYPES, audit_record
+from montessori.writing import write_json
 
 SCORES_FILE = "scores.parquet"
 

@@ -17,9 +17,9 @@ from montessori.loop.rows import student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import default_max_length
-from montessori.runs import write_json
 from montessori.training import check_batch_size, list_checkpoints, step_of, tokens_trained
 from montessori.warmup import warmup
+from montessori.writing import write_json
 
 RESULT_FILE = "result.json"
 
