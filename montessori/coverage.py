@@ -22,7 +22,7 @@ from montessori.capture import Capture, evaluation_mode, example_losses
 from montessori.errors import FallbackWarning, ModelError, MontessoriError, UntrainedLossError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
 from montessori.losses import LossFunction, prove_packing, response_loss
-from montessori.oracle import example_gradients
+from montessori.oracle import example_gradients, norm
 from montessori.products import unrounded_products
 from montessori.referenceset import PROOF_TOKENS, ReferenceSets
 from montessori.rowmap import UnmappableRowsError
@@ -93,8 +93,8 @@ class _CompareSink:
             if some is not None and bool(some.any()):
                 self.wrong.add(name)
             return
-        error = _norm(got - want)
-        allowed = self.slack * self.tolerance * (_norm(want) + NOISE_SHARE * self.scale)
+        error = float(norm(got - want))
+        allowed = self.slack * self.tolerance * (float(norm(want)) + NOISE_SHARE * self.scale)
         if not error <= allowed:
             self.wrong.add(name)
 
@@ -102,10 +102,6 @@ class _CompareSink:
 def _widest(tolerances: Mapping[torch.dtype, float], model: nn.Module) -> float:
     """That of the narrowest weights: float32 adapters on a narrow model get gradients through its rounding."""
     return max(tolerances.get(parameter.dtype, 0.0) for parameter in model.parameters())
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 @contextmanager
@@ -137,7 +133,7 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     tolerance = _widest(TOLERANCE, model)
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
-        scale = sum(_norm(grad) ** 2 for grad in expected.values() if grad is not None) ** 0.5
+        scale = sum(float(norm(grad)) ** 2 for grad in expected.values() if grad is not None) ** 0.5
         while True:
             sink = _CompareSink(expected, position, scale, parameters, tolerance)
             group = examples

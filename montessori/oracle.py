@@ -58,13 +58,22 @@ def example_gradients(
         return {name: parameter.grad for name, parameter in parameters.items()}, float(value.detach()[0])
 
 
+def norm(tensor: Tensor) -> Tensor:
+    """‖tensor‖ over all its values, a float64 scalar. Rows first, in the tensor's precision or float32: as exact as in
+    float64, which torch is twenty times slower in, while a float32 sum over a large matrix is off by per cents."""
+    if tensor.numel() == 0:
+        return tensor.new_zeros((), dtype=torch.float64)
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    of_rows = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return torch.linalg.vector_norm(of_rows, dtype=torch.float64)
+
+
 def clip_gradients(grads: Gradients, max_grad_norm: float | None) -> Gradients:
     """Gradients times c of Eq. 1; unchanged when clipping is off."""
     if max_grad_norm is None:
         return grads
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads.values() if grad is not None]
-    norm = torch.stack(norms).norm()
-    factor = equations.clip_factor(norm, max_grad_norm)
+    total = torch.stack([norm(grad) for grad in grads.values() if grad is not None]).norm()
+    factor = equations.clip_factor(total, max_grad_norm)
     return {name: None if grad is None else grad * factor.to(grad.dtype) for name, grad in grads.items()}
 
 

@@ -17,7 +17,7 @@ from montessori import AdamWState, InfluenceEstimator, naive
 from montessori.batching import examples_from_tokens
 from montessori.errors import ArgumentError
 from montessori.losses import response_loss
-from montessori.oracle import apply_step, clip_gradients, example_gradients, mean_delta, restore, restored
+from montessori.oracle import apply_step, clip_gradients, example_gradients, mean_delta, norm, restore, restored
 from montessori.parameters import trainable_parameters
 from montessori.referenceset import ReferenceSets
 
@@ -169,6 +169,19 @@ def test_restored_gives_the_same_bits_back_also_after_an_exception(value, fails)
     assert [parameter.data_ptr() for parameter in model.parameters()] == storage
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3000, 700), (7, 1), (4099,), (), (0, 4), (2, 3, 5)], ids=str)
+def test_norms_are_those_of_float64(shape, dtype):
+    torch.manual_seed(0)
+    tensor = torch.randn(shape).to(dtype)
+    # Summed in pairs, as torch.linalg.vector_norm is not.
+    got, want = norm(tensor), tensor.double().square().sum().sqrt()
+    assert got.dtype is torch.float64
+    # Sums of a row's squares: as many roundings as it has values, of which torch's partial sums leave few.
+    eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    torch.testing.assert_close(got, want, rtol=32 * eps, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("max_norm", [0.01, 5.0, 1e3])
 def test_clipping_is_torchs_by_global_norm(dtype, max_norm):
@@ -176,7 +189,7 @@ def test_clipping_is_torchs_by_global_norm(dtype, max_norm):
     set_gradients(model, 1)
     model[1].bias.grad = None
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    total = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     got = clip_gradients(grads, max_norm)
     for name, parameter in model.named_parameters():
         if grads[name] is None:
@@ -184,9 +197,9 @@ def test_clipping_is_torchs_by_global_norm(dtype, max_norm):
             continue
         # torch divides by ‖g‖ + 1e-6. Its norm of norms over some 250 elements, the quotient and the product
         # are rounded in `dtype`: 250 in a sum of squares halve under the root, in practice far fewer.
-        allowed = parameter.grad.abs() * (1e-6 / norm + 128 * torch.finfo(dtype).eps)
+        allowed = parameter.grad.abs() * (1e-6 / total + 128 * torch.finfo(dtype).eps)
         assert torch.all((got[name] - parameter.grad).abs() <= allowed)
-        assert torch.equal(got[name], grads[name]) == (max_norm > norm)
+        assert torch.equal(got[name], grads[name]) == (max_norm > total)
     assert clip_gradients(grads, None) is grads
 
 
@@ -325,13 +338,13 @@ def test_clipped_scores_are_those_of_a_loop_with_clipping(monkeypatch, name, met
         candidates = [{key: [min(token, 39) for token in ids] for key, ids in row.items()} for row in candidates]
         references = [{key: [*ids, 50] for key, ids in row.items()} for row in references]
     unclipped = slow_influence(model, optimizer, candidates, references, method, pilot=range(5))
-    norms = [norm(gradients(model, plain_loss(model, row))) for row in candidates]
+    norms = [global_norm(gradients(model, plain_loss(model, row))) for row in candidates]
     # Between the second and the third: three of the five are clipped.
     limit = float(np.sort(norms)[1:3].mean())
 
     def clipped(model, loss):
         grads = gradients(model, loss)
-        return {key: grad * min(1.0, limit / norm(grads)) for key, grad in grads.items()}
+        return {key: grad * min(1.0, limit / global_norm(grads)) for key, grad in grads.items()}
 
     def clipped_deltas(model, optimizer, row):
         with monkeypatch.context() as patch:
@@ -349,5 +362,5 @@ def test_clipped_scores_are_those_of_a_loop_with_clipping(monkeypatch, name, met
     assert np.abs(want - unclipped).max() > 1e-3 * np.abs(want).max()
 
 
-def norm(grads: dict[str, torch.Tensor]) -> float:
+def global_norm(grads: dict[str, torch.Tensor]) -> float:
     return float(torch.stack([grad.norm() for grad in grads.values()]).norm())
