@@ -11,7 +11,7 @@ BENCH_DATA ?=
 
 .PHONY: demo test test-real test-quantised bench regress lint format clean
 
-.venv/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel ninja numpy
 	$(BIN)/python -m pip install -q "$(TORCH)"
@@ -34,7 +34,7 @@ test-quantised: .venv/installed
 	$(BIN)/python -m pip install -q --no-deps bitsandbytes torchao
 	$(BIN)/python -m pytest -q -m quantised tests/test_quantised.py
 
-.venv-bench/installed: pyproject.toml setup.py benchmarks/peers/requirements.txt $(wildcard csrc/*/*)
+.venv-bench/installed: pyproject.toml setup.py benchmarks/peers/requirements.txt $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BENCH)/python || $(PYTHON) -m venv .venv-bench
 	$(BENCH)/python -m pip install -q --upgrade pip setuptools wheel ninja numpy
 	$(BENCH)/python -m pip install -q "$(TORCH)"

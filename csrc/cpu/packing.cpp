@@ -16,6 +16,15 @@ constexpr int64_t kCacheLine = 64;
 // Steps and columns that one packing job moves: both sides of the copy stay in the cache.
 constexpr int64_t kJobSteps = 32, kJobColumns = 768;
 
+int64_t panels_of(int64_t width, int64_t columns) { return (width + columns - 1) / columns; }
+
+// Cells from one panel to the next: an odd number of cache lines, so that panels do not fall on the same sets of the
+// cache.
+int64_t stride_of(int64_t cells) {
+  constexpr int64_t kLine = kCacheLine / sizeof(uint32_t);
+  return round_up(cells, 2 * kLine) + kLine;
+}
+
 template <typename F>
 void with_type(Dtype dtype, F body) {
   switch (dtype) {
@@ -207,18 +216,16 @@ std::vector<int64_t> step_bounds(const int64_t* offsets, int64_t examples, bool 
   return bounds;
 }
 
-Panels::~Panels() { spare.give(cells_, bytes_); }
+Cells::Cells(std::size_t bytes) : bytes_(bytes), data_(static_cast<uint32_t*>(spare.take(bytes_))) {}
+
+Cells::~Cells() { spare.give(data_, bytes_); }
 
 Panels::Panels(const Rows& from, int64_t width, int64_t columns, const int64_t* offsets,
                const std::vector<int64_t>& steps, bool pairs, Parallel parallel)
-    : columns_(columns) {
-  // An odd number of cache lines apart, so that the panels do not fall on the same sets of the cache.
-  constexpr int64_t kLine = kCacheLine / sizeof(uint32_t);
-  stride_ = round_up(steps.back() * columns, 2 * kLine) + kLine;
-  const int64_t panels = (width + columns - 1) / columns;
-  bytes_ = std::max<size_t>(round_up(panels * stride_, kLine) * sizeof(uint32_t), kCacheLine);
-  cells_ = static_cast<uint32_t*>(spare.take(bytes_));
-
+    : columns_(columns),
+      stride_(stride_of(steps.back() * columns)),
+      cells_(std::max<size_t>(panels_of(width, columns) * stride_ * sizeof(uint32_t), kCacheLine)) {
+  const int64_t panels = panels_of(width, columns);
   const std::vector<Chunk> chunks = chunks_of(offsets, steps, pairs);
   const int64_t group = std::max<int64_t>(1, kJobColumns / columns), groups = (panels + group - 1) / group;
   auto pack = [&](int64_t begin, int64_t end) {
@@ -227,7 +234,7 @@ Panels::Panels(const Rows& from, int64_t width, int64_t columns, const int64_t* 
       const int64_t first = job % groups * group;
       for (int64_t panel = first; panel < std::min(panels, first + group); ++panel) {
         const int64_t column = panel * columns, live = std::min(columns, width - column);
-        uint32_t* to = cells_ + panel * stride_ + chunk.step * columns;
+        uint32_t* to = cells_.data() + panel * stride_ + chunk.step * columns;
         if (pairs)
           pair_panel(from, width, chunk, column, live, columns, to);
         else

@@ -57,6 +57,19 @@ struct Rows {
   int64_t at(int64_t token) const { return positions ? positions[token] : token; }
 };
 
+// Memory that this thread keeps for its next call, given back when it is no longer used or what it was for fails.
+class Cells {
+ public:
+  explicit Cells(std::size_t bytes);
+  Cells(const Cells&) = delete;
+  ~Cells();
+  uint32_t* data() const { return data_; }
+
+ private:
+  std::size_t bytes_;  // of the memory, which may be more than was asked for
+  uint32_t* data_;
+};
+
 // A matrix [T, width] cut into panels of `columns` columns: panel p is [steps, columns] cells at p · stride,
 // so that a kernel reads one example's part of a panel front to back. Columns beyond the last are zero. Pairs are
 // bfloat16, float32 rounded to it.
@@ -64,17 +77,14 @@ class Panels {
  public:
   Panels(const Rows& from, int64_t width, int64_t columns, const int64_t* offsets, const std::vector<int64_t>& steps,
          bool pairs, Parallel parallel);
-  Panels(const Panels&) = delete;
-  ~Panels();
 
   // Example that begins at `step`, panel `panel`.
-  const uint32_t* at(int64_t panel, int64_t step) const { return cells_ + panel * stride_ + step * columns_; }
+  const uint32_t* at(int64_t panel, int64_t step) const { return cells_.data() + panel * stride_ + step * columns_; }
   int64_t stride() const { return stride_; }
 
  private:
   int64_t columns_, stride_;
-  std::size_t bytes_;
-  uint32_t* cells_;
+  Cells cells_;
 };
 
 }  // namespace montessori

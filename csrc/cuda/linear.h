@@ -56,15 +56,16 @@ inline int64_t num_tiles(const LinearProblem& p, const Cut& cut) {
 }
 
 constexpr int kChooseSplits = 0;
+constexpr int64_t kMostSplits = 16;  // where they are chosen
 
 // Shares of the examples, `at_a_time` of which run side by side: as asked for, at most one for each example, or else
 // enough that the last round is not a lone one, few enough that reading the state of a tile for each share, as long as
 // the products of some 2,000 tokens, does not outweigh it.
 inline int splits_for(const LinearProblem& p, int asked, int64_t tiles, int at_a_time) {
   if (asked != kChooseSplits) return std::max(1, std::min(asked, p.examples));
-  constexpr int64_t kMost = 16, kStateTokens = 2048;
+  constexpr int64_t kStateTokens = 2048;
   int64_t best = 1, least = 0;
-  for (int64_t splits = 1; splits <= std::min<int64_t>(kMost, p.examples); ++splits) {
+  for (int64_t splits = 1; splits <= std::min<int64_t>(kMostSplits, p.examples); ++splits) {
     const int64_t longest = ceil_div(ceil_div(p.examples, splits) * p.tokens, p.examples);
     const int64_t cost = ceil_div(tiles * splits, std::max(at_a_time, 1)) * (longest + kStateTokens);
     if (splits == 1 || cost < least) best = splits, least = cost;
