@@ -98,8 +98,8 @@ def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "ca
     depends on lengths and row numbers only, so the same input always gives the same batches. Longest first:
     the first batch shows the peak of memory.
     """
-    if batch_tokens < 1:
-        raise ArgumentError(f"batch_tokens={batch_tokens}: expected a positive number of tokens")
+    if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+        raise ArgumentError(f"batch_tokens={batch_tokens!r}: expected a positive number of tokens")
     ordered = sorted(examples, key=lambda example: (-example.num_tokens, example.index))
     if ordered and ordered[0].num_tokens > batch_tokens:
         raise ResourceError(

@@ -125,7 +125,7 @@ class ScoreJournal:
         if differing:
             raise StateError(
                 f"{self.path}: holds an unfinished run with other {', '.join(differing)}; "
-                "repeat its command to go on, or delete the file to start anew"
+                "repeat its command to go on, or delete the file (--fresh) to start anew"
             )
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:

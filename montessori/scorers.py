@@ -6,6 +6,7 @@ A scorer is made once per run and is asked, within `running()`, for one group of
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import Plan
 from montessori.scoring import ClippingSink, InfluenceSink
+
+# Between two lines of progress where nobody looks on.
+SECONDS_IN_A_LOG = 30
 
 
 @dataclass(frozen=True)
@@ -171,9 +175,11 @@ def score_batches(
     """A record of each batch, as it stands in the journal: `Scored.record` and the numbers of its rows."""
     records = []
     total = sum(example.num_tokens for batch in batches for example in batch)
-    quiet = None if progress and processes.is_main() else True
+    # In the log of a batch job a line now and then, and none of a run that is soon over.
+    pace = {} if sys.stderr.isatty() else {"delay": SECONDS_IN_A_LOG, "mininterval": SECONDS_IN_A_LOG}
+    quiet = not (progress and processes.is_main())
     with (
-        tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=quiet) as bar,
+        tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=quiet, **pace) as bar,
         scorer.running(),
     ):
         scored = 0
@@ -184,7 +190,7 @@ def score_batches(
                 journal.append(record)
             records.append(record)
             scored += len(batch)
-            bar.update(sum(example.num_tokens for example in batch))
             rate = scored / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{scored} examples, {rate:.2f} examples/s")
+            bar.set_postfix_str(f"{scored} examples, {rate:.2f} examples/s", refresh=False)
+            bar.update(sum(example.num_tokens for example in batch))
     return records

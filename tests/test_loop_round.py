@@ -164,9 +164,9 @@ def test_a_stage_can_be_redone_with_what_comes_after_it(settings, finished, tmp_
     path, _ = finished
     shutil.copytree(path, tmp_path / "run")
     fewer = make_config(settings, pairs={"rule": "difference", "per_prompt": 1})
-    with pytest.raises(ArgumentError, match=r"another pairs\.per_prompt.* montessori run --from pairs"):
+    with pytest.raises(ArgumentError, match=r"another pairs\.per_prompt.* montessori run --from round_1/pairs"):
         loop.run(fewer, tmp_path / "run", progress=False)
-    loop.run(fewer, tmp_path / "run", since="pairs", progress=False)
+    loop.run(fewer, tmp_path / "run", since="round_1/pairs", progress=False)
     whole = loop.run(fewer, tmp_path / "whole", progress=False)
     assert whole is not None and outputs(tmp_path / "run") == outputs(tmp_path / "whole")
 

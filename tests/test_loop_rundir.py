@@ -118,6 +118,10 @@ def test_digests_follow_inputs_alone(tmp_path):
         (0, {"since": "pairs"}, r"--from pairs: expected the stages before it, but .*round_1/generate is not finished"),
         (2, {"since": "pairs"}, r"--from pairs: expected the stages before it, but .*round_1/score is not finished"),
         (8, {"since": "tune", "until": "pairs"}, r"--until pairs: expected --from tune or a stage after it"),
+        (8, {"since": "round_1/tune", "until": "pairs"}, r"--until pairs: expected --from tune or a stage after it"),
+        (8, {"since": "round_2/tune"}, r"--from round_2/tune: expected a stage, or round_N/stage with N from 1 to 1"),
+        (8, {"since": "first/tune"}, r"--from first/tune: expected a stage, or round_N/stage"),
+        (8, {"since": "round_1/rest"}, r"--from rest: expected one of generate"),
         (8, {"since": "pairs", "fresh": True}, r"--from pairs with --fresh, .*: expected one of the two"),
     ],
 )

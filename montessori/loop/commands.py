@@ -40,7 +40,12 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("run")
 @config_options
 @click.option("--until", type=click.Choice(STAGES), help="Stop after this stage of the last round.")
-@click.option("--from", "since", type=click.Choice(STAGES), help="Redo this stage and what comes after it.")
+@click.option(
+    "--from",
+    "since",
+    metavar="STAGE",
+    help="Redo it and what follows: of the last round that has it, or round_1/STAGE.",
+)
 def run_command(config: Path | None, preset: str | None, assignments: tuple[str, ...], out: Path, resume: bool,
                 quiet: bool, until: str | None, since: str | None) -> None:  # fmt: skip
     """Run the whole loop: the teacher writes, the student learns, the teacher is tuned, the student is trained.

@@ -76,17 +76,18 @@ def run(
 
     What is finished there is kept, what was cut short goes on. `until`: last stage of the last round.
     `only`: that stage alone, in the first round that lacks it, else the last, from what the stages before it left.
-    `since`: redo that stage, in the last round that has it, and go on; all before it must be done. `fresh`: redo what
-    is run, whatever is there.
+    `since`: redo that stage, in the last round that has it or in the one named (`round_1/tune`), and go on; all before
+    it must be done. `fresh`: redo what is run, whatever is there.
     What comes after a stage that is redone is deleted: it was made from what is no longer there.
     Raises MontessoriError: one line.
     """
     names = stages_of(config)
+    of_round, since = _named(since, config.rounds)
     for option, name in (("--until", until), ("--from", since), ("stage", only)):
         if name is not None and name not in names:
             raise ArgumentError(f"{option} {name}: expected one of {', '.join(names)}")
     # One process looks: it may delete what it found before the others have looked.
-    number = processes.from_main(_round_of(RunDirectory(path), config.rounds, only, since))
+    number = processes.from_main(_round_of(RunDirectory(path), config.rounds, only, since, of_round))
     if since is not None:
         if fresh:
             raise ArgumentError(f"--from {since} with --fresh, which redoes all stages: expected one of the two")
@@ -348,11 +349,22 @@ class Round:
         )
 
 
-def _round_of(run: RunDirectory, rounds: int, only: str | None, since: str | None) -> int:
+def _named(since: str | None, rounds: int) -> tuple[int | None, str | None]:
+    """Number of the round, where it is named, and stage of `round_1/tune` or `tune`."""
+    folder, slash, stage = (since or "").rpartition("/")
+    if not slash:
+        return None, since
+    number = folder.removeprefix("round_")
+    if not (folder.startswith("round_") and number.isdecimal() and 1 <= int(number) <= rounds):
+        raise ArgumentError(f"--from {since}: expected a stage, or round_N/stage with N from 1 to {rounds}")
+    return int(number), stage
+
+
+def _round_of(run: RunDirectory, rounds: int, only: str | None, since: str | None, of_round: int | None) -> int:
     """Number of the round that begins again with `since`, or that does `only`; the last where neither is given."""
     numbers = range(1, rounds + 1)
     if since is not None:
-        return next((n for n in reversed(numbers) if run.exists(f"round_{n}/{since}")), 1)
+        return of_round or next((n for n in reversed(numbers) if run.exists(f"round_{n}/{since}")), 1)
     return next((n for n in numbers if only and not run.is_done(f"round_{n}/{only}")), rounds)
 
 
