@@ -177,7 +177,8 @@ def _compare(path: Path, flat: dict[str, Any]) -> None:
     changed = sorted(key for key in {*before, *flat} if before.get(key) != flat.get(key))
     if changed:
         key = changed[0]
-        more, stage = f" and {len(changed) - 1} more" if len(changed) > 1 else "", f"{path.parent.name}/{path.name}"
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        stage = f"{path.parent.name}/{path.name}"
         raise ArgumentError(
             f"{path}: was made with another {key} ({before.get(key)!r}, now {flat.get(key)!r}){more}; "
             f"use the same, another --out, or redo it and what comes after it: montessori run --from {stage}"
