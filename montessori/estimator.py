@@ -20,7 +20,7 @@ from montessori.coverage import apart, failures_named, prove_head, proved_loss, 
 from montessori.data import is_row, load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
-from montessori.expandable import check_expandable
+from montessori.expandable import check_memory
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
 from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
 from montessori.journal import ScoreJournal
@@ -136,7 +136,7 @@ class InfluenceEstimator:
             invalid_rows=invalid_rows,
         )
         if method != "exact":
-            check_expandable(model)
+            check_memory(model)
         check_positions(model, self.options.max_length)
         if sample < 1:
             check_sampling(model, backend)

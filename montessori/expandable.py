@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from montessori.errors import CurvatureWarning, ModelError
+from montessori.errors import ModelError
 
 
 def check_memory(model: nn.Module) -> None:
@@ -21,23 +23,42 @@ def check_memory(model: nn.Module) -> None:
         )
 
 
-def check_expandable(model: nn.Module) -> None:
-    """`check_memory`, and a warning where a module hides a part of the derivative from autograd (DoRA)."""
-    check_memory(model)
-    constant = next((name for name, module in model.named_modules() if _has_dora(module)), None)
-    if constant is not None:
-        warnings.warn(
-            f"{constant}: DoRA holds the norm of its weight constant for autograd, so no gradient is that of the loss; "
-            "influences may be some 10 % off at any learning rate: compare with `audit`, or use method='exact'",
-            CurvatureWarning,
-            stacklevel=3,
-        )
+@contextmanager
+def whole_derivative(model: nn.Module) -> Iterator[None]:
+    """Inside, autograd also differentiates what DoRA takes for a constant: the norm of its weight, which a step moves.
+
+    For the gradient of the reference loss. That of a candidate keeps the constant, as the training step does.
+    """
+    layers = [layer for module in model.modules() for layer in _dora_layers(module)]
+    forwards = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = _nothing_constant(layer.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward  # type: ignore[method-assign]
 
 
-def _has_dora(module: nn.Module) -> bool:
-    used = getattr(module, "use_dora", None)
-    active = getattr(module, "active_adapters", ())
-    return isinstance(used, Mapping) and any(used.get(name) for name in active)
+def _dora_layers(module: nn.Module) -> Iterator[nn.Module]:
+    layers = getattr(module, "lora_magnitude_vector", None)
+    if isinstance(layers, nn.ModuleDict):
+        yield from layers.values()
+
+
+class _NothingConstant(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
+
+
+def _nothing_constant(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def differentiated(*args: Any, **kwargs: Any) -> Any:
+        with _NothingConstant():
+            return forward(*args, **kwargs)
+
+    return differentiated
 
 
 def _sharing(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, str]]:

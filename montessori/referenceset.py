@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batches
 from montessori.capture import evaluation_mode, example_losses, gradients_aside, unchanged_gradients
 from montessori.errors import ArgumentError, ModelError
+from montessori.expandable import whole_derivative
 from montessori.head import ChunkedLoss
 from montessori.losses import LossFunction
 
@@ -108,6 +109,7 @@ class ReferenceSets:
                 evaluation_mode(model),
                 gradients_aside(parameters.values()),
                 unchanged_gradients(parameters.values()),
+                whole_derivative(model),
             ):
                 for name, parameter in parameters.items():
                     # Backward accumulates straight into q: no second copy of the gradient.

@@ -8,7 +8,8 @@ differentiated. The forward pass itself is not touched. Dimensions: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from montessori.rowmap import UnmappableRowsError
 MOST_VALUES = 1 << 20
 # Autograd cuts the graph at these too: what they return is followed no further.
 _APART = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+# What these make of a parameter may have a row for each example.
+_PER_EXAMPLE = (Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, torch.tile)
 
 
 @dataclass(frozen=True)
@@ -127,20 +130,25 @@ class ReplayedCalls(TorchFunctionMode):
             id(parameter): _Form(parameter, self._leaves[name], frozenset([name]))
             for name, parameter in parameters.items()
         }
+        # What is computed from parameters alone and no form, by identity: the norm of DoRA's weight, frozen decays.
+        self._common: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = list(_tensors((args, kwargs)))
         forms = [self._forms.get(id(tensor)) for tensor in given]
         if not any(forms) or func in _APART or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            common = self._is_common(func, given, forms)
+            output = func(*args, **kwargs)
+            self._note(output, common)
+            return output
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
         outputs = list(_tensors(output))
         if not any(tensor.is_floating_point() for tensor in outputs):
             return output
         shared = [
-            form is None and (not tensor.dim() or isinstance(tensor, nn.Parameter))
+            form is None and (not tensor.dim() or self._of_parameters(tensor))
             for form, tensor in zip(forms, given, strict=True)
         ]
         call = _Call(func, (args, kwargs), forms, [tensor.detach() for tensor in given], shared, self._size)
@@ -153,6 +161,25 @@ class ReplayedCalls(TorchFunctionMode):
         if not isinstance(output, Tensor):
             raise call.unmappable()
         return self._watch(call.names, output, partial(self._met, call, versions))
+
+    def _of_parameters(self, tensor: Tensor) -> bool:
+        found = self._common.get(id(tensor))
+        return isinstance(tensor, nn.Parameter) or (found is not None and found() is tensor)
+
+    def _is_common(self, func: Any, given: Sequence[Tensor], forms: Sequence[_Form | None]) -> bool:
+        """Whether what `func` returns is the same for all examples."""
+        if func is torch.eye:
+            return True
+        alike = (form or self._of_parameters(tensor) for form, tensor in zip(forms, given, strict=True))
+        return bool(given) and func not in _PER_EXAMPLE and all(alike)
+
+    def _note(self, output: Any, common: bool) -> None:
+        for tensor in _tensors(output):
+            if common:
+                self._common[id(tensor)] = weakref.ref(tensor)
+            else:
+                # Another tensor in the place of one that is gone, or one that was written to.
+                self._common.pop(id(tensor), None)
 
     def _expanded(self, func: Any, form: _Form | None, output: Tensor) -> Tensor | None:
         if func is not Tensor.expand or form is None or form.tensor.dim() != output.dim():
