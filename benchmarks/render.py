@@ -82,8 +82,8 @@ def products(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def vocabulary(record: dict[str, Any]) -> str:
-    lines = ["| vocabulary of | tokens an example | plain | trimmed | score | score / plain | score / trimmed |"]
+def shapes(record: dict[str, Any]) -> str:
+    lines = ["| model | tokens an example | plain | trimmed | score | score / plain | score / trimmed |"]
     lines.append("|---" * 7 + "|")
     for row in record["rows"]:
         tokens = row["length"] * row["examples"]
@@ -240,7 +240,7 @@ def main() -> None:
         "products": products(_records("products_*.json")),
     }
     singles: dict[str, Callable[[dict[str, Any]], str]] = {
-        "vocabulary_2t": vocabulary,
+        "shapes_2t": shapes,
         "sampling": sampling,
         "memory": memory,
         "profile": profile,
