@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.utils.data import Dataset
 
 from montessori import processes
@@ -23,7 +25,11 @@ from montessori.data import one_line
 from montessori.errors import ArgumentError, ModelError, ResourceError
 from montessori.models import load_model
 
+# What TrainingArguments need for an `example_trainer`.
+EXAMPLE_COLUMNS: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
+
 _CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+_SAVES_PER_RUN = 4
 _FAILED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -70,6 +76,38 @@ def tokens_trained(tokens: int, num_examples: int, batch_size: int, steps: int) 
     return round(tokens * steps / math.ceil(num_examples / batch_size))
 
 
+def check_float32(model: nn.Module) -> None:
+    """Raise ModelError unless all trainable weights are float32: a step of 1e-6 is lost in 16 bits."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ModelError(
+                f"{name}: expected trainable weights in float32, got {parameter.dtype}: "
+                "load the model with dtype=torch.float32"
+            )
+
+
+def shared_arguments(max_grad_norm: float | None, seed: int, progress: bool) -> dict[str, Any]:
+    """Arguments of TrainingArguments that all runs have in common."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        # Trainer's word for no clipping is 0.
+        "max_grad_norm": max_grad_norm or 0.0,
+        "optim": "adamw_torch",
+        "seed": seed,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "disable_tqdm": not progress,
+    }
+
+
+def plan_batches(arguments: Any, batch_size: int, total_steps: int) -> None:
+    """Set accumulation and saving in `arguments` for a run of `total_steps`, each on `batch_size` examples."""
+    arguments.gradient_accumulation_steps = accumulation_steps(arguments, batch_size)
+    arguments.save_steps = math.ceil(total_steps / _SAVES_PER_RUN)
+
+
 class ExampleRows(Dataset):
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -98,8 +136,24 @@ def example_collator(tokenizer: Any) -> Any:
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
 
 
+def example_trainer(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: Any) -> Any:
+    """A Trainer on the labelled tokens of `examples`; `arguments` need EXAMPLE_COLUMNS."""
+    from transformers import Trainer
+
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=ExampleRows(examples),
+        data_collator=example_collator(tokenizer),
+        processing_class=tokenizer,
+    )
+
+
 def train(trainer: Any, start: Path | None) -> None:
     """Run `trainer` from the checkpoint `start`, if any. Raises ResourceError when it cannot save what it should."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
     with _saving(Path(trainer.args.output_dir)):
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
 
@@ -124,6 +178,17 @@ def _is_failed_write(error: BaseException) -> bool:
 def list_checkpoints(path: Path) -> list[Path]:
     found = [entry for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
     return sorted(found, key=step_of)
+
+
+def last_complete(path: Path) -> Path | None:
+    """The last checkpoint below `path` that a run can go on from; drops those it cannot."""
+    complete = None
+    for checkpoint in list_checkpoints(path):
+        if is_complete(checkpoint):
+            complete = checkpoint
+        else:
+            shutil.rmtree(checkpoint)
+    return complete
 
 
 def step_of(checkpoint: Path) -> int:

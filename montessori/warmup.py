@@ -8,37 +8,36 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from montessori import processes
 from montessori.batching import Example
-from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
+from montessori.errors import ArgumentError, DataError, ResourceError
 from montessori.fingerprint import examples_digest, model_digest
 from montessori.training import (
-    ExampleRows,
-    accumulation_steps,
+    EXAMPLE_COLUMNS,
     check_batch_size,
+    check_float32,
     check_max_steps,
     count_steps,
-    example_collator,
+    example_trainer,
     is_complete,
+    last_complete,
     list_checkpoints,
+    plan_batches,
     restore_weights,
+    shared_arguments,
     step_of,
     train,
 )
 from montessori.writing import write_json
 
 RECORD_FILE = "warmup.json"
-
-_SAVES_PER_RUN = 4
 
 
 def warmup(
@@ -88,12 +87,11 @@ def warmup(
         "num_train_epochs": num_train_epochs,
         "max_steps": max_steps,
         "weight_decay": weight_decay,
-        "seed": seed,
-        # Trainer's word for no clipping is 0.
-        "max_grad_norm": max_grad_norm or 0.0,
     }
-    arguments = _training_arguments(path, settings, progress)
+    shared = shared_arguments(max_grad_norm, seed, progress)
+    arguments = _training_arguments(path, settings | shared)
     total_steps = _plan_steps(arguments, len(examples), batch_size)
+    settings |= {"seed": seed, "max_grad_norm": shared["max_grad_norm"]}
     settings |= {"batch_size": batch_size, "examples": examples_digest(examples)}
     with _writing(path):
         start = processes.from_main(_claim(path, settings, model, resume) if processes.is_main() else None)
@@ -112,12 +110,7 @@ def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int
         if value < 1:
             raise ArgumentError(f"{name}={value}: expected a positive number of examples")
     check_batch_size(batch_size, per_device)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise ModelError(
-                f"{name}: expected trainable weights in float32, got {parameter.dtype}: "
-                "load the model with dtype=torch.float32"
-            )
+    check_float32(model)
 
 
 def _check_schedule(learning_rate: float, epochs: float, max_steps: int, max_grad_norm: float | None) -> None:
@@ -138,41 +131,33 @@ def _check_numbers(weight_decay: float, seed: int) -> None:
         raise ArgumentError(f"seed={seed}: expected a number from 0 to {2**32 - 1}")
 
 
-def _training_arguments(path: Path, settings: dict[str, Any], progress: bool) -> Any:
+def _training_arguments(path: Path, options: dict[str, Any]) -> Any:
     from transformers import TrainingArguments
 
     return TrainingArguments(
         output_dir=str(path),
         lr_scheduler_type="constant_with_warmup",
-        optim="adamw_torch",
-        save_strategy="steps",
-        save_total_limit=2,
-        logging_strategy="steps" if progress else "no",
-        disable_tqdm=not progress,
+        logging_strategy="no" if options["disable_tqdm"] else "steps",
         report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        **settings,
+        **EXAMPLE_COLUMNS,
+        **options,
     )
 
 
 def _plan_steps(arguments: Any, num_examples: int, batch_size: int) -> int:
     """Set accumulation, warm-up and saving in `arguments`; return the optimizer steps of the whole run."""
-    arguments.gradient_accumulation_steps = accumulation_steps(arguments, batch_size)
     total_steps = count_steps(num_examples, batch_size, arguments.num_train_epochs, arguments.max_steps)
-    arguments.warmup_steps = total_steps
-    arguments.save_steps = arguments.logging_steps = math.ceil(total_steps / _SAVES_PER_RUN)
+    plan_batches(arguments, batch_size, total_steps)
+    arguments.warmup_steps, arguments.logging_steps = total_steps, arguments.save_steps
     return total_steps
 
 
 def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path | None:
     """Make `path` the directory of this run; return the checkpoint to go on from, None to start."""
-    record_file, checkpoints = path / RECORD_FILE, list_checkpoints(path)
+    record_file = path / RECORD_FILE
     weights = model_digest(model)
     if not record_file.exists():
-        if checkpoints:
+        if list_checkpoints(path):
             raise ArgumentError(f"output_dir {path}: holds checkpoints of another run: choose another directory")
         write_json(path / RECORD_FILE, {"settings": settings, "weights": [weights]})
         return None
@@ -191,11 +176,7 @@ def _claim(path: Path, settings: dict, model: nn.Module, resume: bool) -> Path |
         raise ArgumentError(
             f"output_dir {path}: holds a run with other {', '.join(changed)}: use those, or another directory"
         )
-    complete = [checkpoint for checkpoint in checkpoints if is_complete(checkpoint)]
-    for checkpoint in checkpoints:
-        if checkpoint not in complete:
-            shutil.rmtree(checkpoint)
-    return complete[-1] if complete else None
+    return last_complete(path)
 
 
 @contextmanager
@@ -207,17 +188,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _train(model: Any, tokenizer: Any, examples: Sequence[Example], arguments: Any, start: Path | None) -> None:
-    from transformers import PrinterCallback, Trainer
-
     was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=ExampleRows(examples),
-        data_collator=example_collator(tokenizer),
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = example_trainer(model, tokenizer, examples, arguments)
     try:
         train(trainer, start)
     finally:

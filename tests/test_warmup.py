@@ -32,7 +32,7 @@ from montessori.warmup import warmup
 def save_after_every_step():
     """Runs of a few steps leave a checkpoint after each, as long runs do after each part."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("montessori.warmup._SAVES_PER_RUN", 10)
+        patch.setattr("montessori.training._SAVES_PER_RUN", 10)
         yield
 
 

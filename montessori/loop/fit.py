@@ -16,24 +16,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
-from torch import nn
 from typing_extensions import Self
 
 from montessori import processes
 from montessori.batching import Example
-from montessori.errors import ModelError, ResourceError
+from montessori.errors import ResourceError
 from montessori.loop.section import Section
 from montessori.training import (
-    ExampleRows,
-    accumulation_steps,
+    EXAMPLE_COLUMNS,
     check_batch_size,
     count_steps,
-    example_collator,
-    is_complete,
-    list_checkpoints,
+    example_trainer,
+    last_complete,
+    plan_batches,
+    shared_arguments,
     tokens_trained,
     train,
 )
@@ -43,7 +41,6 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 
-_SAVES_PER_RUN = 4
 _LOGS_PER_RUN = 50
 # Timings differ from run to run, sums and means over a run between one that was resumed and one that was not.
 _UNSTABLE = re.compile(r"train_.*|.*_runtime|.*_per_second|total_flos|(eval_)?num_tokens")
@@ -103,7 +100,6 @@ def training_arguments(
 
     Raises ArgumentError when the batch size does not divide over the processes.
     """
-    on_gpu = torch.cuda.is_available()
     options: dict[str, Any] = {
         "output_dir": str(out / CHECKPOINTS),
         "learning_rate": settings.learning_rate,
@@ -112,20 +108,12 @@ def training_arguments(
         "num_train_epochs": settings.num_train_epochs,
         "max_steps": settings.max_steps,
         "weight_decay": settings.weight_decay,
-        # Trainer's word for no clipping is 0.
-        "max_grad_norm": settings.max_grad_norm or 0.0,
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "optim": "adamw_torch",
-        "seed": seed,
-        "use_cpu": not on_gpu,
-        "dataloader_pin_memory": on_gpu,
-        "save_strategy": "steps",
-        "save_total_limit": 2,
         "logging_strategy": "steps",
         "logging_first_step": True,
-        "disable_tqdm": not progress,
         "report_to": list(settings.report_to) or "none",
+        **shared_arguments(settings.max_grad_norm, seed, progress),
         **more,
     }
     with warnings.catch_warnings():
@@ -139,8 +127,8 @@ def training_arguments(
 def _plan(arguments: Any, settings: FitSettings, num_examples: int) -> None:
     from transformers import SchedulerType
 
-    arguments.gradient_accumulation_steps = accumulation_steps(arguments, settings.batch_size)
     total = settings.steps(num_examples)
+    plan_batches(arguments, settings.batch_size, total)
     arguments.warmup_steps = int(settings.warmup_fraction * total)
     arguments.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
     arguments.lr_scheduler_kwargs = {
@@ -148,7 +136,6 @@ def _plan(arguments: Any, settings: FitSettings, num_examples: int) -> None:
         "decay_type": "linear",
         "min_lr_ratio": settings.min_learning_rate / settings.learning_rate,
     }
-    arguments.save_steps = math.ceil(total / _SAVES_PER_RUN)
     arguments.logging_steps = math.ceil(total / _LOGS_PER_RUN)
 
 
@@ -156,43 +143,18 @@ def fit_examples(
     settings: FitSettings, model: Any, tokenizer: Any, examples: Sequence[Example], out: Path, seed: int, progress: bool
 ) -> list[dict[str, Any]]:
     """Train `model` in place on the labelled tokens of `examples`; return the metrics of every logged step."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
-    check_float32(model)
-    arguments = training_arguments(
-        settings,
-        TrainingArguments,
-        out,
-        len(examples),
-        seed,
-        progress,
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=ExampleRows(examples),
-        data_collator=example_collator(tokenizer),
-        processing_class=tokenizer,
-    )
+    arguments = training_arguments(settings, TrainingArguments, out, len(examples), seed, progress, **EXAMPLE_COLUMNS)
+    trainer = example_trainer(model, tokenizer, examples, arguments)
     run_trainer(trainer, out)
     return metrics_of(trainer)
 
 
 def run_trainer(trainer: Any, out: Path) -> None:
     """Train to the end, from the last complete checkpoint below `out` where there is one."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    folder = out / CHECKPOINTS
-    if processes.is_main():
-        for checkpoint in list_checkpoints(folder):
-            if not is_complete(checkpoint):
-                shutil.rmtree(checkpoint)
-    processes.wait_for_all()
-    complete = list_checkpoints(folder)
-    train(trainer, complete[-1] if complete else None)
+    start = last_complete(out / CHECKPOINTS) if processes.is_main() else None
+    train(trainer, processes.from_main(start))
 
 
 def metrics_of(trainer: Any) -> list[dict[str, Any]]:
@@ -245,10 +207,3 @@ def save_model(model: Any, tokenizer: Any, target: Path) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ResourceError(f"{target}: cannot be written ({error}): is the disk full?") from error
-
-
-def check_float32(model: nn.Module) -> None:
-    """Raise ModelError unless all trainable weights are float32: a step of 1e-6 is lost in 16 bits."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise ModelError(f"{name}: expected trainable weights in float32, got {parameter.dtype}")

@@ -8,11 +8,12 @@ from typing import Any
 
 from montessori.encoding import encode_rows
 from montessori.errors import DataError
-from montessori.loop.fit import FitSettings, check_float32, finish, finished, fit_examples
+from montessori.loop.fit import FitSettings, finish, finished, fit_examples
 from montessori.loop.rows import student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import default_max_length
+from montessori.training import check_float32
 
 STUDENT = "student"
 

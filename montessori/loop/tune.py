@@ -21,7 +21,6 @@ from montessori.errors import DataError, ModelError
 from montessori.loop.fit import (
     CHECKPOINTS,
     FitSettings,
-    check_float32,
     finish,
     finished,
     fit_examples,
@@ -32,6 +31,7 @@ from montessori.loop.fit import (
 from montessori.loop.section import Section
 from montessori.models import load_model
 from montessori.options import default_max_length
+from montessori.training import check_float32
 
 TEACHER = "teacher"
 
