@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +32,15 @@ METADATA_FILE = ".metadata"
 _LIVE = "pass the live optimizer instead: AdamWState.from_optimizer(model, optimizer)"
 
 
-def read_state(directory: str | os.PathLike[str], model: nn.Module) -> AdamWState:
+def read_state(directory: str | os.PathLike[str], model: nn.Module, idle: Collection[str] = ()) -> AdamWState:
     """State of every trainable parameter of `model`, tensors on the CPU, from a checkpoint directory.
 
     The order of parameters in `optimizer.pt` and `optimizer.bin` is, in this order of preference:
     the names in the file (a state keyed by name, or `param_names` of an optimizer built from
     `named_parameters()`); one group as large as the trainable parameters, in the order of
     `model.parameters()`; two groups, the decayed parameters and the rest by Trainer's own rule.
-    Only trainable parameters count, so for LoRA pass the model with its adapter.
+    Only trainable parameters count, so for LoRA pass the model with its adapter; an optimizer that also holds those
+    that are frozen now, all of them or those named in `idle`, is read as well.
 
     A file without `decoupled_weight_decay`, which does not tell Adam from AdamW, is read as AdamW.
     Files are read without unpickling objects.
@@ -53,7 +54,7 @@ def read_state(directory: str | os.PathLike[str], model: nn.Module) -> AdamWStat
     if (path / JSON_FILE).exists() or (path / TENSOR_FILE).exists():
         state = AdamWState.load(path)
     else:
-        state = _read_torch_state(path, model)
+        state = _read_torch_state(path, model, idle)
     state.check_layout(model)
     return state
 
@@ -62,10 +63,14 @@ def read_optimizer(
     optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
     model: nn.Module,
     lr: float | None,
+    idle: Collection[str] = (),
 ) -> AdamWState:
-    """State of any of these, checked and on the devices of the model's parameters; `lr` replaces the one found."""
+    """State of any of these, checked and on the devices of the model's parameters; `lr` replaces the one found.
+
+    `idle` as in `read_state`.
+    """
     if isinstance(optimizer, str | os.PathLike):
-        state = read_state(optimizer, model)
+        state = read_state(optimizer, model, idle)
     elif isinstance(optimizer, AdamWState):
         state = optimizer
     else:
@@ -119,10 +124,10 @@ def _saved_optimizer(path: Path, model: nn.Module) -> tuple[str, dict]:
     )
 
 
-def _read_torch_state(path: Path, model: nn.Module) -> AdamWState:
+def _read_torch_state(path: Path, model: nn.Module, idle: Collection[str]) -> AdamWState:
     file, saved = _saved_optimizer(path, model)
     groups, entries = saved["param_groups"], saved["state"]
-    names_by_group = _parameter_names(path / file, groups, model)
+    names_by_group = _parameter_names(path / file, groups, model, idle)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     states: dict[str, ParameterState] = {}
     for group, names in zip(groups, names_by_group, strict=True):
@@ -163,25 +168,32 @@ def _load(file: Path) -> dict:
     return saved
 
 
-def _parameter_names(file: Path, groups: Sequence[Mapping], model: nn.Module) -> list[list[str]]:
+def _parameter_names(file: Path, groups: Sequence[Mapping], model: nn.Module, idle: Collection[str]) -> list[list[str]]:
     """Names of the parameters of each group, in the order of its `params`."""
     if all(isinstance(key, str) for group in groups for key in group["params"]):
         return [list(group["params"]) for group in groups]
     if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
         return [list(group.get("param_names", ())) for group in groups]
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = _decayed_names(model)
-    with_decay = [name for name in trainable if name in decayed]
-    without_decay = [name for name in trainable if name not in decayed]
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sizes = [len(group["params"]) for group in groups]
-    for layout in ([trainable], [with_decay, without_decay]):
-        if sizes == [len(names) for names in layout]:
-            return layout
+    # As the model is; as it was before what is idle was set aside; with what has been frozen since.
+    whole = {name for name, _ in model.named_parameters()}
+    for held in (trainable, trainable | set(idle), whole):
+        for layout in _layouts(model, held):
+            if sizes == [len(names) for names in layout]:
+                return layout
+    one, two = _layouts(model, trainable)
     raise StateError(
-        f"{file}: expected param groups of [{len(trainable)}] parameters, or of [{len(with_decay)}, "
-        f"{len(without_decay)}] with and without decay, as the model has them; got {sizes}: the state of "
-        f"another model, or other groups; {_LIVE}"
+        f"{file}: expected param groups of [{len(one[0])}] parameters, or of [{len(two[0])}, {len(two[1])}] with and "
+        f"without decay, as the model has them; got {sizes}: the state of another model, or other groups; {_LIVE}"
     )
+
+
+def _layouts(model: nn.Module, held: Collection[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """The parameters `held` in one group, and in Trainer's two, with weight decay and without."""
+    decayed = _decayed_names(model)
+    names = [name for name, _ in model.named_parameters() if name in held]
+    return [names], [[n for n in names if n in decayed], [n for n in names if n not in decayed]]
 
 
 def _decayed_names(model: nn.Module) -> set[str]:

@@ -12,6 +12,10 @@ class CurvatureWarning(UserWarning):
     derivative."""
 
 
+class IdleWarning(UserWarning):
+    """Trainable parameters that text does not reach are held fixed."""
+
+
 class MontessoriError(ValueError):
     """Base of every error this package raises on purpose. `str(error)` is one line."""
 

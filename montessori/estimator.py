@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from montessori import cpu, ops, processes
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
-from montessori.checkpoints import read_optimizer
 from montessori.collecting import collect
 from montessori.copies import check_copy, full_precision
 from montessori.coverage import apart, failures_named, prove_head, proved_loss, proved_references, verified_plan
@@ -23,6 +22,7 @@ from montessori.errors import ArgumentError, DataError
 from montessori.expandable import check_memory
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
 from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
+from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
 from montessori.live import Watch, borrowed, own_precision, unwrapped
 from montessori.losses import LossFunction, response_loss
@@ -143,8 +143,6 @@ class InfluenceEstimator:
         self._tokenizer = tokenizer
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
         self._optimizer, self._lr = optimizer, lr
-        self.state = read_optimizer(optimizer, model, lr)
-        self._watch = Watch(model, optimizer)
         self._named = isinstance(reference, Mapping) and not is_row(reference)
         named = reference if self._named else {"reference": reference}
         if not named:
@@ -158,6 +156,8 @@ class InfluenceEstimator:
         # precision of checks, their sums must not depend on what shares a batch.
         alone = floating_dtype(model) is torch.float64 or (self._steady is not None and longest > self._steady)
         self.references = ReferenceSets(sets, reference_weighting, None if alone else reference_batch_tokens)
+        self.state, self._idle = self._read_optimizer()
+        self._watch = Watch(model, optimizer)
         self._plan: Plan | None = None
         self._rows_proved, self._proved_tokens = False, 0
         self._expansions: dict[str, Expansion] = {}
@@ -232,14 +232,19 @@ class InfluenceEstimator:
             if fixed or moved:
                 validate_model(self.model)
                 if fixed or not isinstance(self._optimizer, str | os.PathLike):
-                    self.state = read_optimizer(self._optimizer, self.model, self._lr)
+                    self.state, self._idle = self._read_optimizer()
                 self._plan = None if fixed else self._plan
                 self._expansions.clear()
                 self._watch.accept()
             try:
-                yield
+                with self._idle.held():
+                    yield
             finally:
                 self._watch.settle()
+
+    def _read_optimizer(self) -> tuple[AdamWState, Idle]:
+        shortest = self.references.shortest()[0]
+        return read_active(self._optimizer, self.model, self._lr, lambda: find_idle(self.model, shortest, self._loss))
 
     def _score(
         self,

@@ -41,7 +41,8 @@ def load_model(
     - a local directory of a PEFT adapter: its base model with the adapter, which is trainable (prompt and prefix
       tuning are not: PEFT loads them for inference alone);
     - a model name on the Hugging Face hub.
-    Weights are cast to `dtype`. `cache_dir` is read for the demo student only.
+    Weights are cast to `dtype`. A model that also takes images or sound is loaded whole, as the class that it was saved
+    from. `cache_dir` is read for the demo student only.
 
     Raises ModelError when the model or the tokenizer cannot be loaded whole.
     """
@@ -161,11 +162,9 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 
 def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
     # Loading raises whatever the files, the hub client or the model's code raise.
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _kind_of(name).from_pretrained(
             name, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
@@ -177,6 +176,19 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if missing:
         raise ModelError(f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}: save it whole")
     return model.eval(), load_tokenizer(name)
+
+
+def _kind_of(name: str) -> Any:
+    """AutoModelForCausalLM, or AutoModelForMultimodalLM for what only it knows and what was saved as its class: for
+    some checkpoints (Qwen3.5) the first is the text model alone, whose parameters have other names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    whole: Any = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+    has_text_model = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if whole is None or (has_text_model and whole.__name__ not in (config.architectures or ())):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForMultimodalLM
 
 
 def load_tokenizer(name: str) -> Any:

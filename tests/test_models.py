@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from montessori import models
 from montessori.errors import ModelError
@@ -114,8 +115,43 @@ def test_any_other_name_goes_to_the_hub(monkeypatch):
     def from_pretrained(name, **options):
         raise OSError(f"{name} is not on the hub\nsecond line")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
     assert refusal("someone/some-model").endswith("someone/some-model is not on the hub")
+
+
+def multimodal(kind: str, **config):
+    """A narrow model of a family of which transformers has a text model and a whole one."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, **heads, **config}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "depth": 1, "out_hidden_size": 16}
+    whole = transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision)
+    return transformers.AutoModelForMultimodalLM.from_config(whole).eval()
+
+
+@pytest.mark.parametrize(("kind", "config"), [
+    ("qwen3_5", {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+                 "linear_value_head_dim": 8}),
+    ("qwen2_5_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}),
+])  # fmt: skip
+def test_a_model_that_also_takes_images_is_loaded_as_it_was_saved(tmp_path, kind, config):
+    saved = multimodal(kind, **config)
+    saved.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path)
+    assert type(model) is type(saved)
+    assert_same_weights(saved, model)
+
+
+def test_the_text_model_of_such_a_family_stays_one(tmp_path):
+    config = transformers.AutoConfig.for_model("qwen3_5").text_config
+    for name, value in {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}.items():
+        setattr(config, name, value)
+    config.layer_types = config.layer_types[:1]
+    saved = AutoModelForCausalLM.from_config(config)
+    saved.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert_same_weights(saved, load_model(tmp_path)[0])
 
 
 # Adapters
