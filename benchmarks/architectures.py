@@ -138,8 +138,10 @@ def plain_loss(model: nn.Module, row: dict[str, list[int]]) -> torch.Tensor:
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of what the loss depends on; a step of the optimizer passes over the rest."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values()), materialize_grads=True), strict=True))
+    found = zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True)
+    return {name: grad for name, grad in found if grad is not None}
 
 
 def slow_influence(model: nn.Module, optimizer: torch.optim.Optimizer, candidates: list, references: list) -> list:
@@ -152,7 +154,7 @@ def slow_influence(model: nn.Module, optimizer: torch.optim.Optimizer, candidate
         for name, grad in gradients(model, plain_loss(model, row)).items():
             entry = state[name]
             step = reference.delta(grad, entry.exp_avg, entry.exp_avg_sq, named[name].detach(), entry.step)
-            total += float((q[name].double() * step.double()).sum())
+            total += float((q[name].double() * step.double()).sum()) if name in q else 0.0
         found.append(-total)
     return found
 
