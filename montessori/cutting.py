@@ -8,7 +8,7 @@ from typing import Any
 
 from montessori.data import Chat
 from montessori.errors import DataError
-from montessori.messages import called_functions
+from montessori.messages import called_functions, joined
 from montessori.templates import Template
 
 # Letters and digits pass every filter of a template; no text of a user holds these.
@@ -107,8 +107,8 @@ def _marked(message: dict[str, Any], turn: int) -> dict[str, Any]:
     if message["role"] != "assistant":
         return message
     mark, content = _MARK.format(turn), message.get("content") or ""
-    if body := content.rstrip():
-        return {**message, "content": body + mark + content[len(body) :]}
+    if joined(content).strip():
+        return {**message, "content": _ending_with(content, mark)}
     calls = message.get("tool_calls")
     if not isinstance(calls, list) or not calls:
         return message
@@ -116,6 +116,17 @@ def _marked(message: dict[str, Any], turn: int) -> dict[str, Any]:
     named = first.get("function") or first
     called = {**named, "name": named["name"] + mark}
     return {**message, "tool_calls": [{**first, "function": called} if first.get("function") else called, *others]}
+
+
+def _ending_with(content: str | list[dict[str, str]], mark: str) -> str | list[dict[str, str]]:
+    """The `content` with a mark after its last character that is not blank."""
+    if isinstance(content, str):
+        body = content.rstrip()
+        return body + mark + content[len(body) :]
+    last = max(place for place, part in enumerate(content) if part["text"].strip())
+    parts: list[dict[str, Any]] = [*content]
+    parts[last] = {**parts[last], "text": _ending_with(parts[last]["text"], mark)}
+    return parts
 
 
 def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, end: int) -> int:
@@ -126,9 +137,9 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
     content = _content(chat, turn)
     shared = count_shared(whole[earlier:end][::-1], content[::-1])
     begin = end - len(whole[end - shared : end].lstrip())
-    before = chat.messages[turn - 1].get("content")
-    if isinstance(before, str) and (place := whole.find(before.strip(), earlier, begin)) >= 0:
-        earlier = place + len(before.strip())
+    before = _content(chat, turn - 1)
+    if (place := whole.find(before, earlier, begin)) >= 0:
+        earlier = place + len(before)
     read, asked = text_of(chat, template, turn), text_of(chat, template, turn, add_generation_prompt=True)
     header = asked[count_shared(read, asked) :]
     # It may end with what the content begins with, such as an opening mark of thoughts.
@@ -190,13 +201,14 @@ def _labelled(chat: Chat) -> list[int]:
 
 
 def _content(chat: Chat, turn: int) -> str:
-    return (chat.messages[turn].get("content") or "").strip()
+    return joined(chat.messages[turn].get("content") or "").strip()
 
 
 def _check_written(chat: Chat, turn: int, written: str) -> None:
-    ends = [*_content(chat, turn).split()[-1:], *called_functions(chat.messages[turn], chat.where)]
-    # A template may take the content apart (thoughts, answer), but it does not drop the end of it, except
-    # one for images and text, which finds no content in a plain text.
+    # A template may write something between the parts of a content.
+    words = joined(chat.messages[turn].get("content") or "", " ").split()
+    ends = [*words[-1:], *called_functions(chat.messages[turn], chat.where)]
+    # A template may take the content apart (thoughts, answer), but it does not drop the end of it.
     if any(end not in written for end in ends):
         raise DataError(str(_uncuttable(chat, turn, "does not write the content, or a function that is called,")))
 

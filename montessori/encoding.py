@@ -68,7 +68,7 @@ def encode_rows(
     `text`. The first of these sets that is complete counts. A row of text may tell its template more: by names
     and values in `chat_template_kwargs` and, where it has messages, by `tools`, a list of JSON schemas or its
     JSON text. A message of the assistant holds `content`, `tool_calls`, or both; a content may be a list of
-    parts {"type": "text", "text": ...}.
+    parts {"type": "text", "text": ...}, and a text is given as one part to a template that writes only parts.
 
     Labels of an assistant's turn end with its last special token; what the template writes after it (often
     a newline) has no label. Of `prompt` and `completion` as lists of messages only the turns of `completion`

@@ -1,4 +1,4 @@
-"""Messages of a conversation, checked, in the one form that chat templates take: `role` and `content`."""
+"""Messages of a conversation, checked, in the form that chat templates take: `role` and `content`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ SPEAKERS = {
 
 
 def read_messages(messages: object, column: str, where: str, needs_answer: bool) -> list[dict[str, Any]]:
-    """The messages in `column` of the row at the address `where`, each with `role` and `content` as a text.
+    """The messages in `column` of the row at the address `where`, each with `role` and `content`.
 
-    ShareGPT's `from` and `value` become `role` and `content`; the texts of a content in parts are joined.
+    ShareGPT's `from` and `value` become `role` and `content`. A content is a text, or a list of parts, each of
+    `type` "text" and `text` and nothing else.
     Raises DataError for anything else, and for no message of the assistant where one is needed.
     """
     if not isinstance(messages, list):
@@ -52,12 +53,13 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     if "content" not in message:
         raise DataError(f"{where}: expected a dict with role and content, got {short(message)}")
     if isinstance(content, list):
-        content = _joined(content, where)
+        content = _parts(content, where)
         message = {**message, "content": content}
-    if not isinstance(content, str):
+    elif not isinstance(content, str):
         raise DataError(f"{where}: expected a text as content, got {short(content)}")
-    check_unicode(content, where)
-    if role == "assistant" and not calls and not content.strip():
+    text = joined(content)
+    check_unicode(text, where)
+    if role == "assistant" and not calls and not text.strip():
         raise DataError(f"{where}: expected a non-empty answer of the assistant, got {short(content)}")
     return message
 
@@ -71,14 +73,20 @@ def _from_sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:
     return {"role": SPEAKERS[speaker], **said, **others}
 
 
-def _joined(parts: list[Any], where: str) -> str:
+def _parts(parts: list[Any], where: str) -> list[dict[str, str]]:
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise DataError(
                 f"{where}: expected a text as content, or parts such as {{'type': 'text', 'text': 'Hi'}}, got "
                 f"{short(part)}"
             )
-    return "".join(part["text"] for part in parts)
+    # Templates ask whether a part has an image, which a table may hold as None beside every text.
+    return [{"type": "text", "text": part["text"]} for part in parts]
+
+
+def joined(content: str | list[dict[str, str]], separator: str = "") -> str:
+    """The text of a content, whether it is one or is in parts."""
+    return content if isinstance(content, str) else separator.join(part["text"] for part in content)
 
 
 def called_functions(message: Mapping[str, Any], where: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import jinja2
 
 from montessori.data import check_template_kwargs
 from montessori.errors import ArgumentError, DataError
+from montessori.messages import ROLES, joined
 from montessori.wording import one_line, short
 
 if TYPE_CHECKING:
@@ -30,15 +33,27 @@ BUILT_IN_TEMPLATES = {
         "{% endfor %}"
     ),
 }
+# What a template may fail with on a conversation that it does not take.
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError)
+# Of letters and digits, which pass every filter of a template; no template has a text of its own that holds these.
+_PROBES = {role: f"montessori7c1e59{role}probe" for role in ROLES}
+_TURNS = ("user", "assistant")
 
 
 @dataclass(frozen=True)
 class Template:
-    """A Jinja template with the tokenizer that renders it, and the variables it is always given."""
+    """A Jinja template with the tokenizer that renders it, and the variables it is always given.
+
+    Templates of models for images and text may loop over the parts of a content, and then write nothing of one
+    that is a text. Which they want is found out by rendering both, once for each role, and what they are given
+    is changed into that. A template that writes both is given texts.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     source: str
     variables: Mapping[str, Any]
+    # By role.
+    _wants_parts: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -62,15 +77,58 @@ class Template:
         `variables` go over those that the template is always given.
         """
         told = {**self.variables, **(variables or {})}
+        given = [self._as_wanted(message) for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.source, **told, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return self.tokenizer.apply_chat_template(given, chat_template=self.source, **told, **options)
+        except _FAILURES as error:
             raise DataError(f"{where}: the chat template fails on it ({one_line(error)})") from error
 
     def text(
         self, messages: list[dict[str, Any]], where: str, variables: Mapping[str, Any] | None = None, **options: Any
     ) -> str:
         return self.apply(messages, where, variables, tokenize=False, **options)
+
+    def _as_wanted(self, message: dict[str, Any]) -> dict[str, Any]:
+        role, content = message["role"], message.get("content")
+        if content is None:
+            return message
+        if role not in self._wants_parts:
+            self._wants_parts[role] = role in self._roles_in_parts(role)
+        return {**message, "content": _in_parts(content) if self._wants_parts[role] else joined(content)}
+
+    def _roles_in_parts(self, role: str) -> frozenset[str]:
+        """Of the user, the assistant and `role` those whose content it writes only in parts."""
+        turns = self._turns_in_parts
+        if role in _TURNS:
+            return turns
+        with_role = turns | {role}
+        roles = (*_TURNS, role) if role == "tool" else (role, *_TURNS)
+        return self._first_written(roles, [with_role, turns] if turns else [turns, with_role])
+
+    @cached_property
+    def _turns_in_parts(self) -> frozenset[str]:
+        return self._first_written(_TURNS, [frozenset(), *map(frozenset, (_TURNS, _TURNS[:1], _TURNS[1:]))])
+
+    def _first_written(self, roles: Sequence[str], choices: Sequence[frozenset[str]]) -> frozenset[str]:
+        """The first choice of roles in parts with which the contents of all `roles` are written, else the first."""
+        return next((choice for choice in choices if self._writes(roles, choice)), choices[0])
+
+    def _writes(self, roles: Sequence[str], in_parts: frozenset[str]) -> bool:
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": _in_parts(_PROBES[role]) if role in in_parts else _PROBES[role]} for role in roles
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.source, tokenize=False, **self.variables
+            )
+        except _FAILURES:
+            return False
+        # In quotation marks it stands where a list of parts is written as it is.
+        return all(re.search(f"(?<!['\"]){_PROBES[role]}", str(text)) for role in roles)
+
+
+def _in_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:

@@ -247,13 +247,18 @@ def malformed(row):
         {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}], "messages": None},
         {"conversations": TURNS, "instruction": "another", "output": "another"},
         {"messages": [{"from": "human", "value": "hi"}, ASSISTANT]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, TEXT_PART]}, ASSISTANT]},
     ],
 )
 def test_every_set_of_columns_is_a_conversation(row):
     read = chat(row)
     assert (read.index, read.where, read.messages) == (1, "data.jsonl, line 2", TURNS)
     assert read.first_labelled == 0
+
+
+def test_parts_of_a_content_stay_apart_and_hold_nothing_but_text():
+    parts = [{"type": "text", "text": "h", "image": None}, TEXT_PART]
+    read = chat({"messages": [{"role": "user", "content": parts}, ASSISTANT]})
+    assert read.messages == [{"role": "user", "content": [{"type": "text", "text": "h"}, TEXT_PART]}, ASSISTANT]
 
 
 def test_input_follows_the_instruction_after_a_blank_line():

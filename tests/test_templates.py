@@ -129,6 +129,8 @@ def test_a_generation_prompt_in_an_earlier_turn_does_not_begin_the_answer(tokeni
 
 CALLING = ("gptoss", "nemotron_3_nano", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507")
 ANSWERING = (*CALLING, "cohere", "deepseek_r1_distill", "deepseekv3", "gemma", "llama3", "phi3", "phi3_5")
+# Loop over the parts of a content.
+PARTED = ("idefics3", "llava_next", "smolvlm")
 
 
 def called(name):
@@ -140,7 +142,7 @@ CALLS = [USER, called("add"), RETURNED, ASSISTANT, *TURNS[2:3], called("subtract
 
 
 @pytest.mark.parametrize(
-    ("name", "messages"), [*((name, TURNS) for name in ANSWERING), *((name, CALLS) for name in CALLING)]
+    ("name", "messages"), [*((name, TURNS) for name in (*ANSWERING, *PARTED)), *((name, CALLS) for name in CALLING)]
 )
 def test_real_templates_are_cut_where_their_marked_versions_mark(name, messages):
     """TRL keeps templates of many models, and versions of them that mark what the assistant writes."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from montessori.data import Rows, column_set, read_chat
 from montessori.errors import DataError
+from montessori.messages import joined
 from montessori.templates import Template
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
@@ -40,7 +41,7 @@ def _instruction(row: Mapping[str, Any], index: int, where: str) -> str:
     if "input_ids" in columns:
         raise DataError(f"{where}: expected text, got token ids")
     messages = read_chat(row, columns, index, where).messages
-    asked = [message["content"] for message in messages if message["role"] == "user"]
+    asked = [joined(message["content"]) for message in messages if message["role"] == "user"]
     if not asked:
         raise DataError(f"{where}: expected a message of the user, got none")
     return asked[0]
