@@ -15,6 +15,7 @@ from torch import Tensor
 from montessori.errors import ArgumentError, DataError, ResourceError
 
 IGNORE_INDEX = -100
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 # Padding that a batch may have, as a share of it, once it has enough tokens to keep a processor busy.
 MOST_PADDING = 0.1
@@ -134,7 +135,7 @@ def _joins(batch: Sequence[Example], real: int, example: Example, batch_tokens: 
 def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Iterator[Example]:
     """Examples from rows that carry `input_ids`, `labels` and, optionally, `attention_mask` and `position_ids`.
 
-    Padding named by the attention mask, on either side, is cut off.
+    Padding named by the attention mask, on either side, is cut off. Token types other than 0 are refused.
     """
     for index, row in enumerate(rows):
         where = f"{name} row {index}"
@@ -168,7 +169,19 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
                 f"{where}: expected position_ids that count up by 1 from 0, or none; packed texts are not kept apart, "
                 "give each a row of its own"
             )
+        _check_token_types(row, where)
         yield Example(input_ids[span].to(torch.int64).cpu(), labels[span].to(torch.int64).cpu(), index)
+
+
+def _check_token_types(row: Mapping[str, object], where: str) -> None:
+    # Models for images and text change their attention mask by them, and an example does not carry them.
+    for column in TOKEN_TYPES:
+        types = row.get(column)
+        if types is not None and torch.as_tensor(types, device="cpu").any():
+            raise DataError(
+                f"{where}: expected {column} of 0 alone, got others; only text without token types is scored: remove "
+                "the column if the model does not use it, else leave the row out"
+            )
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:

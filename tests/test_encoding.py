@@ -79,6 +79,15 @@ def test_token_ids_are_taken_as_they_are_and_need_no_template():
     assert (plain.index, plain.input_ids.tolist(), plain.labels.tolist()) == (1, [5, 6], [-100, 6])
 
 
+def test_token_types_of_zero_are_passed_over():
+    types = {"token_type_ids": [0, 0], "mm_token_type_ids": None}
+    example = one({"input_ids": [5, 6], "labels": [-100, 6], **types}, byte_level(template=None))
+    assert (example.input_ids.tolist(), example.labels.tolist()) == ([5, 6], [-100, 6])
+    assert "got others" in fault([{"input_ids": [5, 6], "labels": [-100, 6], "token_type_ids": [0, 1]}], None)
+    # Beside a text they are those of other ids than the ones that are scored.
+    assert one({**ROW, "token_type_ids": [0, 1]}, byte_level()).num_label_tokens
+
+
 def test_an_error_names_the_row_by_its_address(tokenizer):
     for row in ({"input_ids": [5, 6], "labels": [6]}, {"instruction": "a"}, {"messages": [ASSISTANT, USER]}):
         rows = Rows([ROW, row], source="data.jsonl", unit="line", first=1)

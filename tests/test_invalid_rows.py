@@ -36,6 +36,9 @@ INVALID = [
     ({"input_ids": [5, 6], "labels": [6]}, "expected input_ids, labels and attention_mask of one length"),
     ({"input_ids": [[5], [6, 7]], "labels": [6]}, "expected flat lists of token ids"),
     ({**TOKENS, "position_ids": ["a", "b"]}, "expected flat lists of integers"),
+    ({**TOKENS, "token_type_ids": ["a", "b"]}, "expected flat lists of integers"),
+    ({**TOKENS, "token_type_ids": [0, 1]}, "expected token_type_ids of 0 alone, got others; only text without token"),
+    ({**TOKENS, "token_type_ids": [0, 0], "mm_token_type_ids": [1, 0]}, "expected mm_token_type_ids of 0 alone"),
     ({"messages": TURNS, "chat_template_kwargs": ["a"]}, "chat_template_kwargs: expected names and values"),
 ]
 
