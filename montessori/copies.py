@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
@@ -25,7 +26,8 @@ def full_precision(model: nn.Module) -> nn.Module:
     """The model itself in float32 or float64, else a float32 copy.
 
     A step of 5e-6 on bfloat16 weights is mostly rounding, so everything about the reference loss is
-    computed on float32 weights.
+    computed on float32 weights. What hooks of parameters do to a gradient they do to the copy's, which deepcopy would
+    leave without them.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if dtypes <= {torch.float32, torch.float64}:
@@ -38,7 +40,17 @@ def full_precision(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         if "forward" in vars(module):
             module.forward = _rebound(vars(module)["forward"], memo)  # type: ignore[method-assign]
-    return copied.float()
+    copied.float()
+    for parameter in model.parameters():
+        for hook in (parameter._backward_hooks or {}).values():
+            memo[id(parameter)].register_hook(partial(_of_one_dtype, _rebound(hook, memo)))
+    return copied
+
+
+def _of_one_dtype(hook: Callable[[Tensor], Tensor | None], grad: Tensor) -> Tensor | None:
+    """`hook` on a float32 gradient; one that was written for a narrow parameter may return a narrow gradient."""
+    changed = hook(grad)
+    return None if changed is None else changed.to(grad.dtype)
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:

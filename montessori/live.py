@@ -222,7 +222,9 @@ def _fixed_parts(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _functions(model: nn.Module) -> list[Any]:
-    found = [(name, type(module).forward) for name, module in model.named_modules()]
+    found: list[Any] = [(name, type(module).forward) for name, module in model.named_modules()]
+    hooked = ((name, parameter._backward_hooks) for name, parameter in model.named_parameters())
+    found += [(name, list(hooks.values())) for name, hooks in hooked if hooks]
     for name, key, value in _beside_tables(model):
         if key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             found.append((name, list(value.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from montessori import InfluenceEstimator
 from montessori.errors import ArgumentError, ModelError
 from montessori.live import unwrapped
+from montessori.optim_state import AdamWState
 
 CANDIDATES = make_rows(5, seed=1)
 METHODS = ["first_order", "anchored", "exact"]
@@ -89,6 +91,70 @@ def test_a_copy_that_would_compute_with_the_weights_of_the_original_is_refused(h
     assert all(parameter.grad is None for parameter in model.parameters())
     narrow = {"method": "first_order", "reference_dtype": "model"}
     assert influence(model, optimizer, **narrow).any()
+
+
+class Mask(nn.Module):
+    """Holds which rows of a weight train, in the weight's own dtype, and zeroes the gradient of the others."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("rows", (torch.arange(len(weight)) % 2).to(weight)[:, None])
+
+    def hook(self, grad):
+        return grad * self.rows
+
+
+def freeze_a_matrix(model):
+    model.model.layers[0].mlp.up_proj.weight.register_hook(torch.zeros_like)
+
+
+def freeze_rows_by_a_mask_of_the_model(model):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    mask = model.mask = Mask(weight)
+    # Multiplied as matrices too, which takes one dtype.
+    weight.register_hook(lambda grad: torch.diag(mask.rows[:, 0]) @ mask.hook(grad))
+
+
+def freeze_rows_in_place(model):
+    def zero(grad):
+        grad[::2] = 0
+
+    model.model.layers[0].mlp.up_proj.weight.register_hook(zero)
+
+
+def return_a_narrow_gradient(model):
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: torch.zeros_like(grad, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [freeze_a_matrix, freeze_rows_by_a_mask_of_the_model, freeze_rows_in_place, return_a_narrow_gradient],
+    ids=lambda f: f.__name__,
+)
+def test_hooks_on_parameters_of_a_narrow_model_act_on_its_copy(hang):
+    """As on a float32 model of the same values and moments, bit for bit."""
+    narrow = make_model("llama_tied", torch.bfloat16)
+    state = AdamWState.from_optimizer(narrow, warm_optimizer(narrow))
+    wide = copy.deepcopy(narrow).float()
+    free = influence(narrow, state, method="exact")
+    hang(narrow)
+    if hang is not return_a_narrow_gradient:
+        hang(wide)
+    else:
+        freeze_a_matrix(wide)
+    got = influence(narrow, state, method="exact")
+    np.testing.assert_array_equal(got, influence(wide, state, method="exact"))
+    assert (got != free).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_that_is_hung_between_two_calls_is_seen(method):
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    found = InfluenceEstimator(model, optimizer, make_rows(3, seed=2), method=method)
+    found.score(CANDIDATES)
+    freeze_a_matrix(model)
+    np.testing.assert_array_equal(found.score(CANDIDATES).influence, influence(model, optimizer, method=method))
 
 
 @pytest.mark.parametrize("method", METHODS)
