@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.coverage import missing_inputs_named
 from montessori.errors import ModelError
 from montessori.expandable import check_memory
 from montessori.live import tensors_in
@@ -93,6 +94,7 @@ def _rebound_function(function: types.FunctionType, memo: dict[int, Any]) -> typ
     return made
 
 
+@missing_inputs_named()
 def check_copy(model: nn.Module, copied: nn.Module, example: Example, loss: LossFunction) -> None:
     """Raise ModelError unless the loss of `example` by `copied` comes from its own parameters and none of `model`'s.
 

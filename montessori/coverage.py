@@ -119,6 +119,21 @@ def failures_named() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def missing_inputs_named() -> Iterator[None]:
+    """Raises ModelError where the model stops a forward pass, as for want of an argument that a row does not have."""
+    try:
+        yield
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, MontessoriError):
+            raise
+        raise ModelError(
+            f"the loss of a reference row cannot be computed ({type(error).__name__}: {one_line(error)}); where the "
+            "model's forward needs more than input_ids and attention_mask, pass loss_fn= and reference_loss_fn= that "
+            "give it"
+        ) from error
+
+
 @unrounded_products()
 def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
     """A plan whose captured gradients equal autograd's on windows of `examples` (one or two).
@@ -156,6 +171,7 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     return plan
 
 
+@missing_inputs_named()
 @unrounded_products()
 def prove_head(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> None:
     """`montessori.losses.prove_packing` on windows of two examples."""
@@ -166,6 +182,7 @@ def prove_head(model: nn.Module, references: ReferenceSets, loss: LossFunction) 
             prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
 
 
+@missing_inputs_named()
 @unrounded_products()
 def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> ReferenceSets:
     """`references`, one row at a time where rows that share a batch change each other's loss, with a FallbackWarning.
@@ -175,6 +192,8 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
     """
     examples = sorted((one for group in references.sets.values() for one in group), key=lambda one: one.num_tokens)
     some = examples[-1], examples[len(examples) // 2], examples[0]
+    if references.batch_tokens is None:
+        references.check_shortest(model, loss)
     if references.batch_tokens is None or (
         _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS)
         and _rows_stand_alone(model, some, loss, LONG_TOKENS, LONG_SLACK)
@@ -184,7 +203,7 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
         "the loss of a reference row depends on what shares its batch (a model that is not causal, or a loss function "
         "that mixes rows): the reference is taken one row at a time, which is slower",
         FallbackWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return replace(references, batch_tokens=None)
 

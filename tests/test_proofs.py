@@ -140,6 +140,44 @@ def test_a_loss_that_holds_the_model_cannot_use_the_float32_copy():
             found.score(make_rows(3, seed=1))
 
 
+class Tasks(nn.Module):
+    """A language model whose forward wants to know the task of each row, as PEFT's Poly and multitask prompts do."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.model, self.scales = make_model("llama_tied", dtype), nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def forward(self, input_ids, task_ids=None):
+        if task_ids is None:
+            raise ValueError("task_ids should not be None.")
+        logits = self.model(input_ids=input_ids).logits
+        return transformers.utils.ModelOutput(logits=logits * self.scales[task_ids, None, None])
+
+
+class WithHead(Tasks):
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+
+def of_the_first_task(model, batch):
+    ids, targets = batch.input_ids, batch.labels[:, 1:]
+    logits = model(input_ids=ids, task_ids=torch.zeros_like(ids[:, 0])).logits[:, :-1].transpose(1, 2)
+    return nn.functional.cross_entropy(logits, targets, reduction="none").sum(1) / (targets != -100).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["exact", "anchored", "first_order"])
+@pytest.mark.parametrize("kind", [Tasks, WithHead])
+def test_a_forward_that_needs_more_arguments_is_told_how_to_get_them(kind, method, dtype):
+    model = kind(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rows, references = make_rows(3, seed=1), make_rows(3, seed=2)
+    with pytest.raises(ModelError, match=r"ValueError: task_ids .* pass loss_fn= and reference_loss_fn="):
+        InfluenceEstimator(model, optimizer, references, method=method).score(rows)
+    losses = {"loss_fn": of_the_first_task, "reference_loss_fn": of_the_first_task}
+    assert InfluenceEstimator(model, optimizer, references, method=method, **losses).score(rows).influence.any()
+
+
 def test_hooks_on_gradients_do_not_enter_the_reference_gradient():
     model = make_model("llama_tied")
     sets = ReferenceSets({"reference": examples_of(make_rows(3))}, "example_mean", 4096)
