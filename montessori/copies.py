@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
-from montessori.coverage import missing_inputs_named
 from montessori.errors import ModelError
 from montessori.expandable import check_memory
 from montessori.live import tensors_in
 from montessori.losses import LossFunction
+from montessori.parameters import trainable_parameters
 from montessori.wording import first_line
 
 _INSTEAD = "pass the model without the wrapper, in float32, or method='first_order' with reference_dtype='model'"
@@ -42,7 +42,7 @@ def full_precision(model: nn.Module) -> nn.Module:
         if "forward" in vars(module):
             module.forward = _rebound(vars(module)["forward"], memo)  # type: ignore[method-assign]
     copied.float()
-    for parameter in model.parameters():
+    for parameter in trainable_parameters(model).values():
         for hook in (parameter._backward_hooks or {}).values():
             memo[id(parameter)].register_hook(partial(_of_one_dtype, _rebound(hook, memo)))
     return copied
@@ -94,7 +94,6 @@ def _rebound_function(function: types.FunctionType, memo: dict[int, Any]) -> typ
     return made
 
 
-@missing_inputs_named()
 def check_copy(model: nn.Module, copied: nn.Module, example: Example, loss: LossFunction) -> None:
     """Raise ModelError unless the loss of `example` by `copied` comes from its own parameters and none of `model`'s.
 

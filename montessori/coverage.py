@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
 from montessori.capture import Capture, evaluation_mode, example_losses
+from montessori.copies import check_copy
 from montessori.errors import FallbackWarning, ModelError, MontessoriError, UntrainedLossError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
+from montessori.live import undisturbed
 from montessori.losses import LossFunction, prove_packing, response_loss
 from montessori.oracle import example_gradients, norm
 from montessori.products import unrounded_products
@@ -172,17 +174,32 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
 
 
 @missing_inputs_named()
+def proved_rows(
+    model: nn.Module, full: nn.Module, references: ReferenceSets, reference_loss: LossFunction, loss: LossFunction
+) -> ReferenceSets:
+    """`proved_references` of `full`, which is the model or a float32 copy of it that is proved to be one.
+
+    Raises ModelError for a forward pass that writes weights (RWKV's first in eval mode), or needs what no row has.
+    """
+    with undisturbed(dict(full.named_parameters())):
+        for function in dict.fromkeys((reference_loss, loss)):
+            if full is not model:
+                check_copy(model, full, references.shortest()[0], function)
+            prove_head(full, references, function)
+        return proved_references(full, references, reference_loss)
+
+
+@missing_inputs_named()
 @unrounded_products()
 def prove_head(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> None:
     """`montessori.losses.prove_packing` on windows of two examples."""
     if loss is response_loss:
         examples = [_window(example, LOSS_TOKENS) for example in references.shortest()]
         # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
-        with evaluation_mode(model):
+        with evaluation_mode(model), undisturbed(dict(model.named_parameters())):
             prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
 
 
-@missing_inputs_named()
 @unrounded_products()
 def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> ReferenceSets:
     """`references`, one row at a time where rows that share a batch change each other's loss, with a FallbackWarning.
@@ -203,7 +220,7 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
         "the loss of a reference row depends on what shares its batch (a model that is not causal, or a loss function "
         "that mixes rows): the reference is taken one row at a time, which is slower",
         FallbackWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return replace(references, batch_tokens=None)
 
@@ -312,8 +329,8 @@ def _disagreeing(
         return set(names), True
     if sink.wrong and sink.wrong <= plan.fallback:
         raise ModelError(
-            f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example; "
-            "the model's forward pass is not deterministic in eval mode"
+            f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example; the model's "
+            "forward pass is not deterministic in eval mode, or, in float64, computes in float32: load it in float32"
         )
     return sink.wrong, False
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from montessori import cpu, ops, processes
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.collecting import collect
-from montessori.copies import check_copy, full_precision
-from montessori.coverage import apart, failures_named, prove_head, proved_loss, proved_references, verified_plan
+from montessori.copies import full_precision
+from montessori.coverage import apart, failures_named, prove_head, proved_loss, proved_rows, verified_plan
 from montessori.data import is_row, load_rows
 from montessori.encoding import Encoded, encode_rows
 from montessori.errors import ArgumentError, DataError
@@ -301,11 +301,7 @@ class InfluenceEstimator:
         narrow = self.options.reference_dtype == "model" and method != "exact"
         full = self.model if narrow else full_precision(self.model)
         if not self._rows_proved:
-            for function in dict.fromkeys((self._reference_loss, self._loss)):
-                if full is not self.model:
-                    check_copy(self.model, full, self.references.shortest()[0], function)
-                prove_head(full, self.references, function)
-            self.references = proved_references(full, self.references, self._reference_loss)
+            self.references = proved_rows(self.model, full, self.references, self._reference_loss, self._loss)
             self._rows_proved = True
         if method == "exact":
             # The truth of an audit has the bits of the real optimizer.

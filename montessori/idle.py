@@ -19,7 +19,7 @@ from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses
 from montessori.checkpoints import read_optimizer
 from montessori.errors import IdleWarning, StateError
-from montessori.live import borrowed, own_precision
+from montessori.live import borrowed, own_precision, undisturbed
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.parameters import trainable_parameters
@@ -82,7 +82,8 @@ def find_idle(model: nn.Module, example: Example, loss: LossFunction) -> Idle:
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(lambda module, _: called.add(module)).remove)
         device = next(model.parameters()).device
-        reached = _leaves_below(example_losses(model, collate([example]).to(device), loss))
+        with undisturbed(dict(model.named_parameters())):
+            reached = _leaves_below(example_losses(model, collate([example]).to(device), loss))
     idle = {name: entry for name, entry in trainable_parameters(model).items() if id(entry) not in reached}
     kept = {id(entry) for entry in idle.values()}
     silent = {

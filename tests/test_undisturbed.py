@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import transformers
 from support import make_model, make_rows, warm_optimizer
 
 from montessori import InfluenceEstimator
@@ -143,3 +144,17 @@ def test_rows_of_several_calls_have_one_anchor(size):
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-9)
     apart = np.concatenate([found.score(rows[i : i + size]).influence for i in range(0, len(rows), size)])
     assert np.abs(apart - whole).max() > 1e-6 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("method", ["anchored", "exact"])
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_a_model_that_rewrites_its_weights_for_evaluation_is_refused(method, asked_before):
+    """RWKV divides the output weights of its later layers in the first forward pass in eval mode."""
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(
+        vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=3, context_length=64, rescale_every=2
+    )
+    model = transformers.RwkvForCausalLM(config).double().train()
+    estimator = InfluenceEstimator(model, warm_optimizer(model), make_rows(2, seed=2), method=method)
+    with pytest.raises(ModelError, match=r"attention.output.weight was written .* by its own forward pass"):
+        _ = estimator.coverage if asked_before else estimator.score(make_rows(2, seed=1))
