@@ -98,7 +98,7 @@ def build(name: str) -> nn.Module:
         torch.manual_seed(0)
         try:
             config = kind(**values).get_text_config()
-            config.is_decoder = True
+            config.is_decoder, config.use_cache = True, False
             with torch.device("meta"):
                 size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
             if size > MOST_PARAMETERS:

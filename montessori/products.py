@@ -130,7 +130,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
     try:
         yield
     finally:
-        del module.forward
+        vars(module).pop("forward", None)
         if earlier is not None:
             module.forward = earlier  # type: ignore[method-assign]
 
