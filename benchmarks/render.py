@@ -154,10 +154,9 @@ def architectures(record: dict[str, Any]) -> str:
     lines = ["| | architectures |", "|---|---|"]
     lines.append(f"| by rules alone | {', '.join(whole)} |")
     lines.append(f"| a share of the parameters by `autograd` | {', '.join(rest)} |")
-    lines.append(f"| refused | {', '.join(name for name, result in found.items() if 'refused' in result)} |")
-    lines.append(
-        f"| not built at this size | {', '.join(name for name, result in found.items() if 'unbuilt' in result)} |"
-    )
+    for label, key in (("refused", "refused"), ("not built at this size", "unbuilt")):
+        if names := [name for name, result in found.items() if key in result]:
+            lines.append(f"| {label} | {', '.join(names)} |")
     versions = record["machine"]["versions"]
     return (
         "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,19 +90,22 @@ def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object
 
 
 def check_positions(model: nn.Module, max_length: int) -> None:
-    """Raise ArgumentError for more tokens than a model with learned positions has positions for.
+    """Raise ArgumentError for more tokens than a model with learned positions has positions for."""
+    for name, table in _position_tables(model):
+        limit = default_max_length(model, table.num_embeddings)
+        if max_length > limit:
+            raise ArgumentError(f"max_length={max_length}: expected at most {limit}, the positions that {name} has")
 
-    Of a model that also takes images or sound, those of what takes the text.
-    """
-    text = set(_text_model(model).modules())
+
+def _position_tables(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
+    """Learned positions of text; those of the towers of a model that also takes images or sound do not bound it."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    text = set((decoder if isinstance(decoder, nn.Module) else model).modules())
     for name, module in model.named_modules():
-        if module not in text:
-            continue
         last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
-            limit = min(default_max_length(model, module.num_embeddings), module.num_embeddings)
-            if max_length > limit:
-                raise ArgumentError(f"max_length={max_length}: expected at most {limit}, the positions that {name} has")
+        if isinstance(module, nn.Embedding) and module in text and ("position" in last or last == "wpe"):
+            yield name, module
 
 
 def check_sampling(model: nn.Module, backend: str) -> None:
@@ -132,19 +136,14 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-def _text_model(model: Any) -> nn.Module:
-    """The decoder of the model, where transformers knows one, else all of it."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    return decoder if isinstance(decoder, nn.Module) else model
-
-
 def default_max_length(model: Any, most: int = DEFAULT_MAX_LENGTH) -> int:
     """2048 tokens, or the own limit of the model, or of the model with this config, if that is smaller."""
     config = getattr(model, "config", model)
     get_text_config = getattr(config, "get_text_config", None)
     text = get_text_config(decoder=True) if callable(get_text_config) else config
     limits = [getattr(one, "max_position_embeddings", None) for one in (config, text)]
+    if isinstance(model, nn.Module):
+        limits += [table.num_embeddings for _, table in _position_tables(model)]
     # A number below 1 stands for none (XLNet).
     return min([most, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
 
