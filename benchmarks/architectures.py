@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -174,7 +174,7 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def check(name: str) -> dict[str, Any]:
+def check(name: str, build: Callable[[str], nn.Module] = build) -> dict[str, Any]:
     """How `name` is captured and how far its scores are from the loop's, over the largest of them."""
     try:
         with at_most(SECONDS):
@@ -197,18 +197,25 @@ def check(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    run(__doc__, "architectures", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), check)
+
+
+def run(about: str, result: str, names: Sequence[str], check: Callable[[str], dict[str, Any]]) -> None:
+    """`check` each of the names, or those that the command line names, and write the result."""
+    options = argparse.ArgumentParser(description=about.splitlines()[0])
     options.add_argument("--only", nargs="+", metavar="NAME", help="these alone, without writing the result")
     options.add_argument("--threads", type=int, default=1)
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    found = {name: check(name) for name in tqdm(arguments.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))}
-    wrong = {name: result["error"] for name, result in found.items() if not result.get("error", 0.0) <= EXACT}
-    print(f"{sum('error' in result for result in found.values())} of {len(found)} scored; wrong: {wrong or 'none'}")
-    if not arguments.only:
-        print(f"wrote {write_result('architectures', arguments, {'architectures': found})}")
+    found = {name: check(name) for name in tqdm(arguments.only or names)}
+    wrong = {name: one["error"] for name, one in found.items() if not one.get("error", 0.0) <= EXACT}
+    print(f"{sum('error' in one for one in found.values())} of {len(found)} scored; wrong: {wrong or 'none'}")
+    if arguments.only:
+        print(*(f"{name}: {one}" for name, one in found.items()), sep="\n")
+    else:
+        print(f"wrote {write_result(result, arguments, {'architectures': found})}")
 
 
 if __name__ == "__main__":

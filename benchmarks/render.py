@@ -244,6 +244,7 @@ def main() -> None:
         "memory": memory,
         "profile": profile,
         "architectures": architectures,
+        "multimodal": architectures,
     }
     for name, table_of in singles.items():
         records = _records(f"{name}.json")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses
 from montessori.checkpoints import read_optimizer
+from montessori.coverage import missing_inputs_named
 from montessori.errors import IdleWarning, StateError
 from montessori.live import borrowed, own_precision, undisturbed
 from montessori.losses import LossFunction
@@ -75,6 +76,7 @@ def read_active(
     return state, idle
 
 
+@missing_inputs_named()
 def find_idle(model: nn.Module, example: Example, loss: LossFunction) -> Idle:
     """What is trainable and does not enter the loss of `example`."""
     called: set[nn.Module] = set()
