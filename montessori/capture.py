@@ -47,7 +47,8 @@ class Sink(Protocol):
 class Capture:
     """Runs batches through `model` and hands each parameter's per-example gradient to a sink.
 
-    `impl` is that of the chunked head's cross-entropy, see `montessori.ops`.
+    `impl` is that of the chunked head's cross-entropy, see `montessori.ops`. `grown` and `held` are those of the last
+    run's replayed calls, see `montessori.replay`.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, impl: str = "auto") -> None:
@@ -55,6 +56,8 @@ class Capture:
         self._plan = plan
         self._impl = impl
         self._parts: dict[str, list[TouchedRows]] = {}
+        self.grown: set[str] = set()
+        self.held = 0
         self._rows: RowMap | None = None
         self._sink: Sink | None = None
         self._expected: Counter[str] = Counter()
@@ -86,8 +89,9 @@ class Capture:
         self._received.clear()
         self._remaining = set(self._plan.trainable)
         try:
-            with self._replayed_calls(batch.size):
+            with self._replayed_calls(batch.size) as calls:
                 losses = example_losses(self._model, batch, loss if self._plan.head is None else self._chunked_losses)
+            self.grown, self.held = (calls.grown, calls.held) if calls is not None else (set(), 0)
             losses.sum().backward()
             self._flush()
             self._active_rows.settle()
@@ -178,7 +182,7 @@ class Capture:
             return EmbeddingCalls(module, partial(self._embedding_called, rule))
         return ProductCalls(module, partial(self._product_called, rule))
 
-    def _replayed_calls(self, size: int) -> AbstractContextManager[Any]:
+    def _replayed_calls(self, size: int) -> AbstractContextManager[ReplayedCalls | None]:
         if not self._plan.replayed:
             return nullcontext()
         parameters = {name: self._plan.trainable[name] for name in sorted(self._plan.replayed)}

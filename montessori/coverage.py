@@ -316,6 +316,7 @@ def _disagreeing(
     try:
         with capture.installed():
             capture.run(collate(group).to(device), loss, sink)
+        plan.held = capture.held // len(group)
     except UnmappableRowsError as error:
         names = _called_alike(plan, error.module)
         if not names - plan.fallback:
@@ -332,7 +333,7 @@ def _disagreeing(
             f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example; the model's "
             "forward pass is not deterministic in eval mode, or, in float64, computes in float32: load it in float32"
         )
-    return sink.wrong, False
+    return sink.wrong | capture.grown, False
 
 
 def _called_alike(plan: Plan, module_name: str) -> set[str]:

@@ -22,6 +22,12 @@ from montessori.rowmap import UnmappableRowsError
 
 # A parameter with more values than this has no gradient [B, *shape] that is held at once.
 MOST_VALUES = 1 << 20
+# A form of more values than this, and of GROWTH times those of its parameters, is no cheaper to have for each example
+# than a pass for each: whole matrices made of a few vectors (HRA, LoKr, HiRA) of 256 columns take 5 times the time in
+# batches of 16, or the same, and all their memory.
+SMALL_FORM, GROWTH = 1 << 15, 4
+# Bytes of the forms of a batch.
+MOST_HELD = 1 << 31
 # Autograd cuts the graph at these too: what they return is followed no further.
 _APART = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 # What these make of a parameter may have a row for each example.
@@ -107,6 +113,7 @@ class _Call:
 class ReplayedCalls(TorchFunctionMode):
     """Active during a forward pass of a batch of `size` examples.
 
+    `grown`: parameters with a form that is better not held for each example. `held`: bytes of all forms.
     `watch(names, output, on_gradient)` has `on_gradient` called with the gradient of `output` and gives the output to
     go on with; `deliver(name, grad)` receives grad [B, *shape], once for every call of `watch` that named it.
     Raises UnmappableRowsError, with the module of a parameter, where rows cannot be told apart by example.
@@ -130,6 +137,10 @@ class ReplayedCalls(TorchFunctionMode):
             id(parameter): _Form(parameter, self._leaves[name], frozenset([name]))
             for name, parameter in parameters.items()
         }
+        self._values = {name: parameter.numel() for name, parameter in parameters.items()}
+        self._storages = {_storage(leaf) for leaf in self._leaves.values()}
+        self.grown: set[str] = set()
+        self.held = 0
         # What is computed from parameters alone and no form, by identity: the norm of DoRA's weight, frozen decays.
         self._common: dict[int, weakref.ref[Tensor]] = {}
 
@@ -157,10 +168,20 @@ class ReplayedCalls(TorchFunctionMode):
         if all(form or same for form, same in zip(forms, shared, strict=True)):
             for tensor, copies in zip(outputs, _tensors(call.again()), strict=True):
                 self._forms[id(tensor)] = _Form(tensor, copies, call.names, self._expanded(func, forms[0], tensor))
+                self._count(call.names, copies)
             return output
         if not isinstance(output, Tensor):
             raise call.unmappable()
         return self._watch(call.names, output, partial(self._met, call, versions))
+
+    def _count(self, names: frozenset[str], copies: Tensor) -> None:
+        # A view of a parameter or of another form takes no memory of its own.
+        if _storage(copies) in self._storages:
+            return
+        self._storages.add(_storage(copies))
+        self.held += copies.untyped_storage().nbytes()
+        if copies[0].numel() > max(SMALL_FORM, GROWTH * sum(self._values[name] for name in names)):
+            self.grown |= names
 
     def _of_parameters(self, tensor: Tensor) -> bool:
         found = self._common.get(id(tensor))
@@ -208,6 +229,10 @@ class ReplayedCalls(TorchFunctionMode):
         )
         for name, own in zip(leaves, grads, strict=True):
             self._deliver(name, own if own.dtype is torch.float64 else own.float())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from montessori.experts import are_experts
 from montessori.parameters import trainable_parameters
-from montessori.replay import MOST_VALUES
+from montessori.replay import MOST_HELD, MOST_VALUES
 
 LINEAR, CONV1D, EMBEDDING, LOCAL = "linear", "conv1d", "embedding", "local"
 PRODUCT, EXPERTS, REPLAYED = "product", "experts", "replayed"
@@ -40,11 +40,18 @@ class Plan:
     fallback: set[str] = field(default_factory=set)
     # The vocabulary head, where it goes by chunks with its loss instead of through a hook.
     head: nn.Linear | None = None
+    # Bytes that replayed calls hold of each example during a pass.
+    held: int = 0
 
     @property
     def per_example(self) -> bool:
         """Whether batches must hold one example because a parameter needs the fallback."""
         return bool(self.fallback)
+
+    @property
+    def most_examples(self) -> int:
+        """Of one pass: as many as MOST_HELD allows what replayed calls hold."""
+        return max(1, MOST_HELD // max(1, self.held))
 
     def leave(self, names: Iterable[str], unmappable: bool) -> None:
         """Capture `names` in another way: by replayed calls where they are small, else by the fallback.

@@ -85,8 +85,9 @@ class LinearScorer:
             yield
 
     def score(self, group: Sequence[Example]) -> Scored:
-        if self.plan.per_example and len(group) > 1:
-            return Scored.joined([self.score([example]) for example in group])
+        most = 1 if self.plan.per_example else self.plan.most_examples
+        if len(group) > most:
+            return Scored.joined([self.score(group[start : start + most]) for start in range(0, len(group), most)])
         try:
             return self._score(group)
         except UnmappableRowsError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,11 @@ from capturing import (
     example,
     mean_loss,
 )
+from support import make_model, make_rows, warm_optimizer
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from montessori import rules
+from montessori import InfluenceEstimator, replay, rules
 from montessori.batching import collate
 from montessori.capture import Capture
 from montessori.coverage import verified_plan
@@ -91,6 +93,17 @@ class Stretched(Gain):
         return x * self.gain[None].expand(x.shape[1], -1)
 
 
+class Mirror(nn.Module):
+    """A matrix made of a vector, as PEFT's HRA makes its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.axis = nn.Parameter(torch.ones(1, WIDTH))
+
+    def forward(self, x):
+        return x @ (torch.eye(WIDTH, dtype=x.dtype) - 0.1 * (self.axis.T @ self.axis))
+
+
 REPLAYED = {
     "attention_sinks": lambda: Model(middle=Sinks()),
     "scalar_parameter": lambda: Model(middle=Gain()),
@@ -101,6 +114,7 @@ REPLAYED = {
     "expanded_to_positions": lambda: Model(middle=Stretched(WIDTH)),
     "weight_used_behind_its_modules_back": lambda: Model(lambda m, h, ids: m.middle(h) @ m.middle.weight),
     "head_tied_by_hand": TiedByHand,
+    "matrix_of_a_vector": lambda: Model(middle=Mirror()),
     "weight_norm": lambda: Model(middle=weight_norm(nn.Linear(WIDTH, WIDTH))),
 }
 
@@ -117,6 +131,43 @@ def test_a_gradient_for_each_example_is_held_of_small_parameters_only(monkeypatc
         warnings.simplefilter("ignore", FallbackWarning)
         plan = verified_plan(build(REPLAYED["matrix_of_its_own"]), EXAMPLES[:2], mean_loss)
     assert plan.fallback == left
+
+
+@pytest.mark.parametrize(("small", "left"), [(WIDTH**2, set()), (WIDTH**2 - 1, {"middle.axis"})])
+def test_a_matrix_made_of_a_few_values_is_held_for_each_example_where_it_is_small(monkeypatch, small, left):
+    monkeypatch.setattr(replay, "SMALL_FORM", small)
+    model = build(REPLAYED["matrix_of_a_vector"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        plan = verified_plan(model, EXAMPLES[:2], mean_loss)
+    assert plan.fallback == left
+    assert_exact(model, plan, EXAMPLES)
+
+
+@pytest.mark.parametrize("name", sorted(REPLAYED.keys() - {"matrix_of_a_vector"}))
+def test_forms_of_about_the_size_of_their_parameters_are_held_whatever_that_is(monkeypatch, name):
+    monkeypatch.setattr(replay, "SMALL_FORM", 0)
+    assert not verified_plan(build(REPLAYED[name]), EXAMPLES[:2], mean_loss).fallback
+
+
+def test_what_a_pass_holds_is_counted_once():
+    """The outer product, its multiple and the difference; a copy of the vector is a view for each example."""
+    plan = verified_plan(build(REPLAYED["matrix_of_a_vector"]), EXAMPLES[:2], mean_loss)
+    assert plan.held == 3 * WIDTH**2 * torch.float64.itemsize
+    assert verified_plan(build(REPLAYED["expanded_to_positions"]), EXAMPLES[:2], mean_loss).held == 0
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1] * 6), (3.5, [3, 3]), (6, [6])])
+def test_a_pass_takes_no_more_examples_than_what_is_held_of_them_allows(monkeypatch, most, sizes):
+    model = make_model("mamba")
+    optimizer, rows = warm_optimizer(model), make_rows(6, seed=1)
+    found = InfluenceEstimator(model, optimizer, make_rows(3, seed=2))
+    want, taken, run = found.score(rows), [], Capture.run
+    monkeypatch.setattr(rules, "MOST_HELD", int(most * found._verified_plan().held))
+    monkeypatch.setattr(Capture, "run", lambda self, batch, *rest: taken.append(batch.size) or run(self, batch, *rest))
+    # Two orders of summation in float64 over some 10^4 terms.
+    np.testing.assert_allclose(found.score(rows).influence, want.influence, rtol=1e-9)
+    assert taken == sizes
 
 
 def test_a_plan_with_a_fallback_keeps_the_other_rules_and_takes_one_example_at_a_time(monkeypatch):
