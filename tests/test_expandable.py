@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import peft
@@ -12,7 +13,8 @@ from support import make_model, make_rows, plain_loss, reference_loss, slow_infl
 from torch import nn
 
 from montessori import InfluenceEstimator
-from montessori.errors import ModelError
+from montessori.errors import CurvatureWarning, ModelError
+from montessori.referenceset import ReferenceSets
 
 CANDIDATES, REFERENCES = make_rows(4, seed=1), make_rows(3, seed=2)
 
@@ -93,6 +95,61 @@ def test_a_frozen_pair_in_one_memory_concerns_nobody():
     alias(model, trained=False)
     model.lm_head.weight.requires_grad_(False)
     assert np.isfinite(score(model, "first_order")).all()
+
+
+class Halved(torch.autograd.Function):
+    """With a gradient that is not the derivative, as PEFT's C3A has one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 0.5 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def wrong_backward(x: torch.Tensor) -> torch.Tensor:
+    return Halved.apply(x)
+
+
+def part_of_the_way_hidden(x: torch.Tensor) -> torch.Tensor:
+    return x - 0.5 * x.detach()
+
+
+def warnings_of(model, monkeypatch, **settings) -> tuple[list[str], int]:
+    """Texts of its curvature warnings, and how often the reference loss is taken for them and for the anchor."""
+    optimizer, taken, loss = warm_optimizer(model), [], ReferenceSets.loss
+    weights = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(ReferenceSets, "loss", lambda *arguments, **kw: taken.append(0) or loss(*arguments, **kw))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        InfluenceEstimator(model, optimizer, REFERENCES, **settings).score(CANDIDATES)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    return [str(one.message) for one in caught if one.category is CurvatureWarning], len(taken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("lr", [1e-3, 3e-3])
+@pytest.mark.parametrize("spoil", [wrong_backward, part_of_the_way_hidden])
+def test_a_gradient_that_is_not_the_derivative_is_told_from_a_large_step(spoil, lr, dtype, monkeypatch):
+    model = make_model("llama_untied", dtype)
+    model.lm_head.weight.requires_grad_(False)
+    for layer in model.model.layers:
+        # All that reaches the loss comes by here: gradients are 2 or 4 times the derivative.
+        layer.forward = lambda *arguments, inner=layer.forward, **settings: spoil(inner(*arguments, **settings))
+    (text,), _ = warnings_of(model, monkeypatch, lr=lr)
+    assert "however short the step: autograd's gradient is not the derivative" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(("name", "lr"), [("gpt2", 0.1), ("gemma2", 1.0), ("mamba", 1.0)])
+def test_a_step_however_large_is_not_taken_for_a_wrong_gradient(name, lr, monkeypatch):
+    (text,), _ = warnings_of(make_model(name), monkeypatch, lr=lr)
+    assert "a step this large is not linear" in text
+
+
+def test_a_step_that_is_linear_takes_no_further_loss(monkeypatch):
+    assert warnings_of(make_model("llama_untied"), monkeypatch, lr=1e-5) == ([], 1)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["embed_tokens", "o_proj"]])
