@@ -346,7 +346,9 @@ def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ModelError(f"the loss function must return one value per example [{batch.size}], got {got}")
     if torch.is_grad_enabled() and not losses.requires_grad:
-        raise UntrainedLossError("the loss does not depend on any trainable parameter: nothing to score")
+        merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
+        why = "; an adapter is merged into the weights, call model.unmerge_adapter()" if merged else ""
+        raise UntrainedLossError(f"the loss does not depend on any trainable parameter: nothing to score{why}")
     return losses
 
 

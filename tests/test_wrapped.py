@@ -236,3 +236,14 @@ def test_more_tokens_than_a_model_has_positions_for_are_refused():
     limit = model.config.n_positions
     with pytest.raises(ArgumentError, match=f"max_length={limit + 1}: expected at most {limit}, the positions that"):
         InfluenceEstimator(model, warm_optimizer(model), CANDIDATES, max_length=limit + 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merged_adapter_is_told_from_a_loss_that_nothing_trains(method):
+    model = make_model("llama_lora")
+    optimizer = warm_optimizer(model)
+    model.merge_adapter()
+    with pytest.raises(ModelError, match=r"an adapter is merged .* call model\.unmerge_adapter\(\)"):
+        influence(model, optimizer, method=method)
+    model.unmerge_adapter()
+    assert influence(model, optimizer, method=method).any()
