@@ -23,8 +23,8 @@ from montessori.rowmap import UnmappableRowsError
 # A parameter with more values than this has no gradient [B, *shape] that is held at once.
 MOST_VALUES = 1 << 20
 # A form of more values than this, and of GROWTH times those of its parameters, is no cheaper to have for each example
-# than a pass for each: whole matrices made of a few vectors (HRA, LoKr, HiRA) of 256 columns take 5 times the time in
-# batches of 16, or the same, and all their memory.
+# than a pass for each: whole matrices made of a few vectors, of 256 columns, take the same time in batches of 16 (LoKr,
+# HiRA) or three times as long (HRA), and all their memory; of 64 columns half the time.
 SMALL_FORM, GROWTH = 1 << 15, 4
 # Bytes of the forms of a batch.
 MOST_HELD = 1 << 31
