@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from montessori.errors import ModelError
+from montessori.products import forward_replaced
 
 
 def check_memory(model: nn.Module) -> None:
@@ -29,17 +30,10 @@ def whole_derivative(model: nn.Module) -> Iterator[None]:
 
     For the gradient of the reference loss. That of a candidate keeps the constant, as the training step does.
     """
-    layers = [layer for module in model.modules() for layer in _dora_layers(module)]
-    forwards = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = _nothing_constant(layer.forward)  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        for layer in [layer for module in model.modules() for layer in _dora_layers(module)]:
+            stack.enter_context(forward_replaced(layer, _nothing_constant(layer.forward)))
         yield
-    finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward  # type: ignore[method-assign]
 
 
 def _dora_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -130,9 +130,11 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
     try:
         yield
     finally:
-        vars(module).pop("forward", None)
-        if earlier is not None:
-            module.forward = earlier  # type: ignore[method-assign]
+        # After an interrupt all may have been put back before this generator is closed.
+        if vars(module).get("forward") is forward:
+            del module.forward
+            if earlier is not None:
+                module.forward = earlier  # type: ignore[method-assign]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -58,14 +58,23 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Te
         tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     mask = mask.to(model.device)
-    output = model(
-        input_ids=tokens.to(model.device),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    asked = taken_by(model, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=tokens.to(model.device), **asked)
     return output[cache_name(model)], mask, output.logits[:, -1].float()
+
+
+def taken_by(model: Any, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that the model's forward has a name for."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Go on with `rows` of a cache, int64 [B'], which may repeat."""
+    # What transformers has for beams takes the states of linear attention along, beside keys and values.
+    for part in getattr(cache, "layers", [cache]):
+        part.reorder_cache(rows)
 
 
 def cache_name(model: Any) -> str:
@@ -98,9 +107,9 @@ class _GrowingLayer(DynamicLayer):
         values[..., start:end, :] = value_states
         return self._set(keys, values, end)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         keys, values = self._buffers
-        self._set(keys[indices], values[indices], self._length)
+        self._set(keys[beam_idx], values[beam_idx], self._length)
 
     def _set(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
         self._buffers, self._length = (keys, values), length

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from montessori.loop.cache import cache_name, read_prompts
 from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
+from montessori.loop.sequences import Cached, Reread, proved_sequences
 from montessori.models import free_models, load_model
 from montessori.options import resolve_device
 
@@ -32,11 +32,13 @@ class TransformersEngine:
         self.settings = settings
         self.tokenizer: Any = None
         self._model: Any = None
+        self._sequences: type[Cached] | type[Reread] = Cached
 
     def load(self, model: str | os.PathLike[str]) -> None:
         self.release()
         self._model, self.tokenizer = load_model(model, dtype=getattr(torch, self.settings.dtype))
         self._model = self._model.to(resolve_device(self.settings.device, "engine.device"))
+        self._sequences = proved_sequences(self._model)
 
     def fits(self, prompt: str) -> bool:
         return leaves_room(self.tokenizer, prompt, self._limit())
@@ -52,27 +54,27 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = ()) -> list[Sample]:
         ids = prompt_ids(self.tokenizer, requests, self._limit())
-        decoder = _Decoder(self._model, ids)
+        sequences = self._sequences(self._model, ids)
         writers = [
             _Writer.start(self, request, prompt, sampling, stop) for request, prompt in zip(requests, ids, strict=True)
         ]
-        chooser = _Chooser(sampling, ids, decoder.logits.shape[-1], decoder.logits.device)
+        chooser = _Chooser(sampling, ids, sequences.logits.shape[-1], sequences.logits.device)
         alive = list(range(len(writers)))
         # Rows of the batch; those whose text has ended stay until enough of them have.
         rows = alive
         while alive:
             uniforms = torch.tensor([writers[row].uniform() for row in rows], dtype=torch.float64)
-            tokens = chooser.choose(decoder.logits, uniforms)
+            tokens = chooser.choose(sequences.logits, uniforms)
             for place, token in enumerate(tokens.tolist()):
                 writers[rows[place]].write(token)
             alive = [row for row in rows if writers[row].finish is None]
             if alive and len(alive) <= 0.75 * len(rows):
                 kept = torch.tensor([place for place, row in enumerate(rows) if writers[row].finish is None])
-                decoder.keep(kept)
+                sequences.keep(kept)
                 chooser.keep(kept)
                 rows, tokens = alive, tokens[kept.to(tokens.device)]
             if alive:
-                decoder.step(tokens)
+                sequences.step(tokens)
         return [writer.sample() for writer in writers]
 
     def release(self) -> None:
@@ -90,35 +92,6 @@ class TransformersEngine:
 
     def _limit(self) -> int:
         return context_length(self._model.config.get_text_config(), self.settings.max_length)
-
-
-class _Decoder:
-    """A batch of sequences in the model: `logits` float32 [B, V] of the next token of each."""
-
-    def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
-        self.model, self.device = model, model.device
-        unique = list(dict.fromkeys(map(tuple, ids)))
-        self.cache, self.mask, self.logits = read_prompts(model, unique)
-        self.keep(torch.tensor([unique.index(tuple(prompt)) for prompt in ids]))
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with `rows` of the batch, int64 [B'], which may repeat."""
-        rows = rows.to(self.device)
-        self.cache.batch_select_indices(rows)
-        self.mask, self.logits = self.mask[rows], self.logits[rows]
-
-    def step(self, tokens: Tensor) -> None:
-        """Read one more token of each sequence, int64 [B]."""
-        positions = self.mask.sum(1, keepdim=True)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        output = self.model(
-            input_ids=tokens.to(self.device)[:, None],
-            attention_mask=self.mask,
-            position_ids=positions,
-            use_cache=True,
-            **{cache_name(self.model): self.cache},
-        )
-        self.logits = output.logits[:, -1].float()
 
 
 class _Chooser:
