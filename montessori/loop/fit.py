@@ -24,6 +24,7 @@ from montessori import processes
 from montessori.batching import Example
 from montessori.errors import ResourceError
 from montessori.loop.section import Section
+from montessori.models import copy_processor
 from montessori.training import (
     EXAMPLE_COLUMNS,
     check_batch_size,
@@ -201,6 +202,7 @@ def save_model(model: Any, tokenizer: Any, target: Path) -> None:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        copy_processor(model, partial)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
     # safetensors has an error of its own for a failed write.
