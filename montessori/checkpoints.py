@@ -23,12 +23,29 @@ from torch import nn
 
 from montessori.errors import StateError
 from montessori.optim_state import JSON_FILE, TENSOR_FILE, AdamWState, ParameterState, parameter_state
+from montessori.optimizers import LiveOptimizer
 from montessori.wording import first_line
 from montessori.zero import read_zero, zero_directory
 
 TRAINER_FILE = "optimizer.pt"
 ACCELERATE_FILE = "optimizer.bin"
 METADATA_FILE = ".metadata"
+# Options of optimizers that are no AdamW, with the value that makes no difference: without correction of the first
+# steps, cautious, LARS and LAMB, rectified, schedule-free, Muon beside AdamW, Prodigy.
+_OF_OTHER_STEPS = {
+    "bias_correction": True,
+    "correct_bias": True,
+    "caution": False,
+    "cautious": False,
+    "corrected_weight_decay": False,
+    "trust_coeff": None,
+    "trust_coefficient": None,
+    "trust_clip": False,
+    "rectify": False,
+    "weight_sum": None,
+    "use_muon": False,
+    "d_coef": None,
+}
 _LIVE = "pass the live optimizer instead: AdamWState.from_optimizer(model, optimizer)"
 
 
@@ -60,7 +77,7 @@ def read_state(directory: str | os.PathLike[str], model: nn.Module, idle: Collec
 
 
 def read_optimizer(
-    optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
+    optimizer: LiveOptimizer | AdamWState | str | os.PathLike[str],
     model: nn.Module,
     lr: float | None,
     idle: Collection[str] = (),
@@ -127,6 +144,8 @@ def _saved_optimizer(path: Path, model: nn.Module) -> tuple[str, dict]:
 def _read_torch_state(path: Path, model: nn.Module, idle: Collection[str]) -> AdamWState:
     file, saved = _saved_optimizer(path, model)
     groups, entries = saved["param_groups"], saved["state"]
+    for group in groups:
+        _check_options(path / file, group)
     names_by_group = _parameter_names(path / file, groups, model, idle)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     states: dict[str, ParameterState] = {}
@@ -138,6 +157,17 @@ def _read_torch_state(path: Path, model: nn.Module, idle: Collection[str]) -> Ad
     order = [name for name, _ in model.named_parameters() if name in states]
     foreign = [name for name in states if name not in set(order)]
     return AdamWState({name: states[name] for name in order + foreign})
+
+
+def _check_options(file: Path, group: Mapping) -> None:
+    """Optimizers of others than torch save moments under the same names, and step from them in another way."""
+    for option, plain in _OF_OTHER_STEPS.items():
+        value = group.get(option, plain)
+        if value != plain:
+            raise StateError(
+                f"{file}: param group has {option}={value}: expected the options of torch's AdamW, Adam or SGD; the "
+                "step of another optimizer cannot be scored"
+            )
 
 
 def _check_two_moments(file: Path, name: str, state: ParameterState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -44,6 +45,13 @@ def collect(
         variance[record["index"]] = record.get("variance", np.nan)
     broken = (status == OK) & ~(np.isfinite(influence).all(axis=1) & np.isfinite(loss))
     status[broken], influence[broken] = NON_FINITE, np.nan
+    if not np.isfinite(summary["drift"]).all():
+        warnings.warn(
+            "the step without a gradient is not finite (eps=0 where exp_avg_sq is 0, or a step that diverges): drift "
+            "and centred influence are NaN",
+            UserWarning,
+            stacklevel=4,
+        )
     shape = (size, sets) if named else (size,)
     return Scores(
         influence=influence.reshape(shape),

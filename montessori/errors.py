@@ -13,7 +13,7 @@ class CurvatureWarning(UserWarning):
 
 
 class IdleWarning(UserWarning):
-    """Trainable parameters that text does not reach are held fixed."""
+    """Trainable parameters do not take part in the loss: of any text, and are held fixed, or of some candidates."""
 
 
 class MontessoriError(ValueError):

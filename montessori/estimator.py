@@ -28,6 +28,7 @@ from montessori.live import Watch, borrowed, own_precision, unwrapped
 from montessori.losses import LossFunction, response_loss
 from montessori.models import check_token_ids, validate_model
 from montessori.optim_state import AdamWState
+from montessori.optimizers import LiveOptimizer
 from montessori.options import (
     Options,
     check_kinds,
@@ -64,8 +65,8 @@ class InfluenceEstimator:
         model: causal LM (any `nn.Module` with a `loss_fn`); only parameters with `requires_grad` count. The
             wrappers of torch.compile, DataParallel and DistributedDataParallel are taken off. Weights, gradients, modes
             and hooks are as before after every call, bit for bit; it computes in its own dtype whatever autocast is on.
-        optimizer: the state that the step starts from: a live `torch.optim.AdamW`, `Adam` or `SGD`, a
-            checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`. A live one may go on training
+        optimizer: the state that the step starts from: a live `torch.optim.AdamW`, `Adam` or `SGD`, several in a
+            list, a checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`. A live one may go on training
             between calls: every call scores the step that it would take now.
         reference: rows, a dataset or a path; or a dict (also a DatasetDict) of several, scored together as K named
             sets: influence then has a column for each.
@@ -97,7 +98,7 @@ class InfluenceEstimator:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
+        optimizer: LiveOptimizer | AdamWState | str | os.PathLike[str],
         reference: Any,
         method: str = "anchored",
         backend: str = "auto",

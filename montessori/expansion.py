@@ -170,13 +170,13 @@ def _dot_moved(q: Mapping[str, Tensor], parameters: Mapping[str, Tensor], theta:
 def real_drift(
     model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """ΔL of the real step with g = 0, and L(θ), each float64 [K]."""
+    """ΔL of the real step with g = 0, NaN where that step is not finite, and L(θ), each float64 [K]."""
     parameters = trainable_parameters(model)
     with real_products(model, impl), restored(parameters):
         loss = sets.loss(model, reference_loss)
         apply_step(parameters, state, dict.fromkeys(parameters))
         with undisturbed(parameters):
-            after = sets.loss(model, reference_loss)
+            after = sets.loss(model, reference_loss, require_finite=False)
     return after - loss, loss
 
 

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from montessori.batching import Example, collate
@@ -23,6 +22,7 @@ from montessori.errors import IdleWarning, StateError
 from montessori.live import borrowed, own_precision, undisturbed
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
+from montessori.optimizers import LiveOptimizer
 from montessori.parameters import trainable_parameters
 
 
@@ -49,7 +49,7 @@ NOTHING = Idle({}, {})
 
 
 def read_active(
-    optimizer: torch.optim.Optimizer | AdamWState | str | os.PathLike[str],
+    optimizer: LiveOptimizer | AdamWState | str | os.PathLike[str],
     model: nn.Module,
     lr: float | None,
     find: Callable[[], Idle],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
+from montessori.optimizers import watched
 
 # Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
 _COLUMNS, _ROWS = 256, 256
@@ -165,18 +166,12 @@ class Watch:
     def _moments(self) -> list[Any]:
         if isinstance(self._optimizer, AdamWState):
             return [tensor for state in self._optimizer.values() for _, tensor in state.tensors()]
-        return [value for entry in getattr(self._optimizer, "state", {}).values() for value in entry.values()]
+        return watched(self._optimizer)[0]
 
     def _now(self) -> tuple[Any, ...]:
-        groups = getattr(self._optimizer, "param_groups", [])
-        # A learning rate may be a tensor, of which torch shows four digits.
-        settings = [
-            {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
-            for group in ({**group, "params": None} for group in groups)
-        ]
         values = [*self._model.parameters(), *self._moments()]
         versions = tuple(_version(value) if isinstance(value, Tensor) else value for value in values)
-        return versions, repr(settings)
+        return versions, watched(self._optimizer)[1]
 
     def _bits(self) -> tuple[int, ...]:
         """Checksums of all tensors: a write past torch (`.data`, numpy) leaves the versions as they are."""

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from montessori import quantised
 from montessori.errors import ArgumentError, StateError
+from montessori.optimizers import live_states
 from montessori.parameters import trainable_parameters
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.wording import one_line
@@ -88,37 +88,28 @@ class AdamWState(Mapping[str, ParameterState]):
     @classmethod
     def from_optimizer(cls, model: nn.Module, optimizer: object) -> AdamWState:
         """State of a live `torch.optim.AdamW`, `Adam` or `SGD`, of an Adam or AdamW of bitsandbytes or torchao, or of
-        accelerate's wrapper around one.
+        accelerate's wrapper around one, or of several of these in a list.
 
         Every trainable parameter of `model` gets the hyperparameters of its own param group;
         tensors are detached references, 8-bit moments float32 copies. A parameter that has not been
         stepped yet is taken in without tensors: `validate` names it.
 
         Raises StateError for another optimizer, for amsgrad, maximize or differentiable, and when
-        the optimizer does not hold exactly the parameters of `model`.
+        the optimizer does not hold the trainable parameters of `model`. Warns of what runs after its step.
         """
-        inner = _unwrap(optimizer)
-        if getattr(inner, "_optimizer_step_pre_hooks", None):
+        found = live_states(optimizer)
+        trainable = trainable_parameters(model)
+        foreign = len(found.keys() - {id(parameter) for parameter in model.parameters()})
+        # A head that the loss of text does not have (a value head) may be stepped beside the model.
+        if foreign and any(id(parameter) not in found for parameter in trainable.values()):
             raise StateError(
-                "optimizer: expected no hooks that run before its step (register_step_pre_hook), which may change the "
-                "gradients: take them off, or build AdamWState yourself"
-            )
-        try:
-            groups = quantised.groups_by_parameter(inner)
-        except ArgumentError as error:
-            raise StateError(f"optimizer: {error}") from error
-        foreign = len(groups.keys() - {id(parameter) for parameter in model.parameters()})
-        if foreign:
-            raise StateError(
-                f"optimizer: {foreign} of its {len(groups)} parameters are not in the model: "
+                f"optimizer: {foreign} of its {len(found)} parameters are not in the model: "
                 "pass the optimizer that was built for this model"
             )
-        known = quantised.package_of(inner) is not None
-        decoupled = quantised.is_decoupled(inner) if known else isinstance(inner, torch.optim.AdamW)
         states = {
-            name: parameter_state(groups[id(parameter)], inner.state.get(parameter, {}), name, decoupled)
-            for name, parameter in trainable_parameters(model).items()
-            if id(parameter) in groups
+            name: parameter_state(live.group, live.entry, name, live.decoupled)
+            for name, parameter in trainable.items()
+            if (live := found.get(id(parameter))) is not None
         }
         state = cls(states)
         state.check_layout(model)
@@ -325,21 +316,6 @@ def _sgd_state(group: Mapping, entry: Mapping) -> ParameterState:
         step=1 if buffer is None else 2,
     )
     return ParameterState(step, buffer, None)
-
-
-def _unwrap(optimizer: object) -> torch.optim.Optimizer:
-    # Whoever has wrapped an optimizer has imported it.
-    accelerate = sys.modules.get("accelerate.optimizer")
-    while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    # A subclass may step differently, so only the classes themselves are known.
-    known = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-    if known or quantised.package_of(optimizer) is not None:
-        return optimizer  # type: ignore[return-value]
-    raise StateError(
-        f"unknown optimizer {type(optimizer).__name__}: supported are torch.optim.AdamW, Adam and SGD, and "
-        "Adam and AdamW of bitsandbytes and torchao; or build AdamWState yourself"
-    )
 
 
 def _listed(names: Iterable[str], shown: int = 3) -> str:

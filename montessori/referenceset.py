@@ -141,7 +141,8 @@ class ReferenceSets:
 def _check_finite(losses: Tensor, batch: Batch, name: str) -> None:
     bad = (~losses.isfinite()).nonzero().flatten()
     if bad.numel():
+        where = name if name == "reference" else f"reference {name}"
         raise ModelError(
-            f"reference {name} row {batch.index[int(bad[0])]}: its loss is {float(losses.detach()[bad[0]])}, "
+            f"{where} row {batch.index[int(bad[0])]}: its loss is {float(losses.detach()[bad[0]])}, "
             "expected a finite number; remove the row, or check the model's weights and dtype"
         )

@@ -21,7 +21,7 @@ from montessori import processes
 from montessori.batching import Example, collate
 from montessori.capture import Capture
 from montessori.cpu import TileSample
-from montessori.errors import FallbackWarning, ResourceError
+from montessori.errors import FallbackWarning, IdleWarning, ResourceError
 from montessori.expansion import Expansion, real_products
 from montessori.journal import ScoreJournal
 from montessori.live import undisturbed
@@ -80,9 +80,19 @@ class LinearScorer:
         plan = self.plan if self.max_grad_norm is None else replace(self.plan, head=None)
         self._capture = Capture(self.model, plan, self.impl)
         self._draws: dict[str, TileSample] = {}
+        self._unreached: set[str] = set()
         self._device = next(iter(self.plan.trainable.values())).device
         with undisturbed(self.plan.trainable), self._capture.installed():
             yield
+        if self._unreached:
+            first = min(self._unreached)
+            warnings.warn(
+                f"{first}, one of {len(self._unreached)} parameter(s) that some candidates do not reach: taken to have "
+                "gradient 0 there, which moves it by momentum and decay as in a batch with others that do; a step on "
+                "the candidate alone, after zero_grad(set_to_none=True), would pass over it",
+                IdleWarning,
+                stacklevel=2,
+            )
 
     def score(self, group: Sequence[Example]) -> Scored:
         most = 1 if self.plan.per_example else self.plan.most_examples
@@ -103,7 +113,14 @@ class LinearScorer:
     def _score(self, group: Sequence[Example]) -> Scored:
         expansion = self.expansion
         sink = InfluenceSink(
-            expansion.q, self.state, self.plan.trainable, expansion.drift, self.impl, self.sample, self._draws
+            expansion.q,
+            self.state,
+            self.plan.trainable,
+            expansion.drift,
+            self.impl,
+            self.sample,
+            self._draws,
+            self._unreached,
         )
         sink.start(len(group))
         batch = collate(group).to(self._device)

@@ -26,7 +26,7 @@ class InfluenceSink:
 
     `drift` is ⟨q, Δ(0)⟩ per parameter, [K]: the score where an example has no gradient. With `sample` below 1,
     matrices are scored on that share of their tiles, and `variance` [B, K] is that of the sum; `draws` keeps the
-    tiles, the same for every batch.
+    tiles, the same for every batch. `unreached` are the parameters with a drift that no example of some batch reached.
     """
 
     q: Mapping[str, Tensor]
@@ -36,6 +36,7 @@ class InfluenceSink:
     impl: str
     sample: float = 1.0
     draws: dict[str, cpu.TileSample] = field(default_factory=dict)
+    unreached: set[str] = field(default_factory=set)
     scores: Tensor = field(init=False)
     variance: Tensor = field(init=False)
 
@@ -114,6 +115,8 @@ class InfluenceSink:
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]
+        if self.drift[name].any():
+            self.unreached.add(name)
 
 
 def parameter_drift(

@@ -158,6 +158,20 @@ def test_a_part_that_a_row_takes_after_all_is_named():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_part_that_some_candidates_do_not_reach_is_named():
+    torch.manual_seed(0)
+    model = Switched().double()
+    rows = [{"input_ids": [first, 2, 3], "labels": [first, 2, 3]} for first in (1, 60)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for row in rows:
+        response_loss_of(model, row).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    estimator = InfluenceEstimator(model, optimizer, rows, method="first_order")
+    with pytest.warns(IdleWarning, match=r"^parts.1.bias, one of 2 parameter\(s\) that some candidates do not reach"):
+        estimator.score(rows[:1])
+
+
 def response_loss_of(model: nn.Module, row: dict[str, list[int]]) -> torch.Tensor:
 
     return response_loss(

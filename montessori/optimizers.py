@@ -1,0 +1,129 @@
+"""Live optimizers: which are known, and whether their step is that of Eq. 1 and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from montessori import quantised
+from montessori.errors import ArgumentError, StateError
+
+# Their type itself: a subclass may step differently.
+_KNOWN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+LiveOptimizer = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+_PRE, _POST = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """Of one parameter: its param group, its entry in `optimizer.state`, and whether weight decay is AdamW's."""
+
+    group: Mapping[str, Any]
+    entry: Mapping[str, Any]
+    decoupled: bool
+
+
+def live_states(optimizer: object) -> dict[int, LiveState]:
+    """By the `id` of the parameter, of an optimizer or of several in a list, each with parameters of its own.
+
+    Raises StateError for a kind whose step is not that of Eq. 1, and for hooks that run before its step.
+    """
+    found: dict[int, LiveState] = {}
+    for part in _parts(optimizer):
+        _check_known(part)
+        _check_step(part)
+        try:
+            groups = quantised.groups_by_parameter(part)
+        except ArgumentError as error:
+            raise StateError(f"optimizer: {error}") from error
+        if found.keys() & groups.keys():
+            raise StateError("optimizer: expected several with parameters of their own, got one parameter in two")
+        known = quantised.package_of(part) is not None
+        decoupled = quantised.is_decoupled(part) if known else isinstance(part, torch.optim.AdamW)
+        entries = {id(parameter): entry for parameter, entry in part.state.items()}
+        found |= {key: LiveState(group, entries.get(key, {}), decoupled) for key, group in groups.items()}
+    return found
+
+
+def watched(optimizer: object) -> tuple[list[Tensor], str]:
+    """Of live optimizers, what may change between two calls: tensors of their state; settings and hooks as a text."""
+    parts = [part for part in _parts(optimizer) if hasattr(part, "param_groups")]
+    values = [value for part in parts for entry in part.state.values() for value in entry.values()]
+    settings = [
+        [
+            {**{key: _plain(value) for key, value in group.items()}, "params": [id(one) for one in group["params"]]}
+            for group in part.param_groups
+        ]
+        for part in parts
+    ]
+    hooks = [[list(getattr(part, table, ())) for table in (_PRE, _POST)] for part in parts]
+    return values, repr((settings, hooks, [id(vars(part).get("step")) for part in parts]))
+
+
+def _plain(value: Any) -> Any:
+    # A learning rate may be a tensor, of which torch shows four digits.
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _parts(optimizer: object) -> Sequence[Any]:
+    # Whoever has wrapped an optimizer has imported it.
+    accelerate = sys.modules.get("accelerate.optimizer")
+    parts = []
+    for part in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+        while accelerate is not None and isinstance(part, accelerate.AcceleratedOptimizer):
+            part = part.optimizer
+        parts.append(part)
+    return parts
+
+
+def _check_known(part: Any) -> None:
+    if type(part) in _KNOWN or quantised.package_of(part) is not None:
+        return
+    kind = type(part).__name__
+    if not isinstance(part, torch.optim.Optimizer) and isinstance(
+        getattr(part, "optimizer", None), torch.optim.Optimizer
+    ):
+        raise StateError(f"optimizer: expected an optimizer, got a {kind}: pass its .optimizer")
+    raise StateError(
+        f"unknown optimizer {kind}: supported are torch.optim.AdamW, Adam and SGD, and Adam and AdamW of bitsandbytes "
+        "and torchao, one or a list of them; a step of another kind cannot be scored"
+    )
+
+
+def _check_step(part: Any) -> None:
+    """Refuse what may change gradients before the step; warn of what may change weights after it."""
+    # torch.optim takes the name of this module of its own away.
+    everywhere = sys.modules["torch.optim.optimizer"]
+    if getattr(part, _PRE, None) or getattr(everywhere, "_global_optimizer_pre_hooks", None):
+        raise StateError(
+            "optimizer: expected no hooks that run before its step (register_step_pre_hook), which may change the "
+            "gradients: take them off, or build AdamWState yourself"
+        )
+    own = vars(part).get("step")
+    what = None
+    if getattr(part, _POST, None) or getattr(everywhere, "_global_optimizer_post_hooks", None):
+        what = "hooks run after its step (register_step_post_hook)"
+    # Schedulers and torch.compile wrap it, and say what.
+    elif own is not None and _innermost(own) is not _innermost(type(part).step):
+        what = "its step has been replaced on the object"
+    if what is not None:
+        warnings.warn(
+            f"optimizer: {what}; scores are of the step of torch.optim.{type(part).__name__} alone, without what these "
+            "do to the weights",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _innermost(function: Any) -> Any:
+    return inspect.unwrap(getattr(function, "__func__", function))
