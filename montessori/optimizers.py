@@ -57,15 +57,14 @@ def watched(optimizer: object) -> tuple[list[Tensor], str]:
     """Of live optimizers, what may change between two calls: tensors of their state; settings and hooks as a text."""
     parts = [part for part in _parts(optimizer) if hasattr(part, "param_groups")]
     values = [value for part in parts for entry in part.state.values() for value in entry.values()]
-    settings = [
-        [
-            {**{key: _plain(value) for key, value in group.items()}, "params": [id(one) for one in group["params"]]}
-            for group in part.param_groups
-        ]
-        for part in parts
-    ]
+    settings = [[_settings(group) for group in part.param_groups] for part in parts]
     hooks = [[list(getattr(part, table, ())) for table in (_PRE, _POST)] for part in parts]
     return values, repr((settings, hooks, [id(vars(part).get("step")) for part in parts]))
+
+
+def _settings(group: Mapping[str, Any]) -> list[Any]:
+    held = [id(parameter) for parameter in group["params"]]
+    return [held, *((key, _plain(value)) for key, value in group.items() if key != "params")]
 
 
 def _plain(value: Any) -> Any:
