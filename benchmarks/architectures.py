@@ -13,6 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,25 +100,36 @@ def build(name: str) -> nn.Module:
         try:
             config = kind(**values).get_text_config()
             config.is_decoder, config.use_cache = True, False
-            with torch.device("meta"):
-                size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
-            if size > MOST_PARAMETERS:
-                raise UnbuiltError(f"{size / 1e6:.0f} M parameters")
-            model = transformers.AutoModelForCausalLM.from_config(config).eval()
-            plain_loss(model, rows(1, seed=0)[0]).backward()
+            model = as_small(partial(transformers.AutoModelForCausalLM.from_config, config), MOST_PARAMETERS)
         except UnbuiltError:
             raise
         # Whatever an architecture raises at sizes that it was not made for.
         except Exception as error:
             reason = error
             continue
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        model.zero_grad()
-        return model
+        return moved(model)
     raise unbuilt(reason)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The model with all its vectors away from their initial values, and without gradients."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.zero_grad()
+    return model
+
+
+def as_small(make: Callable[[], nn.Module], most: int) -> nn.Module:
+    """The model that `make` makes, where it has no more than so many parameters and takes text."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in make().parameters())
+    if size > most:
+        raise UnbuiltError(f"{size / 1e6:.0f} M parameters")
+    model = make().eval()
+    plain_loss(model, rows(1, seed=0)[0]).backward()
+    return model
 
 
 def unbuilt(error: Exception) -> UnbuiltError:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from benchmarks.architectures import VOCABULARY, UnbuiltError, check, plain_loss, rows, run, unbuilt
+from benchmarks.architectures import VOCABULARY, UnbuiltError, as_small, check, moved, run, unbuilt
 
 WIDTH = 32
 MOST_PARAMETERS = 12_000_000
@@ -115,22 +115,12 @@ def build(name: str) -> nn.Module:
         ids = itertools.cycle(range(VOCABULARY, 2 * VOCABULARY))
         values = _merged(_narrow(kind().to_dict(), ids), OWN.get(name, {}))
         config = kind(**values)
-        with torch.device("meta"):
-            size = sum(p.numel() for p in transformers.AutoModelForMultimodalLM.from_config(config).parameters())
-        if size > MOST_PARAMETERS:
-            raise UnbuiltError(f"{size / 1e6:.0f} M parameters")
-        model = transformers.AutoModelForMultimodalLM.from_config(config).eval()
-        plain_loss(model, rows(1, seed=0)[0]).backward()
+        model = as_small(partial(transformers.AutoModelForMultimodalLM.from_config, config), MOST_PARAMETERS)
     except UnbuiltError:
         raise
     except Exception as error:
         raise unbuilt(error) from error
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.zero_grad()
-    return model
+    return moved(model)
 
 
 def _narrow(values: dict[str, Any], ids: Any) -> dict[str, Any]:
