@@ -26,11 +26,16 @@ def check_memory(model: nn.Module) -> None:
 
 @contextmanager
 def whole_derivative(model: nn.Module) -> Iterator[None]:
-    """Inside, autograd also differentiates what DoRA takes for a constant: the norm of its weight, which a step moves.
+    """Inside, autograd also differentiates what a module takes for a constant though a step moves it: the norm of
+    DoRA's weight, and an embedding's row for padding, which a tied head moves and which often ends every turn.
 
-    For the gradient of the reference loss. That of a candidate keeps the constant, as the training step does.
+    For the gradient of the reference loss. That of a candidate keeps the constants, as the training step does.
     """
     with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                stack.callback(setattr, module, "padding_idx", module.padding_idx)
+                module.padding_idx = None
         for layer in [layer for module in model.modules() for layer in _dora_layers(module)]:
             stack.enter_context(forward_replaced(layer, _nothing_constant(layer.forward)))
         yield

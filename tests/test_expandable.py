@@ -169,3 +169,22 @@ def test_the_norm_that_dora_holds_constant_is_differentiated_for_the_reference(t
     one_by_one = estimator.score(CANDIDATES, batch_tokens=longest).influence
     np.testing.assert_allclose(estimator.score(CANDIDATES).influence, one_by_one, rtol=1e-9)
     assert [vars(module).get("forward") for module in model.modules()] == forwards
+
+
+@pytest.mark.parametrize("method", ["anchored", "first_order"])
+def test_the_row_of_padding_is_differentiated_for_the_reference(method):
+    """A look-up gives it no gradient, but a tied head moves it; where padding ends every turn, all rows hold it."""
+    model = make_model("gpt2")
+    model.transformer.wte.padding_idx = 7
+    candidates, references = ([end_with(row, 7) for row in rows] for rows in (CANDIDATES, REFERENCES))
+    optimizer = warm_optimizer(model)
+    want, got = (
+        InfluenceEstimator(model, optimizer, references, method=one, lr=1e-7).score(candidates).influence
+        for one in ("exact", method)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.ptp(want))
+    assert model.transformer.wte.padding_idx == 7
+
+
+def end_with(row: dict[str, list[int]], token: int) -> dict[str, list[int]]:
+    return {key: [*ids[:1], token, *ids[1:], token] for key, ids in row.items()}

@@ -226,6 +226,23 @@ def test_thoughts_without_an_answer_are_no_response(tmp_path):
     assert made.counts["empty_response"] > 0
 
 
+def test_thoughts_that_the_prompt_begins_belong_to_the_response(tmp_path):
+    texts = {0: ("Well. Then", "length"), 1: ("Well.</think>Yes.", "stop"), 2: ("Well.</think>Yes. And", "length")}
+
+    class Thinker(Speller):
+        def sample(self, request, stop):
+            sample = super().sample(request, stop)
+            text, finish = texts[request.seed % 3]
+            return sample if stop else replace(sample, text=text, finish=finish)
+
+    template = tmp_path / "thinking.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n")
+    thinking = replace(recipe(), responses=ResponseSettings(cut="trim", chat_template=str(template)))
+    made = write_final(thinking, 8, Thinker(), tmp_path / "final", progress=False)
+    assert {row["response"] for row in made.rows} == {"<think>Well.</think>Yes."}
+    assert made.counts["empty_response"] > 0 and made.counts["cut_responses_trimmed"] > 0
+
+
 def test_a_teacher_without_marks_is_stopped_early_with_samples(tmp_path):
     engine = Speller(text="I will not")
     with pytest.raises(

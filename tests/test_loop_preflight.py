@@ -51,6 +51,17 @@ def test_what_a_late_stage_cannot_use_is_named_before_the_first(changes, message
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tokenizer_that_ends_no_text_is_named_before_the_first_stage(settings, tmp_path):
+    shutil.copytree(settings["student"], tmp_path / "student")
+    file = tmp_path / "student" / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("eos_token", "pad_token")}
+    file.write_text(json.dumps(kept))
+    (tmp_path / "student" / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="student: its tokenizer has neither pad_token nor eos_token"):
+        loop.run(make_config(settings, student=str(tmp_path / "student")), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_batch_sizes_that_the_devices_cannot_share_are_named_before_the_first_stage(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     tune = {**settings["tune"], "batch_size": 6}

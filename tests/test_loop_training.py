@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from loop_support import make_generated, make_signal
 from peft import LoraConfig, get_peft_model
 from support import make_text_rows
@@ -164,6 +165,35 @@ def test_lora_is_merged_and_leaves_embeddings_alone(student, pairs_file, tmp_pat
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed)
+
+
+NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+KINDS = {
+    # It has router logits, and no count of experts under the name that TRL looks for.
+    "granitemoehybrid": lambda size: transformers.GraniteMoeHybridConfig(
+        **NARROW, vocab_size=size, layer_types=["mamba", "attention"], num_local_experts=4, num_experts_per_tok=2,
+        shared_intermediate_size=8, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_chunk_size=4,
+    ),
+    "falcon_h1": lambda size: transformers.FalconH1Config(
+        **NARROW, vocab_size=size, head_dim=4, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4,
+        mamba_chunk_size=4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("granitemoehybrid", None), ("falcon_h1", LoraSettings(r=2))])
+def test_experts_and_state_spaces_are_tuned(kind, lora, student, pairs_file, tmp_path):
+    _, tokenizer = load_model(student)
+    torch.manual_seed(0)
+    teacher = transformers.AutoModelForCausalLM.from_config(KINDS[kind](len(tokenizer)))
+    teacher.save_pretrained(tmp_path / "before")
+    tokenizer.save_pretrained(tmp_path / "before")
+    settings = TuneSettings(**{**TUNE, "learning_rate": 1e-2}, lora=lora)
+    tune.run(settings, tmp_path / "before", pairs_file, tmp_path, seed=0, progress=False)
+    before, after = weights(tmp_path / "before"), weights(tmp_path / tune.TEACHER)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert not any("aux_loss" in line for line in (tmp_path / fit.METRICS_FILE).read_text().splitlines())
 
 
 @pytest.fixture(scope="module")

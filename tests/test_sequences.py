@@ -9,7 +9,7 @@ import torch
 import transformers
 from support import CONFIGS, RECURRENT, VOCABULARY, make_model
 
-from montessori.errors import FallbackWarning
+from montessori.errors import FallbackWarning, ModelError
 from montessori.loop.sequences import Cached, Reread, proved_sequences
 
 _NARROW = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -92,3 +92,30 @@ def test_what_a_cache_fails_with_is_told(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_of_narrow_weights_is_no_reason(dtype):
     assert proved_sequences(make_model("llama_tied", dtype)) is Cached
+
+
+@pytest.mark.parametrize("name", ["llama_lora", "qwen3_5"])
+def test_an_adapter_has_the_cache_of_its_base(name):
+    model = make_model(name, torch.float32)
+    if name != "llama_lora":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert proved_sequences(model.eval()) is Cached
+    assert_logits_are_the_models(Cached, model)
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = make_model("llama_tied", torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ModelError, match="expected finite logits, got NaN or Inf in float32"):
+        proved_sequences(model)
+
+
+def test_the_rounding_of_many_layers_is_no_reason():
+    drawn = [build(deep_config(seed)).bfloat16() for seed in range(2)]
+    assert [proved_sequences(model) for model in drawn] == [Cached, Cached]
+
+
+def deep_config(seed: int) -> transformers.PretrainedConfig:
+    return transformers.LlamaConfig(**{**_NARROW, "num_hidden_layers": 40}, initializer_range=0.3 + 0.1 * seed)

@@ -66,8 +66,13 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Te
 
 def taken_by(model: Any, **arguments: Any) -> dict[str, Any]:
     """Those of the arguments that the model's forward has a name for."""
-    names = inspect.signature(model.forward).parameters
+    names = _argument_names(model)
     return {name: value for name, value in arguments.items() if name in names}
+
+
+def _argument_names(model: Any) -> Any:
+    # An adapter's wrapper hands on what it has no names for.
+    return inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:
@@ -79,7 +84,7 @@ def select_rows(cache: Any, rows: Tensor) -> None:
 
 def cache_name(model: Any) -> str:
     """What the model calls its cache, as an argument and in its output: transformers 5.24 and later have a new word."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in _argument_names(model) else "past_key_values"
 
 
 def _stack(parts: Sequence[Tensor], length: int, back: Tensor) -> Tensor:

@@ -288,29 +288,32 @@ class _Writer:
         answers = self._complete(requests, settings.sampling, ())
         for place, (question, answer) in enumerate(zip(requests, answers, strict=True)):
             request, sample, instruction = accepted[place // settings.samples]
-            if not prompts.outside_thoughts(answer.text).strip():
+            # Thoughts that the prompt has begun are the answer's, which a student learns with their mark.
+            opened = prompts.opening_thought(question.prompt)
+            if not prompts.outside_thoughts(opened + answer.text).strip():
                 self._reject("empty_response", instruction)
                 continue
-            response = self._uncut(answer)
-            if response is None:
+            text = self._uncut(answer, opened)
+            if text is None:
                 self._reject("cut_response", answer.text)
                 continue
+            response = opened + text
             if self.recipe.optimise == "response":
                 # Of a trimmed answer the ids say more than the text.
-                written = answer if response == answer.text else replace(answer, text=response, ids=None)
+                written = answer if text == answer.text else replace(answer, text=text, ids=None)
                 row = _row(question, written, instruction, response, answer.finish == "stop")
             else:
                 # It ends with the closing mark, which stands in the text.
                 row = _row(request, sample, instruction, response, False)
             self.made.rows.append(row)
 
-    def _uncut(self, answer: Sample) -> str | None:
-        """The answer as the settings want it where the limit cut it, None to drop it."""
+    def _uncut(self, answer: Sample, opened: str) -> str | None:
+        """The answer as the settings want it where the limit cut it, None to drop it; `opened` stands before it."""
         cut = self.recipe.responses.cut
         if answer.finish != "length":
             return answer.text
         response = {"keep": answer.text, "trim": whole_sentences(answer.text), "drop": None}[cut]
-        if response is None or not prompts.outside_thoughts(response).strip():
+        if response is None or not prompts.outside_thoughts(opened + response).strip():
             return None
         self.made.counts["cut_responses_kept" if cut == "keep" else "cut_responses_trimmed"] += 1
         return response

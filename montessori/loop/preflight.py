@@ -56,6 +56,10 @@ def check_config(config: Config) -> None:
                 resolve_template(loaded, template)
         except (ArgumentError, DataError) as error:
             raise type(error)(f"{key}.chat_template, {name}: {error}") from error
+    for name in (config.teacher, config.student):
+        loaded = tokenizer(name)
+        if loaded is not None and loaded.pad_token is None and loaded.eos_token is None:
+            raise ModelError(f"{name}: its tokenizer has neither pad_token nor eos_token to train with: set one")
 
 
 def check_place(path: Path, config: Config) -> None:

@@ -92,6 +92,11 @@ def find_instruction(completion: str, style: str) -> str | None:
     return text.strip()
 
 
+def opening_thought(prompt: str) -> str:
+    """The mark with which a template has begun thoughts at the end of a prompt, if it has."""
+    return "<think>" if prompt.rstrip().endswith("<think>") else ""
+
+
 def outside_thoughts(response: str) -> str:
     """What a response says after its thoughts: nothing where they have no end."""
     _, ended, answer = response.rpartition("</think>")

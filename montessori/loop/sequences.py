@@ -9,14 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from montessori.errors import FallbackWarning
+from montessori.errors import FallbackWarning, ModelError
 from montessori.loop.cache import cache_name, read_prompts, select_rows, taken_by
 from montessori.options import floating_dtype
 from montessori.wording import first_line
 
-# Of the largest logit, what two orders of summation may differ by; a cache that serves other rows is 4 % off or more.
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
-_NARROW_TOLERANCE = 0.03
+# Of the largest logit, what a cache may differ by; one that serves other rows is 4 % off or more. In narrow dtypes so
+# many times what a batch and its rows alone lie apart without a cache.
+_TOLERANCE = 1e-3
+_NOISE = 8
 _PROOF_LENGTHS = (3, 8, 9)
 
 
@@ -96,14 +97,21 @@ def proved_sequences(model: Any) -> type[Cached] | type[Reread]:
     prompts = [[(11 + 7 * place + length) % vocabulary for place in range(length)] for length in _PROOF_LENGTHS]
     prompts.append(prompts[1])
     want = _tried(Reread, model, prompts, vocabulary)
+    if not bool(want.isfinite().all()):
+        dtype = str(floating_dtype(model)).removeprefix("torch.")
+        raise ModelError(
+            f"{type(model).__name__}: expected finite logits, got NaN or Inf in {dtype}: set engine.dtype to bfloat16 "
+            "or float32, or check the weights"
+        )
     # Whatever a model raises that does not take what batches do with a cache.
     try:
-        got = _tried(Cached, model, prompts, vocabulary)
-        differing = (got - want).abs().max() / want.abs().max()
-        reason = f"its logits are {float(differing):.0%} off"
+        differing = _off(_tried(Cached, model, prompts, vocabulary), want)
+        reason = f"its logits are {differing:.0%} off"
     except Exception as error:
-        differing, reason = torch.tensor(torch.inf), first_line(error)
-    if differing <= _TOLERANCE.get(floating_dtype(model), _NARROW_TOLERANCE):
+        differing, reason = torch.inf, first_line(error)
+    # Of a deep model in bfloat16, two orders of summation lie as far apart as padding and none.
+    alone = torch.cat([Reread(model, [prompt]).logits for prompt in prompts])
+    if differing <= max(_TOLERANCE, _NOISE * _off(want[: len(prompts)], alone)):
         return Cached
     warnings.warn(
         f"{type(model).__name__}: batches cannot use its cache ({reason}); every token reads the whole text again, "
@@ -112,6 +120,10 @@ def proved_sequences(model: Any) -> type[Cached] | type[Reread]:
         stacklevel=2,
     )
     return Reread
+
+
+def _off(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
 
 
 def _tried(kind: type[Cached] | type[Reread], model: Any, prompts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import random
 import shutil
@@ -34,6 +35,9 @@ from montessori.options import default_max_length
 from montessori.training import check_float32
 
 TEACHER = "teacher"
+# Kernels of these read the weights of such modules past them, so PEFT refuses adapters there.
+_STATE_SPACES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_PAST_THEIR_MODULE = ["out_proj", "conv1d"]
 
 
 class LoraSettings(Section):
@@ -169,6 +173,7 @@ def _dpo(
         precompute_ref_log_probs=True,
         max_length=None,
         eval_strategy="no",
+        **_without_router_loss(trl),
     )
     tokenizer = copy.deepcopy(tokenizer)
     trainer = _trainer_class(trl)(
@@ -177,7 +182,7 @@ def _dpo(
         train_dataset=_on_disk(training, out / CHECKPOINTS / "training_pairs"),
         eval_dataset=_on_disk(validation, out / CHECKPOINTS / "validation_pairs") if validation else None,
         processing_class=tokenizer,
-        peft_config=_lora(settings.lora),
+        peft_config=_lora(settings.lora, model),
     )
     run_trainer(trainer, out)
     if validation:
@@ -186,6 +191,12 @@ def _dpo(
     if settings.lora is not None:
         tuned = tuned.merge_and_unload()
     return tuned, metrics_of(trainer)
+
+
+def _without_router_loss(trl: Any) -> dict[str, float]:
+    """DPO alone: of mixtures of experts TRL would add the loss that balances routers, which not all of them have."""
+    known = "router_aux_loss_coef" in {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    return {"router_aux_loss_coef": 0.0} if known else {}
 
 
 def _trainer_class(trl: Any) -> type:
@@ -217,7 +228,7 @@ def _on_disk(pairs: Sequence[Mapping[str, Any]], path: Path) -> Any:
     return datasets.load_from_disk(str(path))
 
 
-def _lora(settings: LoraSettings | None) -> Any:
+def _lora(settings: LoraSettings | None, model: Any) -> Any:
     if settings is None:
         return None
     from peft import LoraConfig
@@ -227,6 +238,7 @@ def _lora(settings: LoraSettings | None) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules="all-linear",
+        exclude_modules=_PAST_THEIR_MODULE if model.config.model_type in _STATE_SPACES else None,
         task_type="CAUSAL_LM",
     )
 
@@ -244,7 +256,7 @@ def _sft(
         from peft import get_peft_model
 
         torch.manual_seed(seed)
-        model = get_peft_model(model, _lora(settings.lora))
+        model = get_peft_model(model, _lora(settings.lora, model))
     metrics = fit_examples(settings, model, tokenizer, _examples(training), out, seed, progress)
     return (model.merge_and_unload() if settings.lora is not None else model), metrics
 
