@@ -232,9 +232,11 @@ class InfluenceEstimator:
             fixed, moved = self._watch.changes()
             if fixed or moved:
                 validate_model(self.model)
+                idle_before = self._idle.parameters.keys()
                 if fixed or not isinstance(self._optimizer, str | os.PathLike):
                     self.state, self._idle = self._read_optimizer()
-                self._plan = None if fixed else self._plan
+                if fixed or self._idle.parameters.keys() != idle_before:
+                    self._plan = None
                 self._expansions.clear()
                 self._watch.accept()
             try:

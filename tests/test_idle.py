@@ -89,6 +89,19 @@ def test_coverage_counts_what_is_scored():
     assert sum(estimator.coverage.values()) == text
 
 
+def test_a_tower_that_gets_moments_between_two_calls_counts_from_then_on():
+    model = make_llava()
+    optimizer = trainer_optimizer(model)
+    estimator = InfluenceEstimator(model, optimizer, REFERENCES)
+    before, text = estimator.score(CANDIDATES).influence, sum(estimator.coverage.values())
+    for parameter in model.parameters():
+        if parameter not in optimizer.state:
+            moments = {"exp_avg": torch.ones_like(parameter), "exp_avg_sq": torch.ones_like(parameter)}
+            optimizer.state[parameter] = {"step": torch.tensor(4.0), **moments}
+    np.testing.assert_allclose(estimator.score(CANDIDATES).influence, before, rtol=1e-9)
+    assert sum(estimator.coverage.values()) == sum(p.numel() for p in model.parameters()) > text
+
+
 @pytest.mark.parametrize("frozen_in_training", [True, False])
 @pytest.mark.parametrize("frozen_in_scoring", [True, False])
 def test_a_saved_optimizer_of_the_whole_or_of_the_text_is_found_in_either_model(
