@@ -235,9 +235,10 @@ def column_set(row: object, where: str) -> tuple[str, ...]:
     raise DataError(f"{where}: expected the columns {expected}, got {', '.join(map(str, row)) or 'none'}")
 
 
-def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str) -> Chat:
+def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str, needs_answer: bool = True) -> Chat:
     """The conversation in `columns`, one of COLUMN_SETS but not the token ids; DataError if malformed.
 
+    One column of messages may do without an answer where none is needed.
     `chat_template_kwargs` and, of messages, `tools` are read from the columns of these names, as TRL does.
     """
     if columns == TEXT_COLUMNS:
@@ -245,7 +246,7 @@ def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str) ->
     variables = check_template_kwargs(row.get("chat_template_kwargs"), f"{where}: chat_template_kwargs: ")
     if len(columns) == 1:
         (column,) = columns
-        messages = read_messages(row[column], column, where, needs_answer=True)
+        messages = read_messages(row[column], column, where, needs_answer)
         return Chat(index, where, messages, 0, variables | _tools(row, where))
     question, answer = columns
     if _holds_messages(row, columns):

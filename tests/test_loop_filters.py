@@ -135,10 +135,11 @@ def test_instructions_of_all_kinds_of_rows():
             {"instruction": "Say hello.", "input": "", "output": "unused"},
             {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}]},
             {"prompt": "Two?", "completion": "2"},
+            {"messages": [{"role": "user", "content": "Without an answer?"}]},
         ],
         "seeds.jsonl",
     )
-    assert instruction_text(rows) == ["Add.\n\n2 and 3", "Say hello.", "Hi?", "Two?"]
+    assert instruction_text(rows) == ["Add.\n\n2 and 3", "Say hello.", "Hi?", "Two?", "Without an answer?"]
     with pytest.raises(DataError, match=r"seeds\.jsonl, row 0"):
         instruction_text(Rows([{"text": "x"}], "seeds.jsonl"))
     with pytest.raises(ArgumentError, match="rouge"):

@@ -40,7 +40,7 @@ def _instruction(row: Mapping[str, Any], index: int, where: str) -> str:
     columns = column_set(row, where)
     if "input_ids" in columns:
         raise DataError(f"{where}: expected text, got token ids")
-    messages = read_chat(row, columns, index, where).messages
+    messages = read_chat(row, columns, index, where, needs_answer=False).messages
     asked = [joined(message["content"]) for message in messages if message["role"] == "user"]
     if not asked:
         raise DataError(f"{where}: expected a message of the user, got none")
