@@ -207,22 +207,20 @@ def _parameter_names(file: Path, groups: Sequence[Mapping], model: nn.Module, id
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sizes = [len(group["params"]) for group in groups]
     # As the model is; as it was before what is idle was set aside; with what has been frozen since.
-    whole = {name for name, _ in model.named_parameters()}
-    for held in (trainable, trainable | set(idle), whole):
-        for layout in _layouts(model, held):
+    whole, decayed = [name for name, _ in model.named_parameters()], _decayed_names(model)
+    for held in (trainable, trainable | set(idle), set(whole)):
+        for layout in _layouts([name for name in whole if name in held], decayed):
             if sizes == [len(names) for names in layout]:
                 return layout
-    one, two = _layouts(model, trainable)
+    one, two = _layouts(sorted(trainable), decayed)
     raise StateError(
         f"{file}: expected param groups of [{len(one[0])}] parameters, or of [{len(two[0])}, {len(two[1])}] with and "
         f"without decay, as the model has them; got {sizes}: the state of another model, or other groups; {_LIVE}"
     )
 
 
-def _layouts(model: nn.Module, held: Collection[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """The parameters `held` in one group, and in Trainer's two, with weight decay and without."""
-    decayed = _decayed_names(model)
-    names = [name for name, _ in model.named_parameters() if name in held]
+def _layouts(names: list[str], decayed: Collection[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """`names` in one group, and in Trainer's two, with weight decay and without."""
     return [names], [[n for n in names if n in decayed], [n for n in names if n not in decayed]]
 
 

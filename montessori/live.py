@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
-from montessori.optimizers import watched
+from montessori.optimizers import moments_of, settings_of
 
 # Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
 _COLUMNS, _ROWS = 256, 256
@@ -166,12 +166,12 @@ class Watch:
     def _moments(self) -> list[Any]:
         if isinstance(self._optimizer, AdamWState):
             return [tensor for state in self._optimizer.values() for _, tensor in state.tensors()]
-        return watched(self._optimizer)[0]
+        return moments_of(self._optimizer)
 
     def _now(self) -> tuple[Any, ...]:
         values = [*self._model.parameters(), *self._moments()]
         versions = tuple(_version(value) if isinstance(value, Tensor) else value for value in values)
-        return versions, watched(self._optimizer)[1]
+        return versions, settings_of(self._optimizer)
 
     def _bits(self) -> tuple[int, ...]:
         """Checksums of all tensors: a write past torch (`.data`, numpy) leaves the versions as they are."""

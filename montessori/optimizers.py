@@ -53,13 +53,21 @@ def live_states(optimizer: object) -> dict[int, LiveState]:
     return found
 
 
-def watched(optimizer: object) -> tuple[list[Tensor], str]:
-    """Of live optimizers, what may change between two calls: tensors of their state; settings and hooks as a text."""
-    parts = [part for part in _parts(optimizer) if hasattr(part, "param_groups")]
-    values = [value for part in parts for entry in part.state.values() for value in entry.values()]
-    settings = [[_settings(group) for group in part.param_groups] for part in parts]
+def moments_of(optimizer: object) -> list[Any]:
+    """What live optimizers keep in their state, in order."""
+    return [value for part in _live(optimizer) for entry in part.state.values() for value in entry.values()]
+
+
+def settings_of(optimizer: object) -> str:
+    """What else of live optimizers may change between two calls, as a text: settings, grouping, hooks."""
+    parts = _live(optimizer)
     hooks = [[list(getattr(part, table, ())) for table in (_PRE, _POST)] for part in parts]
-    return values, repr((settings, hooks, [id(vars(part).get("step")) for part in parts]))
+    settings = [[_settings(group) for group in part.param_groups] for part in parts]
+    return repr((settings, hooks, [id(vars(part).get("step")) for part in parts]))
+
+
+def _live(optimizer: object) -> list[Any]:
+    return [part for part in _parts(optimizer) if hasattr(part, "param_groups")]
 
 
 def _settings(group: Mapping[str, Any]) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
-from montessori.loop.sequences import Cached, Reread, proved_sequences
+from montessori.loop.sequences import Cached, Sequences, proved_sequences
 from montessori.models import free_models, load_model
 from montessori.options import resolve_device
 
@@ -32,7 +32,7 @@ class TransformersEngine:
         self.settings = settings
         self.tokenizer: Any = None
         self._model: Any = None
-        self._sequences: type[Cached] | type[Reread] = Cached
+        self._sequences: type[Sequences] = Cached
 
     def load(self, model: str | os.PathLike[str]) -> None:
         self.release()
