@@ -165,6 +165,21 @@ def architectures(record: dict[str, Any]) -> str:
     )
 
 
+def adapters(record: dict[str, Any]) -> str:
+    found = record["architectures"]
+    rates = ("1e-4", "1e-6")
+    lines = [f"| adapter | rules | {' | '.join(f'anchored, lr {rate}' for rate in rates)} | first order, lr 1e-6 |"]
+    lines.append("|---|---|---|---|---|")
+    for name, result in found.items():
+        if "refused" in result:
+            lines.append(f"| {name} | refused: {result['refused'].partition(':')[0]} | | | |")
+            continue
+        anchored, first = result["errors"]["anchored"], result["errors"]["first_order"]
+        numbers = " | ".join(f"{value:.0e}" for value in (*anchored, first[-1]))
+        lines.append(f"| {name} | {', '.join(result['coverage'])} | {numbers} |")
+    return "\n".join(lines)
+
+
 def gpu_linear(records: list[dict[str, Any]]) -> str:
     """Time of each kernel over that of the plain dW product, by shape, length and dtype of the state."""
     lines = [f"| device | shape | T | sets | state | {' | '.join(LINEAR.values())} |", "|---" * (5 + len(LINEAR)) + "|"]
@@ -245,6 +260,7 @@ def main() -> None:
         "profile": profile,
         "architectures": architectures,
         "multimodal": architectures,
+        "adapters": adapters,
     }
     for name, table_of in singles.items():
         records = _records(f"{name}.json")

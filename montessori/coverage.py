@@ -25,6 +25,7 @@ from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logi
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, prove_packing, response_loss
 from montessori.oracle import example_gradients, norm
+from montessori.parameters import trainable_parameters
 from montessori.products import unrounded_products
 from montessori.referenceset import PROOF_TOKENS, ReferenceSets
 from montessori.rowmap import UnmappableRowsError
@@ -181,7 +182,7 @@ def proved_rows(
 
     Raises ModelError for a forward pass that writes weights (RWKV's first in eval mode), or needs what no row has.
     """
-    with undisturbed(dict(full.named_parameters())):
+    with undisturbed(trainable_parameters(full)):
         for function in dict.fromkeys((reference_loss, loss)):
             if full is not model:
                 check_copy(model, full, references.shortest()[0], function)
@@ -196,7 +197,7 @@ def prove_head(model: nn.Module, references: ReferenceSets, loss: LossFunction) 
     if loss is response_loss:
         examples = [_window(example, LOSS_TOKENS) for example in references.shortest()]
         # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
-        with evaluation_mode(model), undisturbed(dict(model.named_parameters())):
+        with evaluation_mode(model), undisturbed(trainable_parameters(model)):
             prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
 
 

@@ -84,7 +84,7 @@ def find_idle(model: nn.Module, example: Example, loss: LossFunction) -> Idle:
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(lambda module, _: called.add(module)).remove)
         device = next(model.parameters()).device
-        with undisturbed(dict(model.named_parameters())):
+        with undisturbed(trainable_parameters(model)):
             reached = _leaves_below(example_losses(model, collate([example]).to(device), loss))
     idle = {name: entry for name, entry in trainable_parameters(model).items() if id(entry) not in reached}
     kept = {id(entry) for entry in idle.values()}

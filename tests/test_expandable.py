@@ -171,6 +171,20 @@ def test_the_norm_that_dora_holds_constant_is_differentiated_for_the_reference(t
     assert [vars(module).get("forward") for module in model.modules()] == forwards
 
 
+def test_adapters_that_put_their_base_weight_aside_and_back_are_scored():
+    """PEFT exchanges a stack of experts for a parametrized one in every forward pass; nothing that is trained moves."""
+    config = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(make_model("mixtral"), config).double()
+    optimizer = warm_optimizer(model, lr=1e-4)
+    want, got = (
+        InfluenceEstimator(model, optimizer, REFERENCES, method=method).score(CANDIDATES).influence
+        for method in ("exact", "anchored")
+    )
+    np.testing.assert_allclose(got, want, atol=0.02 * np.ptp(want))
+
+
 @pytest.mark.parametrize("method", ["anchored", "first_order"])
 def test_the_row_of_padding_is_differentiated_for_the_reference(method):
     """A look-up gives it no gradient, but a tied head moves it; where padding ends every turn, all rows hold it."""
