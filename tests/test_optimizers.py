@@ -85,6 +85,16 @@ def no_change(*_: object) -> None:
     return None
 
 
+def test_an_optimizer_whose_step_begins_with_a_hook_is_refused():
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    handle = optimizer.register_step_pre_hook(no_change)
+    with pytest.raises(StateError, match="register_step_pre_hook"):
+        AdamWState.from_optimizer(model, optimizer)
+    handle.remove()
+    assert AdamWState.from_optimizer(model, optimizer)
+
+
 def test_hooks_for_all_optimizers_are_refused_as_their_own():
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters())
