@@ -15,6 +15,8 @@ from torch import Tensor
 from montessori.errors import ArgumentError, DataError, ResourceError
 
 IGNORE_INDEX = -100
+# TRL's, of rows without labels: 1 where a token enters the loss.
+LABEL_MASKS = ("completion_mask", "assistant_masks")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 # Padding that a batch may have, as a share of it, once it has enough tokens to keep a processor busy.
@@ -135,26 +137,31 @@ def _joins(batch: Sequence[Example], real: int, example: Example, batch_tokens: 
 def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Iterator[Example]:
     """Examples from rows that carry `input_ids`, `labels` and, optionally, `attention_mask` and `position_ids`.
 
-    Padding named by the attention mask, on either side, is cut off. Token types other than 0 are refused.
+    Labels are left where the masks of TRL, `completion_mask` and `assistant_masks`, are 1; beside one of them a row
+    may do without labels of its own. Padding named by the attention mask, on either side, is cut off. Token types
+    other than 0 are refused.
     """
     for index, row in enumerate(rows):
         where = f"{name} row {index}"
         try:
-            columns = {key: torch.as_tensor(row[key], device="cpu") for key in ("input_ids", "labels")}
-            mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(columns["input_ids"])), device="cpu")
+            masks = {key: torch.as_tensor(row[key], device="cpu") for key in LABEL_MASKS if row.get(key) is not None}
+            input_ids = torch.as_tensor(row["input_ids"], device="cpu")
+            labels = torch.as_tensor(row.get("labels", input_ids) if masks else row["labels"], device="cpu")
+            mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(input_ids)), device="cpu")
         except KeyError as error:
             raise DataError(f"{where}: expected columns input_ids and labels, {error} is missing") from None
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{where}: expected flat lists of token ids, got {error}") from None
-        input_ids, labels = columns["input_ids"], columns["labels"]
         if input_ids.dim() != 1 or input_ids.shape != labels.shape or input_ids.shape != mask.shape:
             raise DataError(
                 f"{where}: expected input_ids, labels and attention_mask of one length, got shapes "
                 f"{list(input_ids.shape)}, {list(labels.shape)} and {list(mask.shape)}"
             )
-        for key, ids in columns.items():
+        for key, ids in (("input_ids", input_ids), ("labels", labels)):
             if ids.numel() and (ids.is_floating_point() or ids.dtype is torch.bool):
                 raise DataError(f"{where}: expected integer {key}, got {ids.dtype}")
+        for key, marks in masks.items():
+            labels = _where_marked(labels, marks, f"{where}: expected {key}")
         kept = mask.to(torch.bool).nonzero().flatten()
         if kept.numel() == 0:
             raise DataError(f"{where}: no token (input_ids is empty or attention_mask is all 0)")
@@ -171,6 +178,14 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
             )
         _check_token_types(row, where)
         yield Example(input_ids[span].to(torch.int64).cpu(), labels[span].to(torch.int64).cpu(), index)
+
+
+def _where_marked(labels: Tensor, marks: Tensor, expected: str) -> Tensor:
+    if marks.shape != labels.shape:
+        raise DataError(f"{expected} of the length of input_ids, got shapes {[*marks.shape]} and {[*labels.shape]}")
+    if not ((marks == 0) | (marks == 1)).all():
+        raise DataError(f"{expected} to be 0 and 1, got other values")
+    return torch.where(marks == 1, labels, IGNORE_INDEX)
 
 
 def _check_token_types(row: Mapping[str, object], where: str) -> None:

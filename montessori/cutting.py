@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from montessori.data import Chat
+from montessori.columns import Chat
 from montessori.errors import DataError
 from montessori.messages import called_functions, joined
 from montessori.templates import Template
@@ -59,7 +59,7 @@ def _cut_turn_by_turn(chat: Chat, template: Template, special: re.Pattern) -> li
         end = tail + _ending(special, written[tail:])
         texts += [read + before[len(done) :], written[:end]]
         done, read = after, written[end:]
-    if chat.messages[-1]["role"] == "assistant":
+    if len(chat.messages) - 1 in chat.labelled:
         return [*texts, read]
     whole = text_of(chat, template)
     if not whole.startswith(done):
@@ -151,7 +151,7 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
         if not header or (place := whole.rfind(header, earlier, end)) < 0:
             raise _uncuttable(chat, turn, "does not go on from its generation prompt")
         return place + len(header)
-    if shared < len(content) and turn == max(_labelled(chat)):
+    if shared < len(content) and turn == _last_answer(chat):
         # Of earlier turns a template may leave the thoughts out, as it does when the model goes on from them.
         raise _uncuttable(chat, turn, "drops a part of the content")
     # The space before a word is part of its token.
@@ -189,15 +189,14 @@ def _ending(special: re.Pattern, tail: str) -> int:
     return ends[-1] if ends else len(tail)
 
 
-def _labelled(chat: Chat) -> list[int]:
-    turns = [
-        turn
-        for turn, message in enumerate(chat.messages)
-        if message["role"] == "assistant" and turn >= chat.first_labelled
-    ]
-    if turns[:1] == [0]:
+def _labelled(chat: Chat) -> tuple[int, ...]:
+    if chat.labelled[:1] == (0,):
         raise DataError(f"{chat.where}: expected another message before the assistant's first, got none")
-    return turns
+    return chat.labelled
+
+
+def _last_answer(chat: Chat) -> int:
+    return max(turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant")
 
 
 def _content(chat: Chat, turn: int) -> str:

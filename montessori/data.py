@@ -1,25 +1,23 @@
-"""Rows of text or token ids from files, the hub, datasets, tables and iterables, and what their columns say.
+"""Rows of text or token ids from files, the hub, datasets, tables and iterables.
 
 Every row keeps an address, so that an error about it names the file and the line.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
+from montessori.columns import COLUMN_SETS, TEXT_COLUMNS
 from montessori.errors import ArgumentError, DataError
 from montessori.files import SUPPORTED, Rows, from_table, is_data_file, read_file, read_folder
-from montessori.messages import check_unicode, read_messages
-from montessori.wording import one_line, short
+from montessori.wording import one_line
 
 # datasets, pandas and pyarrow are imported where they are used: together they take longer to import
 # than a JSONL file takes to read.
@@ -28,24 +26,6 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-# Arguments of apply_chat_template that say how a text is rendered, not what the template is told.
-_RENDERING = frozenset({
-    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
-    "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs",
-})  # fmt: skip
-# In the order in which they are looked for: exact token ids win over the text they came from.
-TOKEN_COLUMNS = ("input_ids", "labels")
-COLUMN_SETS = (
-    TOKEN_COLUMNS,
-    ("messages",),
-    ("prompt", "completion"),
-    ("instruction", "response"),
-    ("conversations",),
-    ("instruction", "output"),
-)
-# Not one of the sets: `text` beside them is often the same row, rendered, and elsewhere a name for many things.
-TEXT_COLUMNS = ("text",)
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -187,143 +167,3 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
-
-
-# What the columns of a row say.
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation of checked messages, dicts with `role` and `content`, or `tool_calls` of the assistant.
-
-    The assistant's turns from message `first_labelled` on are labelled. `where` is the address of the row
-    for errors, `index` its number. `variables` are what the row tells its chat template besides.
-    """
-
-    index: int
-    where: str
-    messages: list[dict]
-    first_labelled: int = 0
-    variables: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text without a chat template: what is labelled in it, and the prompt before, None if nothing comes before."""
-
-    index: int
-    prompt: str | None
-    labelled: str
-
-
-def column_set(row: object, where: str) -> tuple[str, ...]:
-    """The first of COLUMN_SETS that the row at the address `where` holds, else TEXT_COLUMNS; DataError if none."""
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected a dict of columns, got {type(row).__name__}")
-    # A table of mixed rows holds None in the columns that a row does not use, so filled columns come
-    # first; a set of which a value is None is still the best address for the error.
-    filled = {key for key in row if row[key] is not None}
-    for columns in COLUMN_SETS:
-        if filled.issuperset(columns):
-            return columns
-    for columns in COLUMN_SETS:
-        if row.keys() >= {*columns} and ("text" not in filled or not filled.isdisjoint(columns)):
-            return columns
-    if "text" in row:
-        return TEXT_COLUMNS
-    expected = " or ".join(" + ".join(columns) for columns in (*COLUMN_SETS, TEXT_COLUMNS))
-    raise DataError(f"{where}: expected the columns {expected}, got {', '.join(map(str, row)) or 'none'}")
-
-
-def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str, needs_answer: bool = True) -> Chat:
-    """The conversation in `columns`, one of COLUMN_SETS but not the token ids; DataError if malformed.
-
-    One column of messages may do without an answer where none is needed.
-    `chat_template_kwargs` and, of messages, `tools` are read from the columns of these names, as TRL does.
-    """
-    if columns == TEXT_COLUMNS:
-        raise DataError(f"{where}: expected a conversation, got a text alone in column text")
-    variables = check_template_kwargs(row.get("chat_template_kwargs"), f"{where}: chat_template_kwargs: ")
-    if len(columns) == 1:
-        (column,) = columns
-        messages = read_messages(row[column], column, where, needs_answer)
-        return Chat(index, where, messages, 0, variables | _tools(row, where))
-    question, answer = columns
-    if _holds_messages(row, columns):
-        prompt = read_messages(row[question], question, where, needs_answer=False)
-        messages = prompt + read_messages(row[answer], answer, where, needs_answer=True)
-        return Chat(index, where, messages, len(prompt), variables | _tools(row, where))
-    user, reply = _question(row, question, where), _filled_text(row, answer, where)
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
-    return Chat(index, where, messages, 0, variables)
-
-
-def read_text(row: Mapping, columns: tuple[str, ...], index: int, where: str) -> Text:
-    """The texts in `columns`, TEXT_COLUMNS or one of COLUMN_SETS but not the token ids, as they stand.
-
-    Raises DataError if they are malformed, or messages, which have no text without a chat template.
-    """
-    *questions, answer = columns
-    if answer in ("messages", "conversations") or _holds_messages(row, columns):
-        raise DataError(
-            f"{where}: chat_template='none' takes texts as they stand, got messages in column {columns[0]}; name a "
-            f"chat template, or give prompt and completion as texts"
-        )
-    prompt = _question(row, questions[0], where) if questions else None
-    return Text(index, prompt, _filled_text(row, answer, where))
-
-
-def _holds_messages(row: Mapping, columns: tuple[str, ...]) -> bool:
-    return columns == ("prompt", "completion") and any(isinstance(row[column], list) for column in columns)
-
-
-def check_template_kwargs(value: object, where: str = "") -> dict[str, Any]:
-    """What a chat template is told by name, such as {"enable_thinking": False}; nothing for None.
-
-    Names without a value are left out: a table of mixed rows holds None in the fields that a row does not
-    use. Raises DataError, which begins with `where`.
-    """
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise DataError(f"{where}expected names and values, such as {{'enable_thinking': False}}, got {short(value)}")
-    taken = sorted(_RENDERING & value.keys())
-    if taken:
-        raise DataError(f"{where}{taken[0]} is not a variable of the template: remove it")
-    return {name: entry for name, entry in value.items() if entry is not None}
-
-
-def _tools(row: Mapping, where: str) -> dict[str, Any]:
-    """The functions that the template describes to the model: a list of JSON schemas, or its JSON text."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: expected JSON in column tools ({one_line(error)})") from error
-    if not tools or isinstance(tools, str):
-        return {}
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError(f"{where}: expected a list of JSON schemas in column tools, got {short(tools)}")
-    return {"tools": tools}
-
-
-def _question(row: Mapping, column: str, where: str) -> str:
-    text = _text(row, column, where)
-    if column == "instruction" and row.get("input") is not None and _text(row, "input", where).strip():
-        return f"{text}\n\n{row['input']}"
-    return text
-
-
-def _filled_text(row: Mapping, column: str, where: str) -> str:
-    text = _text(row, column, where)
-    if not text.strip():
-        raise DataError(f"{where}: expected a non-empty text in column {column}, got {short(text)}")
-    return text
-
-
-def _text(row: Mapping, column: str, where: str) -> str:
-    if not isinstance(row[column], str):
-        raise DataError(f"{where}: expected a text in column {column}, got {short(row[column])}")
-    check_unicode(row[column], f"{where}: column {column}")
-    return row[column]

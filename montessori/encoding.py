@@ -6,19 +6,20 @@ Each piece is tokenised on its own, the way the model meets it: it reads the pro
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
+from montessori.columns import TEXT_COLUMNS, Chat, Text, column_set, read_chat, read_text
 from montessori.cutting import count_shared, cut, text_of
-from montessori.data import TEXT_COLUMNS, TOKEN_COLUMNS, Chat, Rows, Text, column_set, read_chat, read_text
 from montessori.errors import ArgumentError, DataError
+from montessori.files import Rows
 from montessori.templates import NO_TEMPLATE, Template
 from montessori.wording import one_line
 
@@ -64,11 +65,13 @@ def encode_rows(
 
     A row holds `input_ids`, `labels` and, optionally, `attention_mask`; or `messages`; or `prompt` and
     `completion` (texts or lists of messages); or `instruction`, optionally `input`, and `response`; or
-    `conversations`, messages as ShareGPT writes them; or `instruction`, optionally `input`, and `output`; or
-    `text`. The first of these sets that is complete counts. A row of text may tell its template more: by names
-    and values in `chat_template_kwargs` and, where it has messages, by `tools`, a list of JSON schemas or its
-    JSON text. A message of the assistant holds `content`, `tool_calls`, or both; a content may be a list of
-    parts {"type": "text", "text": ...}, and a text is given as one part to a template that writes only parts.
+    `conversations`, messages as ShareGPT writes them; or another of `montessori.columns.COLUMN_SETS`; or `text`.
+    The first of these sets that is complete counts. Beside them `system` (or `system_prompt`) and `history`, pairs
+    of texts, hold what comes before. A row of text may tell its template more: by names and values in
+    `chat_template_kwargs` and, where it has messages, by `tools`, a list of JSON schemas or its JSON text. A message
+    of the assistant holds `content`, `tool_calls`, or both, and `weight` (`loss`, `train`, `training`) of 0 where it
+    has no label; a content may be a list of parts {"type": "text", "text": ...}, and a text is given as one part
+    to a template that writes only parts.
 
     Labels of an assistant's turn end with its last special token; what the template writes after it (often
     a newline) has no label. Of `prompt` and `completion` as lists of messages only the turns of `completion`
@@ -112,7 +115,7 @@ def encode_rows(
         where = table.where(index)
         with invalid.kept_out(index):
             columns = column_set(row, where)
-            if columns == TOKEN_COLUMNS:
+            if columns[0] == "input_ids":
                 examples[index] = _from_tokens(row, index, where)
             elif columns == TEXT_COLUMNS or chat_template == NO_TEMPLATE:
                 texts.append(read_text(row, columns, index, where))
@@ -247,7 +250,7 @@ def _encode_chats(chats: list[Chat], template: Template, invalid: _Invalid) -> d
 def _check_usable(encode: Callable[..., object], chat: Chat, template: Template, reason: str) -> None:
     """Raise DataError for the `reason` of `chat` if it is the template or the tokenizer that fails, not the row."""
     try:
-        encode([replace(chat, messages=_PROBE, first_labelled=0)], template, _Invalid(skip=False))
+        encode([replace(chat, messages=_PROBE, labelled=(1,))], template, _Invalid(skip=False))
     except DataError as error:
         raise DataError(reason) from error
 
@@ -278,27 +281,37 @@ def _marked_example(chat: Chat, template: Template) -> Example:
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
     mask = torch.tensor(output["assistant_masks"], dtype=torch.bool, device="cpu")
-    if any(message["role"] == "assistant" for message in chat.messages[: chat.first_labelled]):
-        starts = torch.tensor([start for start, _ in output["offset_mapping"]], device="cpu")
-        mask &= starts >= _prompt_length(chat, template)
     if not mask.any():
         raise DataError(
             f"{chat.where}: the chat template marks no token with {{% generation %}}; put the content of "
             f"the assistant inside that block"
         )
+    starts = torch.tensor([start for start, _ in output["offset_mapping"]], device="cpu")
+    for begin, end in _unlabelled_spans(chat, template):
+        mask &= (starts < begin) | (starts >= end)
     input_ids = torch.tensor(output["input_ids"], dtype=torch.int64, device="cpu")
     return Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
 
 
-def _prompt_length(chat: Chat, template: Template) -> int:
-    """Characters of the rendered prompt."""
-    prompt = text_of(chat, template, chat.first_labelled)
-    if not text_of(chat, template).startswith(prompt):
+def _unlabelled_spans(chat: Chat, template: Template) -> list[tuple[int, int]]:
+    """From where to where, in characters of the rendered text, the assistant's turns are without labels."""
+    spans = []
+    edges = [-1, *chat.labelled, len(chat.messages)]
+    for before, after in itertools.pairwise(edges):
+        if any(message["role"] == "assistant" for message in chat.messages[before + 1 : after]):
+            spans.append((_length(chat, template, before + 1), _length(chat, template, after)))
+    return spans
+
+
+def _length(chat: Chat, template: Template, turns: int) -> int:
+    """Characters of the first `turns` messages in the rendered text."""
+    text = text_of(chat, template, turns) if turns else ""
+    if not text_of(chat, template).startswith(text):
         raise DataError(
             f"{chat.where}: the chat template rewrites the prompt once the completion follows; give a "
             f"template that does not, or a prompt without turns of the assistant"
         )
-    return len(prompt)
+    return len(text)
 
 
 # Templates that mark nothing: the text is cut where the generation prompt ends.
@@ -368,9 +381,9 @@ class _Pieces:
     def tokenise(self, cuts: list[list[str]]) -> list[_Tokens]:
         """Of every text, what `_without` finds the ids of its pieces in."""
         contexts = [[self._context("".join(texts[:place])) for place in range(len(texts))] for texts in cuts]
-        used = sorted({*chain(*contexts)})
+        used = sorted({*itertools.chain(*contexts)})
         context_ids = dict(zip(used, self.ids(used), strict=True))
-        flat = iter(self.ids([*map(str.__add__, chain(*contexts), chain(*cuts))]))
+        flat = iter(self.ids([*map(str.__add__, itertools.chain(*contexts), itertools.chain(*cuts))]))
         return [[(context_ids[context], next(flat)) for context in row] for row in contexts]
 
     def _context(self, before: str) -> str:

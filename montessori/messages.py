@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from montessori.errors import DataError
@@ -19,6 +19,10 @@ SPEAKERS = {
     "observation": "tool",
     **{role: role for role in ROLES},
 }
+
+
+# By which a message says whether it enters the loss: OpenAI, ms-swift and AgentInstruct, Axolotl.
+LABEL_KEYS = ("weight", "loss", "train", "training")
 
 
 def read_messages(messages: object, column: str, where: str, needs_answer: bool) -> list[dict[str, Any]]:
@@ -87,6 +91,27 @@ def _parts(parts: list[Any], where: str) -> list[dict[str, str]]:
 def joined(content: str | list[dict[str, str]], separator: str = "") -> str:
     """The text of a content, whether it is one or is in parts."""
     return content if isinstance(content, str) else separator.join(part["text"] for part in content)
+
+
+def labelled_turns(messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
+    """Places of the assistant's messages, but for those that say (LABEL_KEYS) that they are not trained.
+
+    Of others it says nothing: only what the assistant writes has labels. Raises DataError for a weight between.
+    """
+    turns = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        said = {key: message[key] for key in LABEL_KEYS if message.get(key) is not None}
+        for key, value in said.items():
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
+                raise DataError(
+                    f"{where}: message {turn}: expected {key} of 0 or 1 (false or true), got {short(value)}; the loss "
+                    f"is the mean over labelled tokens, a message is in it or not"
+                )
+        if all(said.values()):
+            turns.append(turn)
+    return turns
 
 
 def called_functions(message: Mapping[str, Any], where: str) -> list[str]:

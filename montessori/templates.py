@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from montessori.data import check_template_kwargs
+from montessori.columns import check_template_kwargs
 from montessori.errors import ArgumentError, DataError
 from montessori.messages import ROLES, joined
 from montessori.wording import one_line, short

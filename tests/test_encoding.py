@@ -1,6 +1,7 @@
 """Labels stand on what the assistant wrote only, for every kind of row, template and tokenizer."""
 
 import importlib.util
+import itertools
 import os
 import random
 
@@ -14,6 +15,7 @@ from encoding_support import (
     MARKED,
     ROW,
     TEXT,
+    THOUGHTFUL,
     TURNS,
     USER,
     byte_level,
@@ -67,6 +69,49 @@ def test_answers_in_a_prompt_are_not_labelled(tokenizer, template):
     example = one({"prompt": TURNS[:3], "completion": TURNS[3:]}, tokenizer, chat_template=template)
     assert text(example, tokenizer) == tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert runs(example, tokenizer) == ["Six.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, BOS + CHATML])
+def test_a_message_that_is_not_trained_is_read_and_has_no_label(template):
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", "<s>", bos_token="<s>")
+    turns = [*TURNS, {"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes."}]
+    whole = one({"messages": turns}, tokenizer, chat_template=template)
+    answers = ["It is four.<|im_end|>", "Six.<|im_end|>", "Yes.<|im_end|>"]
+    for trained in itertools.product((0, 1), repeat=3):
+        weights = [None, trained[0], None, trained[1], None, trained[2]]
+        messages = [{**message, "weight": weight} for message, weight in zip(turns, weights, strict=True)]
+        if not any(trained):
+            skipped = encode([{"messages": messages}], tokenizer, chat_template=template).skipped
+            assert skipped == {0: "no_label_tokens"}
+            continue
+        example = one({"messages": messages}, tokenizer, chat_template=template)
+        assert example.input_ids.tolist() == whole.input_ids.tolist()
+        assert runs(example, tokenizer) == [answer for answer, kept in zip(answers, trained, strict=True) if kept]
+
+
+def test_a_template_that_rewrites_earlier_turns_keeps_apart_what_is_not_trained():
+    tokenizer = byte_level(template=THOUGHTFUL)
+    messages = [{**message, "weight": turn == 1} for turn, message in enumerate(TURNS)]
+    assert runs(one({"messages": messages}, tokenizer), tokenizer) == ["It is four.<|im_end|>"]
+    messages = [{**message, "weight": turn == 3} for turn, message in enumerate(TURNS)]
+    assert runs(one({"messages": messages}, tokenizer), tokenizer) == ["<think></think>Six.<|im_end|>"]
+
+
+def test_masks_of_trl_say_which_token_ids_are_labelled():
+    ids, first, second = [4, 5, 6, 7], [0, 1, 1, 1], [1, 1, 0, 1]
+    rows = [
+        {"input_ids": ids, "completion_mask": first},
+        {"input_ids": ids, "assistant_masks": second, "completion_mask": first, "text": "another"},
+        {"input_ids": ids, "labels": [-100, -100, 6, 7], "assistant_masks": second},
+        {"input_ids": ids, "labels": None, "completion_mask": first, "attention_mask": [0, 1, 1, 1]},
+        {"input_ids": ids, "labels": ids, "completion_mask": None},
+    ]
+    labels = [example.labels.tolist() for example in encode(rows, None).examples]
+    assert labels == [[-100, 5, 6, 7], [-100, 5, -100, 7], [-100, -100, -100, 7], [5, 6, 7], ids]
+    short = fault([{"input_ids": ids, "completion_mask": [1, 1]}], None)
+    assert short == "candidates, row 0: expected completion_mask of the length of input_ids, got shapes [2] and [4]"
+    wrong = fault([{"input_ids": ids, "assistant_masks": [0, 1, 2, 0]}], None)
+    assert wrong == "candidates, row 0: expected assistant_masks to be 0 and 1, got other values"
 
 
 def test_token_ids_are_taken_as_they_are_and_need_no_template():

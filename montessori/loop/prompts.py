@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from montessori.data import Rows, column_set, read_chat
+from montessori.columns import column_set, read_chat, read_question
 from montessori.errors import DataError
+from montessori.files import Rows
 from montessori.messages import joined
 from montessori.templates import Template
 
@@ -35,8 +36,7 @@ def instruction_text(rows: Rows) -> list[str]:
 
 def _instruction(row: Mapping[str, Any], index: int, where: str) -> str:
     if isinstance(row.get("instruction"), str) and "messages" not in row:
-        text, context = row["instruction"], row.get("input")
-        return f"{text}\n\n{context}" if isinstance(context, str) and context.strip() else text
+        return read_question(row, "instruction", where)
     columns = column_set(row, where)
     if "input_ids" in columns:
         raise DataError(f"{where}: expected text, got token ids")

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from typing_extensions import Self
 
-from montessori.data import check_template_kwargs
+from montessori.columns import check_template_kwargs
 from montessori.errors import ArgumentError, DataError
 
 
