@@ -16,9 +16,9 @@ from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.collecting import collect
 from montessori.copies import full_precision
 from montessori.coverage import apart, failures_named, prove_head, proved_loss, proved_rows, verified_plan
-from montessori.data import is_row, load_rows
-from montessori.encoding import Encoded, encode_rows
-from montessori.errors import ArgumentError, DataError
+from montessori.data import is_row
+from montessori.encoding import Encoded
+from montessori.errors import ArgumentError
 from montessori.expandable import check_memory
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
 from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
@@ -26,7 +26,7 @@ from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
 from montessori.live import Watch, borrowed, own_precision, unwrapped
 from montessori.losses import LossFunction, response_loss
-from montessori.models import check_token_ids, validate_model
+from montessori.models import validate_model
 from montessori.optim_state import AdamWState
 from montessori.optimizers import LiveOptimizer
 from montessori.options import (
@@ -39,6 +39,7 @@ from montessori.options import (
     steady_length,
 )
 from montessori.products import float32_precision
+from montessori.reading import RowReader
 from montessori.referenceset import ReferenceSets
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
@@ -141,8 +142,9 @@ class InfluenceEstimator:
         check_positions(model, self.options.max_length)
         if sample < 1:
             check_sampling(model, backend)
-        self._tokenizer = tokenizer
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
+        # What labels are is up to a loss of the user's own.
+        self._reader = RowReader(model, tokenizer, self.options, loss_fn is response_loss)
         self._optimizer, self._lr = optimizer, lr
         self._named = isinstance(reference, Mapping) and not is_row(reference)
         named = reference if self._named else {"reference": reference}
@@ -150,7 +152,7 @@ class InfluenceEstimator:
             raise ArgumentError("reference={}: expected at least one named set of rows, got none")
         if not all(isinstance(name, str) for name in named):
             raise ArgumentError(f"reference: expected names of sets as text, got {', '.join(map(repr, named))}")
-        sets = {name: self._encode_reference(rows, name) for name, rows in named.items()}
+        sets = {name: self._reader.reference(rows, name) for name, rows in named.items()}
         self._steady = steady_length(model)
         longest = max(example.num_tokens for examples in sets.values() for example in examples)
         # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
@@ -174,7 +176,7 @@ class InfluenceEstimator:
 
         `score` does it on its own; the result is kept as long as the pilot examples stay the same.
         """
-        pilot = self._pilot(self._encode(candidates, "candidates"))
+        pilot = self._pilot(self._reader.read(candidates, "candidates"))
         with self._at_work():
             self._prepare(self.options.method, pilot)
 
@@ -197,8 +199,8 @@ class InfluenceEstimator:
         the candidates: all call this, each with a journal of its own, and return all scores. `pilot_rows`: what
         the pilot examples are chosen from, if not these candidates: one anchor for rows of several calls.
         """
-        encoded = self._encode(candidates, "candidates")
-        pilot = self._pilot(encoded if pilot_rows is None else self._encode(pilot_rows, "pilot_rows"))
+        encoded = self._reader.read(candidates, "candidates")
+        pilot = self._pilot(encoded if pilot_rows is None else self._reader.read(pilot_rows, "pilot_rows"))
         size = batch_tokens if self.options.method != "exact" else max(e.num_tokens for e in encoded.examples)
         batches = make_batches(encoded.examples, size)
         if self.options.method == "exact":
@@ -213,7 +215,7 @@ class InfluenceEstimator:
 
         The sample is spread evenly over the candidates in an order given by their content.
         """
-        encoded = self._encode(candidates, "candidates")
+        encoded = self._reader.read(candidates, "candidates")
         sample = spread(encoded.examples, k)
         if len(sample) < 2:
             raise ArgumentError(f"audit: expected at least 2 candidates that can be scored, got {len(sample)}")
@@ -382,35 +384,6 @@ class InfluenceEstimator:
 
     def _chunked_loss(self, full: nn.Module) -> LossFunction:
         return proved_loss(full, self.references.shortest(), self._reference_loss, self.options.backend)
-
-    def _encode(self, source: Any, name: str, invalid_rows: str | None = None) -> Encoded:
-        rows = load_rows(source, name=name)
-        encoded = encode_rows(
-            rows,
-            self._tokenizer,
-            max_length=self.options.max_length,
-            truncation=self.options.truncation,
-            invalid_rows=invalid_rows or self.options.invalid_rows,
-            chat_template=self.options.chat_template,
-            chat_template_kwargs=self.options.chat_template_kwargs,
-            name=name,
-        )
-        if not encoded.examples:
-            reasons = sorted(set(encoded.skipped.values()) - {"no_label_tokens"})
-            also = f"; others are skipped as {', '.join(reasons)}" if reasons else ""
-            raise DataError(f"{rows.source}: no row has a label token that the model could learn from{also}")
-        # What labels are is up to a loss of the user's own.
-        check_token_ids(self.model, encoded.examples, rows, labels=self._loss is response_loss)
-        return encoded
-
-    def _encode_reference(self, source: Any, name: str) -> list[Example]:
-        rows = load_rows(source, name=name)
-        encoded = self._encode(rows, name, invalid_rows="error")
-        if encoded.skipped:
-            row, reason = next(iter(encoded.skipped.items()))
-            where = rows.where(row)
-            raise DataError(f"{where}: {reason}; every row of the reference must count, remove it or shorten it")
-        return encoded.examples
 
 
 def _summary(prepared: _Prepared) -> dict[str, Any]:
