@@ -17,6 +17,7 @@ from montessori.errors import ArgumentError, DataError, ResourceError
 IGNORE_INDEX = -100
 # TRL's, of rows without labels: 1 where a token enters the loss.
 LABEL_MASKS = ("completion_mask", "assistant_masks")
+PACKING = ("position_ids", "seq_lengths")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 # Padding that a batch may have, as a share of it, once it has enough tokens to keep a processor busy.
@@ -137,16 +138,15 @@ def _joins(batch: Sequence[Example], real: int, example: Example, batch_tokens: 
 def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Iterator[Example]:
     """Examples from rows that carry `input_ids`, `labels` and, optionally, `attention_mask` and `position_ids`.
 
-    Labels are left where the masks of TRL, `completion_mask` and `assistant_masks`, are 1; beside one of them a row
-    may do without labels of its own. Padding named by the attention mask, on either side, is cut off. Token types
-    other than 0 are refused.
+    A row without labels has them where the masks of TRL, `completion_mask` and `assistant_masks`, are 1. Padding named
+    by the attention mask, on either side, is cut off. Token types other than 0 are refused, and packed texts.
     """
     for index, row in enumerate(rows):
         where = f"{name} row {index}"
         try:
-            masks = {key: torch.as_tensor(row[key], device="cpu") for key in LABEL_MASKS if row.get(key) is not None}
             input_ids = torch.as_tensor(row["input_ids"], device="cpu")
-            labels = torch.as_tensor(row.get("labels", input_ids) if masks else row["labels"], device="cpu")
+            masks = {key: torch.as_tensor(row[key], device="cpu") for key in LABEL_MASKS if row.get(key) is not None}
+            labels = torch.as_tensor(row["labels"], device="cpu") if "labels" in row or not masks else input_ids
             mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(input_ids)), device="cpu")
         except KeyError as error:
             raise DataError(f"{where}: expected columns input_ids and labels, {error} is missing") from None
@@ -160,7 +160,7 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
         for key, ids in (("input_ids", input_ids), ("labels", labels)):
             if ids.numel() and (ids.is_floating_point() or ids.dtype is torch.bool):
                 raise DataError(f"{where}: expected integer {key}, got {ids.dtype}")
-        for key, marks in masks.items():
+        for key, marks in masks.items() if "labels" not in row else ():
             labels = _where_marked(labels, marks, f"{where}: expected {key}")
         kept = mask.to(torch.bool).nonzero().flatten()
         if kept.numel() == 0:
@@ -168,16 +168,23 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
         span = slice(int(kept[0]), int(kept[-1]) + 1)
         if kept.numel() != span.stop - span.start:
             raise DataError(f"{where}: attention_mask has a hole; expected padding at the ends only")
-        positions = torch.as_tensor(row["position_ids"], device="cpu") if row.get("position_ids") is not None else None
-        counted = torch.arange(span.stop - span.start, device="cpu")
-        fits = positions is None or (positions.shape == mask.shape and torch.equal(positions[span].long(), counted))
-        if not fits:
-            raise DataError(
-                f"{where}: expected position_ids that count up by 1 from 0, or none; packed texts are not kept apart, "
-                "give each a row of its own"
-            )
+        _check_unpacked(row, span, where)
         _check_token_types(row, where)
         yield Example(input_ids[span].to(torch.int64).cpu(), labels[span].to(torch.int64).cpu(), index)
+
+
+def _check_unpacked(row: Mapping[str, object], kept: slice, where: str) -> None:
+    """The texts of a packed row begin where its positions start again, or after each of TRL's `seq_lengths`."""
+    found = {key: torch.as_tensor(row[key], device="cpu") for key in PACKING if row.get(key) is not None}
+    positions, lengths = (found.get(key) for key in PACKING)
+    counted = torch.arange(kept.stop - kept.start, device="cpu")
+    if positions is not None and not torch.equal(positions.flatten()[kept].long(), counted):
+        expected = "position_ids that count up by 1 from 0, or none"
+    elif lengths is not None and lengths.numel() > 1:
+        expected = "seq_lengths of one text, or none"
+    else:
+        return
+    raise DataError(f"{where}: expected {expected}; packed texts are not kept apart, give each a row of its own")
 
 
 def _where_marked(labels: Tensor, marks: Tensor, expected: str) -> Tensor:

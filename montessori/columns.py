@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from montessori.errors import DataError
+from montessori.files import without_fillers
 from montessori.messages import check_unicode, joined, labelled_turns, read_messages
 from montessori.wording import one_line, short
 
@@ -23,13 +25,16 @@ COLUMN_SETS = (
     ("input_ids", "completion_mask"),
     ("input_ids", "assistant_masks"),
     ("messages",),
+    # Beside the first turn alone, in columns of other names.
+    ("conversations",),
     ("prompt", "completion"),
     ("instruction", "response"),
-    ("conversations",),
     ("instruction", "output"),
     ("prompt", "response"),
     ("query", "response"),
     ("question", "response"),
+    # What some have beside it as their answer is its last line.
+    ("question", "solution"),
     ("question", "answer"),
     ("problem", "solution"),
 )
@@ -81,7 +86,7 @@ def column_set(row: object, where: str) -> tuple[str, ...]:
             )
     # A table of mixed rows holds None in the columns that a row does not use, so filled columns come
     # first; a set of which a value is None is still the best address for the error.
-    filled = {key for key in row if row[key] is not None}
+    filled = {key for key in row if row[key] is not None and row[key] != ""}
     for columns in COLUMN_SETS:
         if filled.issuperset(columns):
             return columns
@@ -99,14 +104,14 @@ def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str, ne
 
     One column of messages may do without an answer where none is needed. What the system says and earlier turns
     are read from the columns `system` (or `system_prompt`) and, before a question, `history`; what the template
-    is told besides from `chat_template_kwargs` and, of messages, `tools`, as TRL does.
+    is told besides from `chat_template_kwargs` and `tools`.
     """
     if columns == TEXT_COLUMNS:
         raise DataError(f"{where}: expected a conversation, got a text alone in column text")
     variables = check_template_kwargs(row.get("chat_template_kwargs"), f"{where}: chat_template_kwargs: ")
+    variables |= _tools(row, columns, where)
+    check_unicode(variables, where)
     first_labelled = 0
-    if len(columns) == 1 or _holds_messages(row, columns):
-        variables |= _tools(row, where)
     if len(columns) == 1:
         messages = read_messages(row[columns[0]], columns[0], where, needs_answer)
     elif _holds_messages(row, columns):
@@ -136,8 +141,9 @@ def read_text(row: Mapping, columns: tuple[str, ...], index: int, where: str) ->
         )
     if not questions:
         return Text(index, None, _filled_text(row, answer, where))
-    for column in (*SYSTEM_COLUMNS, "history"):
-        if _is_filled(row.get(column)):
+    beside = [column for column in (*SYSTEM_COLUMNS, "history", "chat_template_kwargs") if _is_filled(row.get(column))]
+    for column in [*beside, *_tools(row, columns, where)]:
+        if column:
             raise DataError(
                 f"{where}: chat_template='none' has no place for column {column}; name a chat template, or write it "
                 f"into {questions[0]} and remove the column"
@@ -165,19 +171,27 @@ def check_template_kwargs(value: object, where: str = "") -> dict[str, Any]:
     return {name: entry for name, entry in value.items() if entry is not None}
 
 
-def _tools(row: Mapping, where: str) -> dict[str, Any]:
-    """The functions that the template describes to the model: a list of JSON schemas, or its JSON text."""
+def _tools(row: Mapping, columns: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The functions that the template describes to the model: a list of JSON schemas, or its JSON text.
+
+    Beside messages anything else is an error; beside texts it is a column of another meaning.
+    """
+    strict = len(columns) == 1 or _holds_messages(row, columns)
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
+            if not strict:
+                return {}
             raise DataError(f"{where}: expected JSON in column tools ({one_line(error)})") from error
-    if not tools or isinstance(tools, str):
+    if not isinstance(tools, Sized) or isinstance(tools, str) or not tools:
         return {}
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        if not strict:
+            return {}
         raise DataError(f"{where}: expected a list of JSON schemas in column tools, got {short(tools)}")
-    return {"tools": tools}
+    return {"tools": without_fillers(tools)}
 
 
 def read_question(row: Mapping, column: str, where: str) -> str:
@@ -211,6 +225,10 @@ def _history(row: Mapping, where: str) -> list[tuple[str, str]]:
     history = row.get("history")
     if not _is_filled(history):
         return []
+    if isinstance(history, str):
+        # A cell of a CSV file.
+        with suppress(ValueError, RecursionError):
+            history = json.loads(history)
     if not isinstance(history, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
         raise DataError(
             f"{where}: expected pairs of a question and its answer in column history, [['Hi', 'Hello']], got "
@@ -226,9 +244,15 @@ def _history(row: Mapping, where: str) -> list[tuple[str, str]]:
 
 
 def _is_filled(value: object) -> bool:
-    """Whether a cell holds anything: not None, not blank, not empty."""
+    """Whether a cell holds anything: a table has None, blank text or structs of None where a row has nothing."""
     if isinstance(value, str):
-        return bool(value.strip())
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping):
+        return any(_is_filled(entry) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return any(_is_filled(entry) for entry in value)
+    if isinstance(value, bool | int):
+        return bool(value)
     return value is not None and (not isinstance(value, Sized) or len(value) > 0)
 
 

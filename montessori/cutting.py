@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +39,11 @@ def cut(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
     Raises DataError when they cannot be.
     """
     try:
-        return _cut_turn_by_turn(chat, template, special)
+        texts = _cut_turn_by_turn(chat, template, special)
     except UncuttableError:
-        return _cut_whole(chat, template, special)
+        texts = _cut_whole(chat, template, special)
+    _check_own(chat, template, texts)
+    return texts
 
 
 def _cut_turn_by_turn(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
@@ -89,7 +93,14 @@ def _content_ends(chat: Chat, template: Template, whole: str) -> dict[int, int]:
 
     Found by rendering once more with a mark after each, which must change nothing else.
     """
-    messages = [_marked(message, turn) for turn, message in enumerate(chat.messages)]
+    places = _mark_places(chat, template, whole, [_marked(message, turn) for turn, message in enumerate(chat.messages)])
+    found = {turn: places.get(_MARK.format(turn), []) for turn in range(len(chat.messages))}
+    # What a function returns may be written with its name; of a content that stands twice none is the place.
+    return {turn: at[0] for turn, at in found.items() if len(at) == 1 or (at and not _content(chat, turn))}
+
+
+def _mark_places(chat: Chat, template: Template, whole: str, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Where each mark in `messages` falls in the `whole` text; nothing if the marks change it."""
     marked = template.text(messages, chat.where, chat.variables)
     if _MARKS.sub("", marked) != whole:
         return {}
@@ -98,9 +109,24 @@ def _content_ends(chat: Chat, template: Template, whole: str) -> dict[int, int]:
     for match in _MARKS.finditer(marked):
         places.setdefault(match.group(), []).append(match.start() - removed)
         removed += len(match.group())
-    found = {turn: places.get(_MARK.format(turn), []) for turn in range(len(chat.messages))}
-    # What a function returns may be written with its name; of a content that stands twice none is the place.
-    return {turn: at[0] for turn, at in found.items() if len(at) == 1 or (at and not _content(chat, turn))}
+    return places
+
+
+def _check_own(chat: Chat, template: Template, texts: list[str]) -> None:
+    """Raise UncuttableError where a template writes what a function returned into the turn that called it."""
+    tools = [turn for turn, message in enumerate(chat.messages) if message["role"] == "tool" and _content(chat, turn)]
+    if not tools:
+        return
+    messages = [*chat.messages]
+    for turn in tools:
+        messages[turn] = {**messages[turn], "content": _ending_with(messages[turn]["content"], _MARK.format(turn))}
+    places = _mark_places(chat, template, "".join(texts), messages)
+    ends = list(itertools.accumulate(map(len, texts)))
+    for turn in tools:
+        for place in places.get(_MARK.format(turn), []):
+            # Pieces at odd places are labelled; what ends where one begins lies before it.
+            if bisect_left(ends, place) % 2:
+                raise _uncuttable(chat, turn, "writes what a function returned into a turn of the assistant")
 
 
 def _marked(message: dict[str, Any], turn: int) -> dict[str, Any]:
@@ -142,20 +168,28 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
         earlier = place + len(before)
     read, asked = text_of(chat, template, turn), text_of(chat, template, turn, add_generation_prompt=True)
     header = asked[count_shared(read, asked) :]
-    # It may end with what the content begins with, such as an opening mark of thoughts.
-    place = whole.rfind(header, earlier, min(begin + len(header), end)) if header else -1
+    # It may end with what the content begins with, such as an opening mark of thoughts. A turn in several channels
+    # holds it before each.
+    place = whole.find(header, earlier, min(begin + len(header), end)) if header else -1
     if place >= 0:
         return place + len(header)
+    bare = _THOUGHTS.sub("", header)
+    if _has_thoughts(chat.messages[turn]) and bare and (place := whole.find(bare, earlier, end)) >= 0:
+        return place + len(bare)
     if not content:
-        header = _THOUGHTS.sub("", header)
-        if not header or (place := whole.rfind(header, earlier, end)) < 0:
+        if not bare or (place := whole.find(bare, earlier, end)) < 0:
             raise _uncuttable(chat, turn, "does not go on from its generation prompt")
-        return place + len(header)
+        return place + len(bare)
     if shared < len(content) and turn == _last_answer(chat):
         # Of earlier turns a template may leave the thoughts out, as it does when the model goes on from them.
         raise _uncuttable(chat, turn, "drops a part of the content")
     # The space before a word is part of its token.
     return earlier + len(whole[earlier:begin].rstrip(" "))
+
+
+def _has_thoughts(message: dict[str, Any]) -> bool:
+    """Whether they stand beside the content."""
+    return any(message.get(key) for key in ("reasoning_content", "reasoning", "thinking"))
 
 
 def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern, tail: str) -> int:

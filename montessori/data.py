@@ -27,12 +27,18 @@ if TYPE_CHECKING:
     import pyarrow
 
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+_ROW_COLUMNS = [
+    columns for columns in COLUMN_SETS if not {*columns} & {"query", "question", "problem", "answer", "solution"}
+]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def is_row(source: Mapping) -> bool:
-    """Whether a mapping is one row, rather than sets of rows by names that happen to be those of columns."""
-    has_columns = any(source.keys() >= {*columns} for columns in COLUMN_SETS)
+    """Whether a mapping is one row, rather than sets of rows by names that happen to be those of columns.
+
+    Of names that sets may well have, such as question and answer, it is none.
+    """
+    has_columns = any(source.keys() >= {*columns} for columns in _ROW_COLUMNS)
     return has_columns and not all(_begins_with_row(value) for value in source.values())
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
 from montessori.columns import TEXT_COLUMNS, Chat, Text, column_set, read_chat, read_text
@@ -286,32 +288,33 @@ def _marked_example(chat: Chat, template: Template) -> Example:
             f"{chat.where}: the chat template marks no token with {{% generation %}}; put the content of "
             f"the assistant inside that block"
         )
-    starts = torch.tensor([start for start, _ in output["offset_mapping"]], device="cpu")
-    for begin, end in _unlabelled_spans(chat, template):
-        mask &= (starts < begin) | (starts >= end)
+    for first, end in _unlabelled_tokens(chat, template, mask, output["offset_mapping"]):
+        mask[first:end] = False
     input_ids = torch.tensor(output["input_ids"], dtype=torch.int64, device="cpu")
     return Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
 
 
-def _unlabelled_spans(chat: Chat, template: Template) -> list[tuple[int, int]]:
-    """From where to where, in characters of the rendered text, the assistant's turns are without labels."""
-    spans = []
-    edges = [-1, *chat.labelled, len(chat.messages)]
-    for before, after in itertools.pairwise(edges):
-        if any(message["role"] == "assistant" for message in chat.messages[before + 1 : after]):
-            spans.append((_length(chat, template, before + 1), _length(chat, template, after)))
-    return spans
-
-
-def _length(chat: Chat, template: Template, turns: int) -> int:
-    """Characters of the first `turns` messages in the rendered text."""
-    text = text_of(chat, template, turns) if turns else ""
-    if not text_of(chat, template).startswith(text):
+def _unlabelled_tokens(
+    chat: Chat, template: Template, mask: Tensor, offsets: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """From which token to which the assistant's turns are without labels, of those that the template marks."""
+    answers = [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    edges = itertools.pairwise([-1, *chat.labelled, len(chat.messages)])
+    spans = [(before + 1, after) for before, after in edges if any(before < turn < after for turn in answers)]
+    whole = text_of(chat, template) if spans else ""
+    texts = {turns: text_of(chat, template, turns) if turns else "" for turns in {*itertools.chain(*spans)}}
+    if all(whole.startswith(text) for text in texts.values()):
+        starts = [start for start, _ in offsets]
+        return [(bisect_left(starts, len(texts[first])), bisect_left(starts, len(texts[end]))) for first, end in spans]
+    # What the template ends a conversation with stands in none of its beginnings.
+    steps = torch.cat([mask.new_zeros(1), mask, mask.new_zeros(1)]).int().diff()
+    runs = list(zip(*((steps == step).nonzero().flatten().tolist() for step in (1, -1)), strict=True))
+    if len(runs) != len(answers):
         raise DataError(
-            f"{chat.where}: the chat template rewrites the prompt once the completion follows; give a "
-            f"template that does not, or a prompt without turns of the assistant"
+            f"{chat.where}: the chat template writes turns otherwise once others follow, so that those without labels "
+            f"cannot be told from the others; give a template that does not, or input_ids and labels"
         )
-    return len(text)
+    return [run for turn, run in zip(answers, runs, strict=True) if turn not in chat.labelled]
 
 
 # Templates that mark nothing: the text is cut where the generation prompt ends.

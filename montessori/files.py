@@ -103,14 +103,15 @@ def read_folder(path: Path) -> Rows:
 
 def from_table(rows: Iterable[dict[str, Any]], source: str) -> Rows:
     """Rows of a table, without the fields of structs that are None: it writes them where other rows have a value."""
-    return Rows([{column: _without_fillers(value) for column, value in row.items()} for row in rows], source=source)
+    return Rows([{column: without_fillers(value) for column, value in row.items()} for row in rows], source=source)
 
 
-def _without_fillers(value: Any) -> Any:
+def without_fillers(value: Any) -> Any:
+    """The value without those fields of its structs that are None."""
     if isinstance(value, dict):
-        return {key: _without_fillers(entry) for key, entry in value.items() if entry is not None}
+        return {key: without_fillers(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_without_fillers(entry) for entry in value]
+        return [without_fillers(entry) for entry in value]
     return value
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+import numpy
+
 from montessori.errors import DataError
+from montessori.files import without_fillers
 from montessori.wording import short
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -23,6 +27,13 @@ SPEAKERS = {
 
 # By which a message says whether it enters the loss: OpenAI, ms-swift and AgentInstruct, Axolotl.
 LABEL_KEYS = ("weight", "loss", "train", "training")
+_SPANS = "label parts of a message by giving input_ids and labels, or remove it"
+# What would change the text or its labels, and how to say it otherwise.
+UNREAD_KEYS = {
+    "function_call": "write it as tool_calls",
+    "train_detail": _SPANS,
+    "training_detail": _SPANS,
+}
 
 
 def read_messages(messages: object, column: str, where: str, needs_answer: bool) -> list[dict[str, Any]]:
@@ -48,9 +59,14 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
         message = _from_sharegpt(message, where)
     if not isinstance(message, dict) or "role" not in message:
         raise DataError(f"{where}: expected a dict with role and content, got {short(message)}")
+    message = {key: without_fillers(value) for key, value in message.items() if key == "content" or value is not None}
+    check_unicode(message, where)
     role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise DataError(f"{where}: expected a role of {', '.join(ROLES)}, got {short(role)}")
+    for key in UNREAD_KEYS:
+        if message.get(key):
+            raise DataError(f"{where}: {key} is not read; {UNREAD_KEYS[key]}")
     calls = called_functions(message, where) if role == "assistant" else []
     if calls and content is None:
         return message
@@ -62,7 +78,6 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     elif not isinstance(content, str):
         raise DataError(f"{where}: expected a text as content, got {short(content)}")
     text = joined(content)
-    check_unicode(text, where)
     if role == "assistant" and not calls and not text.strip():
         raise DataError(f"{where}: expected a non-empty answer of the assistant, got {short(content)}")
     return message
@@ -104,7 +119,7 @@ def labelled_turns(messages: Sequence[Mapping[str, Any]], where: str) -> list[in
             continue
         said = {key: message[key] for key in LABEL_KEYS if message.get(key) is not None}
         for key, value in said.items():
-            if not isinstance(value, bool | int | float) or value not in (0, 1):
+            if not isinstance(value, Real | numpy.bool_) or value not in (0, 1):
                 raise DataError(
                     f"{where}: message {turn}: expected {key} of 0 or 1 (false or true), got {short(value)}; the loss "
                     f"is the mean over labelled tokens, a message is in it or not"
@@ -127,11 +142,19 @@ def called_functions(message: Mapping[str, Any], where: str) -> list[str]:
     return names
 
 
-def check_unicode(text: str, where: str) -> None:
-    """Raise DataError for a text that holds half of a character, as a cut in the middle of one leaves it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: character {error.start} is half of a surrogate pair, a character cut in two; remove it"
-        ) from error
+def check_unicode(value: object, where: str) -> None:
+    """Raise DataError for a text, or one in nested values, that holds half of a character, as a cut leaves it."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: character {error.start} is half of a surrogate pair, a character cut in two; remove it"
+            ) from error
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            check_unicode(key, where)
+            check_unicode(entry, f"{where}: {key}")
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            check_unicode(entry, where)

@@ -1,5 +1,9 @@
 """What the columns of a row say, and one line for those that say it wrongly."""
 
+import json
+
+import datasets
+import numpy
 import pytest
 import torch
 
@@ -43,6 +47,9 @@ def malformed(row):
         {"question": "hi", "answer": "hello", "context": None},
         {"question": "hi", "response": "hello", "answer": "another"},
         {"problem": "hi", "solution": "hello", "answer": "another"},
+        {"question": "hi", "solution": "hello", "answer": "another"},
+        {"conversations": TURNS, "instruction": "hi", "response": "another"},
+        {"instruction": "hi", "response": "hello", "question": "", "answer": ""},
     ],
 )
 def test_every_set_of_columns_is_a_conversation(row):
@@ -97,8 +104,10 @@ def test_earlier_turns_come_before_the_question_and_are_labelled():
         "Be brief.", "one", "two", "three", "four", "hi", "hello"
     ]  # fmt: skip
     assert [read.messages[turn]["role"] for turn in read.labelled] == ["assistant"] * 3
-    for nothing in (None, [], ""):
+    for nothing in (None, [], "", "[]"):
         assert chat({"instruction": "hi", "output": "hello", "history": nothing}).messages == TURNS
+    of_csv = {"instruction": "hi", "output": "hello", "history": json.dumps(history), "system": "Be brief."}
+    assert chat(of_csv).messages == read.messages
     for wrong in ([["one"]], "one", [{"a": "b"}], ["ab"]):
         assert malformed({"instruction": "a", "output": "b", "history": wrong}).startswith("expected pairs of a ques")
     wrong = malformed({"instruction": "a", "output": "b", "history": [["one", ""]]})
@@ -106,7 +115,9 @@ def test_earlier_turns_come_before_the_question_and_are_labelled():
 
 
 @pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
-@pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0), (False, None)])
+@pytest.mark.parametrize(
+    ("no", "yes"), [(0, 1), (False, True), (0.0, 1.0), (False, None), (numpy.int64(0), numpy.True_), (numpy.False_, 1)]
+)
 def test_a_message_may_say_that_it_is_not_trained(key, no, yes):
     said = [{**message, key: value} for message, value in zip([*TURNS, *TURNS], (None, no, 0, yes), strict=True)]
     assert chat({"messages": said}).labelled == (3,)
@@ -119,13 +130,60 @@ def test_a_message_may_say_that_it_is_not_trained(key, no, yes):
         )
 
 
+def test_tools_beside_texts_are_told_and_a_column_of_another_meaning_is_not():
+    tools = [{"name": "add", "default": None}]
+    row = {"query": "hi", "response": "hello"}
+    for given in (tools, json.dumps(tools)):
+        assert chat({**row, "tools": given}).variables == {"tools": [{"name": "add"}]}
+        with pytest.raises(DataError, match=r"^rows 3: chat_template=.none. has no place for column tools"):
+            read_text({**row, "tools": given}, ("query", "response"), 3, "rows 3")
+    for other in (["hammer"], "a hammer", 5):
+        assert chat({**row, "tools": other}).variables == {}
+        assert read_text({**row, "tools": other}, ("query", "response"), 3, "rows 3").labelled == "hello"
+
+
+def test_what_a_table_fills_structs_with_is_no_part_of_a_row_in_memory_either():
+    def call(**arguments):
+        return {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}
+
+    tools = [{"name": "f", "a": {"type": "string"}}, {"name": "g", "b": None}]
+    rows = [{"messages": [USER, call(a=1)], "tools": tools[:1]}, {"messages": [USER, call(b="x")], "tools": tools[1:]}]
+    table = datasets.Dataset.from_list(rows)
+    for given, listed in zip(rows, list(table), strict=True):
+        assert "None" in str(listed)
+        assert "None" not in str(chat(listed))
+        assert chat(listed).messages == chat(given).messages
+        assert chat(listed).variables == chat(given).variables
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"content": "a", "function_call": {"name": "f"}}, "function_call is not read; write it as tool_calls"),
+        ({"content": "a", "train_detail": [{"end_offset": 4}]}, "train_detail is not read; label parts of a message"),
+        ({"content": "a", "reasoning_content": "x\ud83d"}, "reasoning_content: character 1 is half of a surrogate"),
+        ({"content": "", "tool_calls": [{"name": "\ud83d"}]}, "tool_calls: name: character 0 is half of a surrogate"),
+    ],
+)
+def test_what_would_be_lost_in_a_message_is_an_error(message, says):
+    assert malformed({"messages": [USER, {"role": "assistant", **message}]}).startswith(
+        f"message 1 of column messages: {says}"
+    )
+
+
+def test_half_of_a_character_in_what_a_template_is_told_is_an_error():
+    assert malformed({"messages": TURNS, "tools": [{"name": "\ud83d"}]}) == (
+        "tools: name: character 0 is half of a surrogate pair, a character cut in two; remove it"
+    )
+
+
 @pytest.mark.parametrize("column", ["image", "images", "video", "audios", "pixel_values"])
 @pytest.mark.parametrize("row", [{"messages": TURNS}, {"input_ids": [1, 2], "labels": [1, 2]}, {"text": "a"}])
 def test_a_row_that_is_about_more_than_text_is_an_error(row, column):
-    for filled in ("cat.png", [b"\x89PNG"], {"bytes": b""}, object(), torch.zeros(3)):
+    for filled in ("cat.png", [b"\x89PNG"], {"bytes": b"a", "path": None}, object(), torch.zeros(3)):
         with pytest.raises(DataError, match=f"^rows 3: expected text alone, got column {column}; leave the row out"):
             column_set({**row, column: filled}, "rows 3")
-    for nothing in (None, [], "", " "):
+    for nothing in (None, [], "", " ", "[]", [None], {"bytes": None, "path": None}, False, 0):
         assert column_set({**row, column: nothing}, "rows 3")
 
 
@@ -161,9 +219,9 @@ def test_tools_that_are_no_list_of_schemas_are_an_error(tools):
 def test_missing_columns_are_named():
     message = malformed({"instruction": "a", "answer": "b"})
     expected = (
-        "input_ids + labels or input_ids + completion_mask or input_ids + assistant_masks or messages or prompt + "
-        "completion or instruction + response or conversations or instruction + output or prompt + response or query "
-        "+ response or question + response or question + answer or problem + solution or text"
+        "input_ids + labels or input_ids + completion_mask or input_ids + assistant_masks or messages or conversations "
+        "or prompt + completion or instruction + response or instruction + output or prompt + response or query + "
+        "response or question + response or question + solution or question + answer or problem + solution or text"
     )
     assert message == f"expected the columns {expected}, got instruction, answer"
     assert malformed({}).endswith("got none")

@@ -223,6 +223,7 @@ def test_what_a_table_fills_in_is_not_told_to_the_template(tmp_path):
         ({"conversations": [{"from": "human", "value": "a"}]}, True),
         ({"input_ids": [1, 2], "labels": [1, 2]}, True),
         ({"messages": [{"prompt": "a", "completion": "b"}]}, False),
+        ({"question": "a.jsonl", "answer": "b.jsonl"}, False),
         ({"prompt": [{"messages": []}], "completion": [{"instruction": "a", "response": "b"}]}, False),
         ({"train": [{"prompt": "a", "completion": "b"}]}, False),
     ],

@@ -102,14 +102,17 @@ def test_masks_of_trl_say_which_token_ids_are_labelled():
     rows = [
         {"input_ids": ids, "completion_mask": first},
         {"input_ids": ids, "assistant_masks": second, "completion_mask": first, "text": "another"},
-        {"input_ids": ids, "labels": [-100, -100, 6, 7], "assistant_masks": second},
+        {"input_ids": ids, "labels": ids, "assistant_masks": second},
         {"input_ids": ids, "labels": None, "completion_mask": first, "attention_mask": [0, 1, 1, 1]},
         {"input_ids": ids, "labels": ids, "completion_mask": None},
     ]
     labels = [example.labels.tolist() for example in encode(rows, None).examples]
-    assert labels == [[-100, 5, 6, 7], [-100, 5, -100, 7], [-100, -100, -100, 7], [5, 6, 7], ids]
+    assert labels == [[-100, 5, 6, 7], [-100, 5, -100, 7], ids, [5, 6, 7], ids]
     short = fault([{"input_ids": ids, "completion_mask": [1, 1]}], None)
     assert short == "candidates, row 0: expected completion_mask of the length of input_ids, got shapes [2] and [4]"
+    packed = fault([{"input_ids": ids, "labels": ids, "seq_lengths": [2, 2]}], None)
+    assert packed.startswith("candidates, row 0: expected seq_lengths of one text, or none; packed texts are not kept")
+    assert len(encode([{"input_ids": ids, "labels": ids, "seq_lengths": [4]}], None).examples) == 1
     wrong = fault([{"input_ids": ids, "assistant_masks": [0, 1, 2, 0]}], None)
     assert wrong == "candidates, row 0: expected assistant_masks to be 0 and 1, got other values"
 

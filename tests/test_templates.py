@@ -240,4 +240,61 @@ def test_a_generation_block_serves_where_cutting_does_not(tokenizer):
     example = one({"messages": TURNS}, tokenizer, chat_template=rewriting)
     assert runs(example, tokenizer) == ["It is four.<|im_end|>", "Six.<|im_end|>"]
     row = {"prompt": TURNS[:2], "completion": TURNS[2:]}
-    assert "rewrites the prompt" in fault([row], tokenizer, chat_template=rewriting)
+    assert runs(one(row, tokenizer, chat_template=rewriting), tokenizer) == ["Six.<|im_end|>"]
+    messages = [{**message, "weight": turn == 1} for turn, message in enumerate(TURNS)]
+    example = one({"messages": messages}, tokenizer, chat_template=rewriting)
+    assert runs(example, tokenizer) == ["It is four.<|im_end|>"]
+    marks_last = rewriting.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    assert "writes turns otherwise once others follow" in fault([row], tokenizer, chat_template=marks_last)
+
+
+ANSWERED = (
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.tool_calls %}{{ '<call>' + m.tool_calls[0].name }}"
+    "{% for t in messages[loop.index:] %}{{ t.content if t.role == 'tool' }}{% endfor %}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_what_a_function_returned_has_no_label_where_a_template_writes_it_into_the_call(tokenizer):
+    call = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    messages = [USER, call, {"role": "tool", "content": "It is 4."}, {"role": "assistant", "content": "Four."}]
+    said = fault([{"messages": messages}], tokenizer, chat_template=ANSWERED)
+    assert "writes what a function returned into a turn of the assistant at message 2" in said
+    apart = [messages[0], {**call, "weight": 0}, *messages[2:]]
+    assert runs(one({"messages": apart}, tokenizer, chat_template=ANSWERED), tokenizer) == ["Four.<|im_end|>"]
+
+
+CHANNELS = (
+    "{% for m in messages %}{% if m.thinking and loop.last %}"
+    "{{ '<|im_start|>assistant<think>' + m.thinking + '<|im_end|>' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '<say>' + m.content + ('END' if loop.last else '<|im_end|>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
+
+def test_a_turn_begins_with_the_first_of_its_channels(tokenizer):
+    messages = [*TURNS[:3], {**TURNS[3], "thinking": "Hm."}]
+    example = one({"messages": messages}, tokenizer, chat_template=CHANNELS)
+    assert runs(example, tokenizer) == [
+        "<say>It is four.<|im_end|>",
+        "<think>Hm.<|im_end|><|im_start|>assistant<say>Six.END",
+    ]
+
+
+NO_THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ '<think>' + (m.reasoning_content or '') + '</think>' if m.role == 'assistant' }}"
+    "{{ m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think></think>' }}{% endif %}"
+)
+
+
+def test_thoughts_beside_the_content_are_labelled_as_those_in_it_are(tokenizer):
+    answer = {"role": "assistant", "content": "Four.", "reasoning_content": "Hm."}
+    example = one({"messages": [USER, answer]}, tokenizer, chat_template=NO_THINKING)
+    assert runs(example, tokenizer) == ["<think>Hm.</think>Four.<|im_end|>"]
+    del answer["reasoning_content"]
+    example = one({"messages": [USER, answer]}, tokenizer, chat_template=NO_THINKING)
+    assert runs(example, tokenizer) == ["Four.<|im_end|>"]
