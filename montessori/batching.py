@@ -107,8 +107,8 @@ def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "ca
     ordered = sorted(examples, key=lambda example: (-example.num_tokens, example.index))
     if ordered and ordered[0].num_tokens > batch_tokens:
         raise ResourceError(
-            f"{name} row {ordered[0].index} has {ordered[0].num_tokens} tokens, more than "
-            f"batch_tokens={batch_tokens}: raise batch_tokens or lower max_length"
+            f"{name} row {ordered[0].index} has {ordered[0].num_tokens} tokens, more than batch_tokens={batch_tokens}: "
+            "raise batch_tokens, or cut long examples with max_length and truncation='right'"
         )
     batches: list[list[Example]] = []
     real = 0

@@ -19,12 +19,12 @@ from montessori.encoding import INVALID_ROWS, TRUNCATIONS, encode_rows
 from montessori.errors import ArgumentError, MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
 from montessori.loop.training_commands import STAGE_COMMANDS
-from montessori.models import check_token_ids, load_model
-from montessori.options import METHODS, REFERENCE_DTYPES, default_max_length
+from montessori.models import check_checkpoint, check_token_ids, load_model
+from montessori.options import METHODS, REFERENCE_DTYPES, check_positions, default_max_length
 from montessori.referenceset import WEIGHTINGS
 from montessori.runs import BACKENDS, DTYPES, ScoreSettings
 from montessori.scores import Scores
-from montessori.warmup import RECORD_FILE
+from montessori.warmup import RECORD_FILE, check_training
 from montessori.warmup import warmup as run_warmup
 from montessori.writing import write_json
 
@@ -51,6 +51,18 @@ class OutputFile(click.Path):
             option = "" if param is None else f"--{param.name} "
             raise ArgumentError(f"{option}{path}: expected a name that ends in {self.suffix}, which is what is written")
         return path
+
+
+class OutputFolder(click.Path):
+    """Path of a folder to write in, which an empty name, as of an unset variable, is not."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not os.fspath(value):
+            self.fail("expected a folder, got an empty name", param, ctx)
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
 class JsonObject(click.ParamType):
@@ -183,10 +195,13 @@ def _settings(values: dict[str, Any]) -> ScoreSettings:
 
 def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = None, **training: Any) -> Path:
     text = {"max_length": None, "truncation": "error", "split": "train", **(text or {})}
+    check_training(**{name: value for name, value in training.items() if name != "progress"})
+    check_checkpoint(student)
     rows = load_rows(data, split=text.pop("split"), name="data")
     # Before the model, which may take long to load.
     runs.check_writable(out / RECORD_FILE)
     model, tokenizer = load_model(student)
+    check_positions(model, text["max_length"] or 1)
     text["max_length"] = text["max_length"] or default_max_length(model)
     encoded = encode_rows(rows, tokenizer, name="data", **text)
     check_token_ids(model, encoded.examples, rows)
@@ -224,9 +239,7 @@ def cli() -> None:
 @cli.command()
 @click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name.")
 @click.option("--data", required=True, help="JSONL or Parquet file, dataset directory or hub name.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Directory of the checkpoints."
-)
+@click.option("--out", required=True, type=OutputFolder(), help="Directory of the checkpoints.")
 @click.option("--learning-rate", type=POSITIVE, default=5e-6, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option("--per-device-train-batch-size", type=click.IntRange(min=1), default=4, show_default=True)

@@ -15,7 +15,7 @@ from montessori.wording import one_line, short
 
 # Arguments of apply_chat_template that say how a text is rendered, not what the template is told.
 _RENDERING = frozenset({
-    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
 })  # fmt: skip
@@ -86,7 +86,7 @@ def column_set(row: object, where: str) -> tuple[str, ...]:
             )
     # A table of mixed rows holds None in the columns that a row does not use, so filled columns come
     # first; a set of which a value is None is still the best address for the error.
-    filled = {key for key in row if row[key] is not None and row[key] != ""}
+    filled = {key for key, value in row.items() if value is not None and not (isinstance(value, str) and not value)}
     for columns in COLUMN_SETS:
         if filled.issuperset(columns):
             return columns

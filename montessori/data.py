@@ -77,6 +77,8 @@ def load_rows(
 
 
 def _from_name(source: str | os.PathLike, split: str) -> Rows:
+    if not str(source):
+        raise DataError(f"expected {SUPPORTED}, or the name of a dataset on the hub, got an empty name")
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         return _from_saved(path, split) if any((path / file).is_file() for file in _SAVED) else read_folder(path)

@@ -120,7 +120,7 @@ class InfluenceEstimator:
         loss_fn: LossFunction = response_loss,
         reference_loss_fn: LossFunction = response_loss,
     ) -> None:
-        check_kinds(model, tokenizer, reference_batch_tokens)
+        check_kinds(model, tokenizer, reference_batch_tokens, lr)
         self.model = model = unwrapped(model)
         validate_model(model)
         self.options = Options(
@@ -141,7 +141,7 @@ class InfluenceEstimator:
             check_memory(model)
         check_positions(model, self.options.max_length)
         if sample < 1:
-            check_sampling(model, backend)
+            check_sampling(model)
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
         # What labels are is up to a loss of the user's own.
         self._reader = RowReader(model, tokenizer, self.options, loss_fn is response_loss)
@@ -199,6 +199,8 @@ class InfluenceEstimator:
         the candidates: all call this, each with a journal of its own, and return all scores. `pilot_rows`: what
         the pilot examples are chosen from, if not these candidates: one anchor for rows of several calls.
         """
+        if journal is not None and not isinstance(journal, ScoreJournal):
+            raise ArgumentError(f"journal: expected a ScoreJournal, got {type(journal).__name__}: ScoreJournal(path)")
         encoded = self._reader.read(candidates, "candidates")
         pilot = self._pilot(encoded if pilot_rows is None else self._reader.read(pilot_rows, "pilot_rows"))
         size = batch_tokens if self.options.method != "exact" else max(e.num_tokens for e in encoded.examples)
@@ -215,6 +217,8 @@ class InfluenceEstimator:
 
         The sample is spread evenly over the candidates in an order given by their content.
         """
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise ArgumentError(f"k={k!r}: expected a number of candidates")
         encoded = self._reader.read(candidates, "candidates")
         sample = spread(encoded.examples, k)
         if len(sample) < 2:

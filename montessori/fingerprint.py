@@ -92,8 +92,8 @@ def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, or of the names and contents of all files below a directory."""
-    path = Path(path)
+    """SHA-256 of a file, or of the names and contents of all files below a directory, with the base of an adapter."""
+    path = Path(path).expanduser()
     files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
     if not files:
         raise ArgumentError(f"{path}: expected a file, or a directory that holds files")
@@ -103,7 +103,21 @@ def content_digest(path: str | os.PathLike[str]) -> str:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
+    base = _local_base(path)
+    if base is not None:
+        digest.update(content_digest(base).encode())
     return digest.hexdigest()
+
+
+def _local_base(adapter: Path) -> Path | None:
+    """The directory of the model that an adapter of PEFT is for; None for one on the hub and for what is no adapter."""
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = Path(name).expanduser()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    inside = adapter.resolve() in (base.resolve(), *base.resolve().parents)
+    return base if base.is_dir() and not inside else None
 
 
 def check_outside(

@@ -62,6 +62,8 @@ def check_checkpoint(name_or_path: str | os.PathLike[str]) -> None:
     """Raise ModelError for a path where no checkpoint is; what may be a name on the hub is not looked up."""
     name = str(name_or_path)
     directory = Path(name).expanduser()
+    if not name:
+        raise ModelError("expected the name or directory of a model, got an empty name")
     if _is_demo(name):
         return
     if directory.is_dir():

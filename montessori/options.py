@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Options:
             raise ArgumentError(f"pilot={self.pilot!r}: expected a number of examples, 0 for the step with g = 0")
         if self.max_grad_norm is not None and not (_is_number(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ArgumentError(f"max_grad_norm={self.max_grad_norm!r}: expected a positive number, or None")
-        check_method(self.method, self.sample, self.reference_dtype)
+        check_method(self.method, self.sample, self.reference_dtype, self.backend)
         if self.truncation not in TRUNCATIONS:
             raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
         if self.invalid_rows not in INVALID_ROWS:
@@ -54,14 +55,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_method(method: str, sample: float, reference_dtype: str) -> None:
-    """Raise ArgumentError for a method that is none, or that cannot go with the other two."""
+def check_method(method: str, sample: float, reference_dtype: str, backend: str) -> None:
+    """Raise ArgumentError for a method that is none, or for what cannot go together."""
     if method not in METHODS:
         raise ArgumentError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     if not (_is_number(sample) and 0 < sample <= 1):
         raise ArgumentError(f"sample={sample!r}: expected a share of the weights' tiles, 0 < sample <= 1")
     if sample < 1 and method == "exact":
         raise ArgumentError(f"sample={sample}: method='exact' takes real steps, which cannot be sampled")
+    if sample < 1 and backend not in ("auto", "cpu"):
+        raise ArgumentError(f"backend={backend!r} with sample < 1: expected 'auto' or 'cpu', nothing else can sample")
     if reference_dtype not in REFERENCE_DTYPES:
         raise ArgumentError(f"reference_dtype={reference_dtype!r}: expected one of {', '.join(REFERENCE_DTYPES)}")
     if reference_dtype == "model" and method != "first_order":
@@ -71,8 +74,8 @@ def check_method(method: str, sample: float, reference_dtype: str) -> None:
         )
 
 
-def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object) -> None:
-    """Raise ArgumentError for a name in the place of what it names, and for a number of tokens that is none."""
+def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object, lr: object) -> None:
+    """Raise ArgumentError for a name in the place of what it names, and for numbers that are none."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}; load it first, for example with "
@@ -83,6 +86,8 @@ def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object
             f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}; load it first with "
             "AutoTokenizer.from_pretrained"
         )
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real)):
+        raise ArgumentError(f"lr={lr!r}: expected one number for all groups, or None for the optimizer's own")
     if isinstance(reference_batch_tokens, bool) or not isinstance(reference_batch_tokens, int):
         raise ArgumentError(f"reference_batch_tokens={reference_batch_tokens!r}: expected a number of tokens")
     if reference_batch_tokens < 1:
@@ -108,10 +113,8 @@ def _position_tables(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
             yield name, module
 
 
-def check_sampling(model: nn.Module, backend: str) -> None:
+def check_sampling(model: nn.Module) -> None:
     """Raise ArgumentError unless the compiled CPU kernels, which alone can sample, take this model's weights."""
-    if backend not in ("auto", "cpu"):
-        raise ArgumentError(f"backend={backend!r} with sample < 1: expected 'auto' or 'cpu', nothing else can sample")
     reason = cpu.unsupported(*model.parameters())
     if reason is not None:
         raise ArgumentError(f"sample < 1 needs the compiled CPU kernels: {reason}; pass sample=1")

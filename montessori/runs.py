@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import platform
 import sys
@@ -17,13 +18,13 @@ from rich.table import Table
 from montessori import ops, processes
 from montessori.agreement import Agreement
 from montessori.data import Rows, load_rows, one_line
-from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError
+from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError, StateError
 from montessori.estimator import InfluenceEstimator
 from montessori.fingerprint import check_outside, content_digest, installed, rows_digest
 from montessori.inspection import agreement_table
 from montessori.journal import ScoreJournal
-from montessori.models import load_model
-from montessori.options import resolve_device
+from montessori.models import check_checkpoint, load_model
+from montessori.options import DEFAULT_MAX_LENGTH, Options, resolve_device
 from montessori.scores import Audit, Scores
 from montessori.writing import write_json
 
@@ -79,9 +80,8 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
     Raises MontessoriError.
     """
     check_audit(audit)
-    if settings.dtype not in DTYPES:
-        raise ArgumentError(f"dtype={settings.dtype!r}: expected one of {', '.join(DTYPES)}")
-    ops.check_impl(settings.backend, "--backend")
+    check_settings(settings)
+    _check_places(settings)
     device = resolve_device(settings.device, "--device")
     candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
     check_audit(audit, len(candidates))
@@ -110,6 +110,49 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
     return Workbench(estimator, candidates)
 
 
+def check_settings(settings: ScoreSettings) -> None:
+    """What can be seen without a model and rows, before files are digested and the model is loaded, which take long.
+
+    Raises ArgumentError.
+    """
+    if settings.dtype not in DTYPES:
+        raise ArgumentError(f"dtype={settings.dtype!r}: expected one of {', '.join(DTYPES)}")
+    ops.check_impl(settings.backend, "--backend")
+    resolve_device(settings.device, "--device")
+    if settings.lr is not None and not 0 <= settings.lr < math.inf:
+        raise ArgumentError(f"lr={settings.lr}: expected a positive number, or none for the optimizer's own")
+    for option, value in {
+        "student": settings.student,
+        "optimizer": settings.optimizer,
+        "candidates": settings.candidates,
+    }.items():
+        if not value:
+            raise ArgumentError(f"--{option}: expected a path or a name, got an empty one")
+    Options(
+        method=settings.method,
+        backend=settings.backend,
+        pilot=settings.pilot,
+        max_grad_norm=settings.max_grad_norm,
+        reference_weighting=settings.reference_weighting,
+        max_length=DEFAULT_MAX_LENGTH if settings.max_length is None else settings.max_length,
+        truncation=settings.truncation,
+        chat_template=settings.chat_template,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        sample=settings.sample,
+        reference_dtype=settings.reference_dtype,
+        invalid_rows=settings.invalid_rows,
+    )
+
+
+def _check_places(settings: ScoreSettings) -> None:
+    """Raise ModelError or StateError for a path without a checkpoint."""
+    check_checkpoint(settings.student)
+    if not Path(settings.optimizer).expanduser().exists():
+        raise StateError(
+            f"--optimizer {settings.optimizer}: no such directory; expected a checkpoint with the optimizer's state"
+        )
+
+
 def check_audit(size: int, num_candidates: int | None = None) -> None:
     """Raise ArgumentError unless an audit of `size` candidates, 0 for none, has two of them to compare."""
     if size < 0 or size == 1:
@@ -127,7 +170,9 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
     and for an audit of fewer than 2.
     """
     check_audit(audit)
+    check_settings(settings)
     check_out(settings, out)
+    _check_places(settings)
     config_path = out.with_name(out.name + ".config.json")
     own = f".{processes.rank()}" if processes.rank() else ""
     journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
@@ -291,11 +336,15 @@ def _inputs(settings: ScoreSettings) -> dict[str, str]:
     """Digests of what the settings name: a file that changed under its name is another one."""
     references = _load_references(settings)
     sets = references if isinstance(references, dict) else {"reference": references}
-    models = {"student": settings.student, "optimizer": settings.optimizer}
+    named = {"student": settings.student, "optimizer": settings.optimizer}
+    if settings.chat_template is not None and settings.chat_template.endswith(".jinja"):
+        named["chat template"] = settings.chat_template
+    there = {name: place for name, path in named.items() if (place := Path(path).expanduser()).exists()}
+    digests = {place: content_digest(place) for place in dict.fromkeys(there.values())}
     return {
         "candidates": rows_digest(load_rows(settings.candidates, split=settings.split, name="candidates")),
         **{f"reference {name}": rows_digest(rows) for name, rows in sets.items()},
-        **{name: content_digest(path) for name, path in models.items() if Path(path).is_dir()},
+        **{name: digests[place] for name, place in there.items()},
     }
 
 

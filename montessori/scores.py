@@ -90,12 +90,16 @@ class Scores:
             "num_label_tokens": self.num_label_tokens,
             "status": self.status.astype(object),
         }
+        # Of each invalid row; what stands in the metadata must stay small.
+        reasons = self.info.get("invalid", {})
+        if reasons:
+            columns["reason"] = pa.array([reasons.get(str(row)) for row in range(len(self))], pa.string())
         scalars = {
             "drift": np.asarray(self.drift).tolist(),
             "reference_loss": np.asarray(self.reference_loss).tolist(),
             "names": list(self.names),
             "method": self.method,
-            "info": self.info,
+            "info": {key: value for key, value in self.info.items() if key != "invalid"},
         }
         table = pa.table(columns)
         return table.replace_schema_metadata({_METADATA_KEY: json.dumps(scalars, sort_keys=True).encode()})
@@ -137,6 +141,12 @@ class Scores:
     @classmethod
     def _of_table(cls, table: pa.Table, scalars: dict[str, Any]) -> Scores:
         names = tuple(scalars["names"])
+        info = scalars["info"]
+        if "reason" in table.column_names:
+            found = enumerate(table["reason"].to_pylist())
+            info["invalid"] = {str(row): reason for row, reason in found if reason is not None}
+        elif "invalid" not in info:
+            info["invalid"] = {}
         column = {name: table[name].to_numpy() for name in table.column_names}
         several = "influence" not in column
 
@@ -153,7 +163,7 @@ class Scores:
             reference_loss=np.array(scalars["reference_loss"]) if several else scalars["reference_loss"],
             names=names,
             method=scalars["method"],
-            info=scalars["info"],
+            info=info,
             standard_error=quantity("standard_error") if any(c.startswith("standard_error") for c in column) else None,
         )
 

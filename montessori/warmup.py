@@ -78,9 +78,19 @@ def warmup(
     run, ResourceError when it cannot be written.
     """
     path = Path(output_dir)
-    _check_inputs(model, examples, batch_size, per_device_train_batch_size)
-    _check_schedule(learning_rate, num_train_epochs, max_steps, max_grad_norm)
-    _check_numbers(weight_decay, seed)
+    if not examples:
+        raise DataError("examples: expected at least one example to warm up on, got none")
+    check_training(
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        per_device_train_batch_size=per_device_train_batch_size,
+        num_train_epochs=num_train_epochs,
+        max_steps=max_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+    )
+    check_float32(model)
     settings: dict[str, Any] = {
         "learning_rate": learning_rate,
         "per_device_train_batch_size": per_device_train_batch_size,
@@ -103,27 +113,30 @@ def warmup(
     return _finish(path, model, total_steps)
 
 
-def _check_inputs(model: nn.Module, examples: Sequence[Example], batch_size: int, per_device: int) -> None:
-    if not examples:
-        raise DataError("examples: expected at least one example to warm up on, got none")
-    for name, value in (("batch_size", batch_size), ("per_device_train_batch_size", per_device)):
+def check_training(
+    *,
+    learning_rate: float,
+    batch_size: int,
+    per_device_train_batch_size: int,
+    num_train_epochs: float,
+    max_steps: int,
+    weight_decay: float,
+    max_grad_norm: float | None,
+    seed: int,
+) -> None:
+    """Raise ArgumentError for numbers that no warm-up can have."""
+    for name, value in (("batch_size", batch_size), ("per_device_train_batch_size", per_device_train_batch_size)):
         if value < 1:
             raise ArgumentError(f"{name}={value}: expected a positive number of examples")
-    check_batch_size(batch_size, per_device)
-    check_float32(model)
-
-
-def _check_schedule(learning_rate: float, epochs: float, max_steps: int, max_grad_norm: float | None) -> None:
+    check_batch_size(batch_size, per_device_train_batch_size)
     check_max_steps(max_steps)
     positive = {"learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
     if max_steps == -1:
-        positive["num_train_epochs"] = epochs
-    for name, value in positive.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ArgumentError(f"{name}={value}: expected a positive number")
-
-
-def _check_numbers(weight_decay: float, seed: int) -> None:
+        positive["num_train_epochs"] = num_train_epochs
+    for name, number in positive.items():
+        # The largest that torch's float32 arithmetic can hold is beyond any use.
+        if number is not None and not 0 < number < 1e30:
+            raise ArgumentError(f"{name}={number}: expected a positive number")
     if not (weight_decay >= 0 and math.isfinite(weight_decay)):
         raise ArgumentError(f"weight_decay={weight_decay}: expected 0 or a positive number")
     # What torch's and numpy's generators both take.

@@ -234,3 +234,9 @@ def make_student(directory):
         model, tokenizer, examples, directory, learning_rate=1e-3, batch_size=4,
         per_device_train_batch_size=4, max_steps=2, weight_decay=0.1, progress=False,
     )  # fmt: skip
+
+
+def options(student, files, /, **changes):
+    """Words of the command line that scores these files."""
+    chosen = {"student": student, "optimizer": student, **files, **changes}
+    return [word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", value)]

@@ -3,45 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-from support import CHATML, make_text_rows
+from support import CHATML, make_text_rows, options
 
-from montessori import Scores, cli, ops, runs
+from montessori import Scores, ops, runs
 from montessori.errors import ArgumentError
 from montessori.estimator import InfluenceEstimator
 from montessori.scorers import LinearScorer
-
-
-@pytest.fixture
-def files(tmp_path):
-    paths = {"candidates": tmp_path / "candidates.jsonl", "reference": tmp_path / "reference.jsonl"}
-    for seed, path in enumerate(paths.values()):
-        path.write_text("".join(json.dumps(row) + "\n" for row in make_text_rows(12, seed=seed)))
-    return paths
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line; returns its exit status, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["montessori", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
-
-
-def options(student, files, /, **changes):
-    chosen = {"student": student, "optimizer": student, **files, **changes}
-    return [word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", value)]
 
 
 def test_score_inspect_and_replay(run, student, files, tmp_path):
@@ -207,26 +176,6 @@ def test_a_warmup_that_cannot_run_says_so_in_one_line(run, student, files, tmp_p
     status, _, error = run("warmup", "--student", student, "--data", files["candidates"], *words)
     assert status == 2 and message in error and "Traceback" not in error
     assert not list(tmp_path.glob("w/checkpoint-*"))
-
-
-def test_finished_scores_are_not_overwritten_by_other_settings(run, student, files, tmp_path):
-    out = tmp_path / "scores.parquet"
-    assert run("score", *options(student, files), "--out", out, "--quiet")[0] == 0
-    before = out.read_bytes()
-    status, _, error = run("score", *options(student, files, method="first_order"), "--out", out, "--quiet")
-    assert status == 2 and "--fresh" in error
-    assert out.read_bytes() == before
-    status, *_ = run("score", *options(student, files, method="first_order"), "--out", out, "--quiet", "--fresh")
-    assert status == 0 and Scores.load(out).method == "first_order"
-
-
-def test_finished_scores_are_not_given_for_data_that_changed(run, student, files, tmp_path):
-    words = [*options(student, files), "--out", tmp_path / "scores.parquet", "--quiet"]
-    assert run("score", *words)[0] == 0
-    assert run("score", *words)[0] == 0
-    write(files["candidates"], "".join(json.dumps(row) + "\n" for row in make_text_rows(12, seed=7)))
-    status, _, error = run("score", *words)
-    assert status == 2 and "candidates changed since" in error and "--fresh" in error
 
 
 def test_a_run_leaves_no_journal_of_one_on_more_processes(run, student, files, tmp_path):

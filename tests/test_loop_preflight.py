@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from loop_models import make_config, make_settings
+from support import make_model
 
 from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.loop import round as loop
 from montessori.loop.preflight import check_config
+from montessori.loop.rows import length_limit
 from montessori.models import load_model
 from montessori.writing import write_jsonl
 
@@ -42,6 +45,15 @@ def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_written(key
         ({"engine": {"device": "toaster"}}, "engine.device=toaster: expected auto, cpu"),
         ({"score": {"backend": "abacus"}}, "score.backend='abacus': expected"),
         ({"train": {"chat_template": "nowhere.jinja"}}, "train.chat_template, .*student: .*nowhere.jinja"),
+        ({"train": {"report_to": ["abacus"]}}, "train.report_to=abacus: expected some of"),
+        ({"tune": {"report_to": ["clearml"]}}, "tune.report_to=clearml: it is not installed: pip install clearml"),
+        (
+            {"judge": {"model": "someone/judge", "engine": {"device": "toaster"}}, "signal": {"kind": "judge"}},
+            "judge.engine.device=toaster: expected auto, cpu",
+        ),
+        ({"score": {"sample": 0.5, "backend": "reference"}}, "backend='reference' with sample < 1"),
+        ({"signal": {"prefer": "low"}}, "prefer=low: expected kind=training_loss"),
+        ({"generate": {"filters": {"min_characters": 500}}}, "min_characters=500: expected at most max_characters=400"),
         ({"responses": {"chat_template": "none"}}, "responses.chat_template, .*teacher: .*none.*expected a template"),
     ],
 )
@@ -49,6 +61,25 @@ def test_what_a_late_stage_cannot_use_is_named_before_the_first(changes, message
     with pytest.raises(ArgumentError if "nowhere" not in message else DataError, match=message):
         loop.run(make_config(settings, **changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_template_of_the_judge_is_named_before_the_first_stage(settings, tmp_path):
+    judge = {"model": settings["student"], "chat_template": "nowhere.jinja"}
+    unused = make_config(settings, judge=judge)
+    check_config(unused)
+    with pytest.raises(DataError, match=r"judge\.chat_template, .*student: .*nowhere\.jinja"):
+        check_config(make_config(settings, judge=judge, signal={"kind": "judge"}))
+
+
+@pytest.mark.parametrize("section", ["warmup", "train", "tune", "score"])
+def test_more_tokens_than_a_model_has_positions_are_named_by_their_setting(section):
+    model = make_model("gpt2", torch.float32)
+    limit = model.config.max_position_embeddings
+    with pytest.raises(
+        ArgumentError, match=f"^{section}.max_length={limit + 1}: expected at most {limit}, the positions"
+    ):
+        length_limit(model, limit + 1, section)
+    assert length_limit(model, limit, section) == length_limit(model, None, section) == limit
 
 
 def test_a_tokenizer_that_ends_no_text_is_named_before_the_first_stage(settings, tmp_path):

@@ -158,3 +158,14 @@ def test_content_digest_sees_names_and_contents(tmp_path):
     (tmp_path / "b" / "w.bin").rename(tmp_path / "b" / "v.bin")
     with pytest.raises(ArgumentError, match="expected a file"):
         content_digest(tmp_path / "absent")
+
+
+def test_content_that_changed_is_named_by_its_settings(tmp_path):
+    with RunDirectory(tmp_path / "run") as run:
+        with run.stage("round_1/score", {"reference": "a" * 64}) as stage:
+            (stage.path / "some.jsonl").write_text("{}")
+        with (
+            pytest.raises(ArgumentError, match=r"with another reference \(other content: data.reference or data.refer"),
+            run.stage("round_1/score", {"reference": "b" * 64}),
+        ):
+            pass

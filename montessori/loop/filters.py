@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
+from typing_extensions import Self
 
 from montessori.errors import ResourceError
 from montessori.loop.section import Section
@@ -40,6 +41,14 @@ class FilterSettings(Section):
     no_leading_punctuation: bool = True
     no_leading_non_ascii: bool = True
     rouge: float = Field(default=0.7, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_characters > self.max_characters:
+            raise ValueError(
+                f"min_characters={self.min_characters}: expected at most max_characters={self.max_characters}"
+            )
+        return self
 
     @cached_property
     def _blocked(self) -> re.Pattern[str] | None:

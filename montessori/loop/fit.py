@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from montessori import processes
 from montessori.batching import Example
-from montessori.errors import ResourceError
+from montessori.errors import ArgumentError, ResourceError
 from montessori.loop.section import Section
 from montessori.models import copy_processor
 from montessori.training import (
@@ -92,6 +92,21 @@ class FitSettings(Section):
     def tokens(self, num_examples: int, tokens: int) -> int:
         """Tokens that a run trains on, of so many examples with `tokens` in all."""
         return tokens_trained(tokens, num_examples, self.batch_size, self.steps(num_examples))
+
+
+def check_reports(names: Sequence[str]) -> None:
+    """Raise ArgumentError for a tracker of experiments that transformers does not know or that is not installed."""
+    if set(names) <= {"none", "all"}:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ArgumentError(f"report_to={name}: expected some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        if name not in installed:
+            raise ArgumentError(f"report_to={name}: it is not installed: pip install {name}")
 
 
 def training_arguments(

@@ -15,9 +15,10 @@ from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.fingerprint import check_outside
 from montessori.loop import prompts
 from montessori.loop.config import Config
-from montessori.loop.engines import context_length, leaves_room
-from montessori.loop.fit import FitSettings
+from montessori.loop.engines import context_length, leaves_room, open_engine
+from montessori.loop.fit import FitSettings, check_reports
 from montessori.loop.heldout import encode_heldout
+from montessori.loop.judge import JudgeSettings
 from montessori.loop.prompts import instruction_text
 from montessori.loop.warmup import WarmupSettings
 from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
@@ -30,7 +31,7 @@ def check_config(config: Config) -> None:
     """Raise ModelError, DataError or ArgumentError for what a later stage would look for in vain.
 
     Checkpoints that are paths, chat templates of the models that read or write chats, devices, the backend,
-    batch sizes that the devices cannot share, numbers of steps.
+    the judge's engine, batch sizes that the devices cannot share, numbers of steps, trackers of experiments.
     """
     judge = None if config.judge is None else config.judge.model
     for name in (config.teacher, config.student, judge, config.evaluate.answers.opponent):
@@ -39,10 +40,14 @@ def check_config(config: Config) -> None:
     resolve_device(config.score.device, "score.device")
     resolve_device(config.engine.device, "engine.device")
     ops.check_impl(config.score.backend, "score.backend")
+    if config.judge is not None and _is_judged(config):
+        _check_judge(config.judge)
     for key, section in _trained(config):
         try:
             check_max_steps(section.max_steps)
             check_batch_size(section.batch_size, section.per_device_train_batch_size, count_devices())
+            if isinstance(section, FitSettings):
+                check_reports(section.report_to)
         except ArgumentError as error:
             raise ArgumentError(f"{key}.{error}") from error
     tokenizer = cache(_tokenizer)
@@ -60,6 +65,18 @@ def check_config(config: Config) -> None:
         loaded = tokenizer(name)
         if loaded is not None and loaded.pad_token is None and loaded.eos_token is None:
             raise ModelError(f"{name}: its tokenizer has neither pad_token nor eos_token to train with: set one")
+
+
+def _is_judged(config: Config) -> bool:
+    return config.signal.kind == "judge" or bool(config.evaluate.answers.count or config.evaluate.answers.questions)
+
+
+def _check_judge(judge: JudgeSettings) -> None:
+    resolve_device(judge.engine.device, "judge.engine.device")
+    try:
+        open_engine(judge.engine)
+    except ModelError as error:
+        raise ModelError(f"judge.{error}") from error
 
 
 def check_place(path: Path, config: Config) -> None:
@@ -114,6 +131,8 @@ def _chats(config: Config) -> Iterator[tuple[str, str, str | None]]:
     answers = config.evaluate.answers
     if answers.count or answers.questions:
         yield "evaluate.answers", config.student, answers.chat_template
+    if config.judge is not None and _is_judged(config):
+        yield "judge", config.judge.model, config.judge.chat_template
 
 
 def _trained(config: Config) -> Iterator[tuple[str, WarmupSettings | FitSettings]]:

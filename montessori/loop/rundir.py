@@ -25,6 +25,13 @@ DONE, INPUTS, COST, LOG = "DONE", "inputs.json", "cost.json", "log.txt"
 _DROPPED = ".dropped_"
 _SECONDS_BETWEEN_COSTS = 10
 LOGGER = logging.getLogger("montessori.loop")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+# Settings that say what the content of an input is.
+_CONTENT_OF = {
+    "reference": ": data.reference or data.reference_rows",
+    "evaluation": ": data.evaluation or data.evaluation_rows",
+    "held_out": ": data.reference, data.evaluation, or how many rows of them",
+}
 
 
 @dataclass
@@ -177,10 +184,14 @@ def _compare(path: Path, flat: dict[str, Any]) -> None:
     changed = sorted(key for key in {*before, *flat} if before.get(key) != flat.get(key))
     if changed:
         key = changed[0]
+        said = [before.get(key), flat.get(key)]
+        values = f"{said[0]!r}, now {said[1]!r}"
+        if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in said):
+            values = f"other content{_CONTENT_OF.get(key, '')}"
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         stage = f"{path.parent.name}/{path.name}"
         raise ArgumentError(
-            f"{path}: was made with another {key} ({before.get(key)!r}, now {flat.get(key)!r}){more}; "
+            f"{path}: was made with another {key} ({values}){more}; "
             f"use the same, another --out, or redo it and what comes after it: montessori run --from {stage}"
         )
 

@@ -13,7 +13,7 @@ from montessori.data import Rows
 from montessori.errors import ArgumentError, ResourceError
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
-from montessori.loop.rows import student_rows
+from montessori.loop.rows import length_limit, student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import check_method, resolve_device
@@ -41,7 +41,7 @@ class ScoreSettings(ChatSection):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_method(self.method, self.sample, self.reference_dtype)
+        check_method(self.method, self.sample, self.reference_dtype, self.backend)
         if self.max_length is not None and self.batch_tokens < self.max_length:
             raise ArgumentError(f"batch_tokens={self.batch_tokens}: expected at least max_length={self.max_length}")
         return self
@@ -59,7 +59,7 @@ def open_estimator(
         settings.method,
         settings.backend,
         tokenizer=tokenizer,
-        max_length=settings.max_length,
+        max_length=length_limit(model, settings.max_length, "score"),
         truncation="right",
         **settings.chat,
         pilot=settings.pilot,

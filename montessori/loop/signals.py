@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from pydantic import model_validator
+from typing_extensions import Self
 
 from montessori.errors import ArgumentError
 from montessori.loop.section import Section
@@ -23,6 +25,12 @@ class SignalSettings(Section):
 
     kind: Literal["influence", "training_loss", "judge", "random"] = "influence"
     prefer: Literal["high", "low"] = "high"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prefer == "low" and self.kind != "training_loss":
+            raise ValueError(f"prefer=low: expected kind=training_loss, which alone has two sides, got {self.kind}")
+        return self
 
 
 @dataclass(frozen=True)

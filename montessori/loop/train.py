@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from montessori.encoding import encode_rows
-from montessori.errors import DataError
 from montessori.loop.fit import FitSettings, finish, finished, fit_examples
-from montessori.loop.rows import student_rows
+from montessori.loop.rows import check_learnable, length_limit, student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
-from montessori.options import default_max_length
 from montessori.training import check_float32
 
 STUDENT = "student"
@@ -40,13 +38,11 @@ def run(
     encoded = encode_rows(
         rows,
         tokenizer,
-        max_length=settings.max_length or default_max_length(model),
+        max_length=length_limit(model, settings.max_length, "train"),
         truncation="right",
         **settings.chat,
     )
-    if not encoded.examples:
-        reasons = ", ".join(sorted(set(encoded.skipped.values())))
-        raise DataError(f"{data}: none of {len(rows)} rows has a token to learn ({reasons}): raise train.max_length")
+    check_learnable(encoded, data, "train")
     metrics = fit_examples(settings, model, tokenizer, encoded.examples, out, seed, progress)
     summary = {
         "num_examples": len(encoded.examples),

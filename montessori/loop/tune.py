@@ -29,9 +29,9 @@ from montessori.loop.fit import (
     run_trainer,
     training_arguments,
 )
+from montessori.loop.rows import length_limit
 from montessori.loop.section import Section
 from montessori.models import load_model
-from montessori.options import default_max_length
 from montessori.training import check_float32
 
 TEACHER = "teacher"
@@ -83,7 +83,7 @@ def run(
     if settings.lora is not None and hasattr(model, "merge_and_unload"):
         # New adapters go on the teacher as it is, which is also what DPO compares with.
         model = model.merge_and_unload()
-    limit = settings.max_length or default_max_length(model)
+    limit = length_limit(model, settings.max_length, "tune")
     encoded = encode_pairs(rows, tokenizer)
     kept = [pair for pair in encoded if _longest(pair) <= limit]
     if not kept:

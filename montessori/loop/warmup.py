@@ -13,10 +13,9 @@ from typing_extensions import Self
 
 from montessori import processes
 from montessori.encoding import encode_rows
-from montessori.loop.rows import student_rows
+from montessori.loop.rows import check_learnable, length_limit, student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
-from montessori.options import default_max_length
 from montessori.training import check_batch_size, list_checkpoints, step_of, tokens_trained
 from montessori.warmup import warmup
 from montessori.writing import write_json
@@ -61,10 +60,11 @@ def run(
     encoded = encode_rows(
         rows,
         tokenizer,
-        max_length=settings.max_length or default_max_length(model),
+        max_length=length_limit(model, settings.max_length, "warmup"),
         truncation="right",
         **settings.chat,
     )
+    check_learnable(encoded, data, "warmup")
     final = warmup(model, tokenizer, encoded.examples, out, seed=seed, progress=progress, **training)
     if processes.is_main():
         for earlier in list_checkpoints(out):
