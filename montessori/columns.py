@@ -27,6 +27,7 @@ COLUMN_SETS = (
     ("messages",),
     # Beside the first turn alone, in columns of other names.
     ("conversations",),
+    ("conversation",),
     ("prompt", "completion"),
     ("instruction", "response"),
     ("instruction", "output"),
@@ -134,7 +135,7 @@ def read_text(row: Mapping, columns: tuple[str, ...], index: int, where: str) ->
     Raises DataError if they are malformed, or messages, which have no text without a chat template.
     """
     *questions, answer = columns
-    if answer in ("messages", "conversations") or _holds_messages(row, columns):
+    if (not questions and columns != TEXT_COLUMNS) or _holds_messages(row, columns):
         raise DataError(
             f"{where}: chat_template='none' takes texts as they stand, got messages in column {columns[0]}; name a "
             f"chat template, or give prompt and completion as texts"

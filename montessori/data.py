@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 _ROW_COLUMNS = [
-    columns for columns in COLUMN_SETS if not {*columns} & {"query", "question", "problem", "answer", "solution"}
+    columns for columns in COLUMN_SETS if not {*columns} & {"conversation", "query", "question", "problem", "answer"}
 ]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 

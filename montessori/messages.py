@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -39,12 +40,15 @@ UNREAD_KEYS = {
 def read_messages(messages: object, column: str, where: str, needs_answer: bool) -> list[dict[str, Any]]:
     """The messages in `column` of the row at the address `where`, each with `role` and `content`.
 
-    ShareGPT's `from` and `value` become `role` and `content`. A content is a text, or a list of parts, each of
-    `type` "text" and `text` and nothing else.
+    ShareGPT's `from` and `value` become `role` and `content`; texts alone, as LIMA has them, are of the user and the
+    assistant in turn. A content is a text, or a list of parts, each of `type` "text" and `text` and nothing else.
     Raises DataError for anything else, and for no message of the assistant where one is needed.
     """
     if not isinstance(messages, list):
         raise DataError(f"{where}: expected a list of messages in column {column}, got {short(messages)}")
+    if messages and all(isinstance(message, str) for message in messages):
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
     read = [
         _read_message(message, f"{where}: message {number} of column {column}")
         for number, message in enumerate(messages)

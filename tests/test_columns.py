@@ -49,6 +49,8 @@ def malformed(row):
         {"problem": "hi", "solution": "hello", "answer": "another"},
         {"question": "hi", "solution": "hello", "answer": "another"},
         {"conversations": TURNS, "instruction": "hi", "response": "another"},
+        {"conversation": TURNS, "language": "another"},
+        {"conversations": ["hi", "hello"]},
         {"instruction": "hi", "response": "hello", "question": "", "answer": ""},
     ],
 )
@@ -220,8 +222,9 @@ def test_missing_columns_are_named():
     message = malformed({"instruction": "a", "answer": "b"})
     expected = (
         "input_ids + labels or input_ids + completion_mask or input_ids + assistant_masks or messages or conversations "
-        "or prompt + completion or instruction + response or instruction + output or prompt + response or query + "
-        "response or question + response or question + solution or question + answer or problem + solution or text"
+        "or conversation or prompt + completion or instruction + response or instruction + output or prompt + "
+        "response or query + response or question + response or question + solution or question + answer or "
+        "problem + solution or text"
     )
     assert message == f"expected the columns {expected}, got instruction, answer"
     assert malformed({}).endswith("got none")
