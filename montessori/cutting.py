@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from montessori.columns import Chat
@@ -18,6 +19,10 @@ _MARK = "montessori7c1e59turn{}end"
 _MARKS = re.compile(r"montessori7c1e59turn\d+end")
 # Generation prompts of reasoning models end with them, and the turns that they rewrite do not have them.
 _THOUGHTS = re.compile(r"<think>\s*(</think>\s*)?$")
+
+
+# Messages from which on turns are rendered in windows.
+LONG = 16
 
 
 class UncuttableError(DataError):
@@ -47,13 +52,65 @@ def cut(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
 
 
 def _cut_turn_by_turn(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
-    texts: list[str] = []
-    done, read = "", ""
+    if len(chat.messages) > LONG:
+        with suppress(DataError):
+            return _assembled(chat, template, special, _turns_by_window(chat, template))
+    return _assembled(chat, template, special, _turns(chat, template))
+
+
+def _turns(chat: Chat, template: Template) -> Iterator[tuple[int, str, str]]:
+    """Of each labelled turn, what is read since the one before, and what is written."""
+    done = ""
     for turn in _labelled(chat):
         before, after = text_of(chat, template, turn, add_generation_prompt=True), text_of(chat, template, turn + 1)
         if not before.startswith(done) or not after.startswith(before):
             raise _uncuttable(chat, turn, "rewrites earlier turns")
-        written = after[len(before) :]
+        yield turn, before[len(done) :], after[len(before) :]
+        done = after
+
+
+def _turns_by_window(chat: Chat, template: Template) -> Iterator[tuple[int, str, str]]:
+    """The same of each turn of the assistant, rendered after the first messages and the answer before alone.
+
+    Rendering all that comes before each turn takes a time that grows with their square. Where a window is written in
+    another way than the whole, the parts do not add up to it.
+    """
+    last = -1
+    for turn in _answers(chat):
+        recent = _recent(chat, turn)
+        # The answer before, with what stands before it.
+        known = recent[: len(recent) - (turn - last - 1)] if last >= 0 else []
+        done = template.text(known, chat.where, chat.variables) if known else ""
+        before = template.text(recent, chat.where, chat.variables, add_generation_prompt=True)
+        after = template.text([*recent, chat.messages[turn]], chat.where, chat.variables)
+        if not before.startswith(done) or not after.startswith(before):
+            raise _uncuttable(chat, turn, "rewrites earlier turns")
+        yield turn, before[len(done) :], after[len(before) :]
+        last = turn
+
+
+def _recent(chat: Chat, turn: int) -> list[dict[str, Any]]:
+    """What comes before `turn`: all of it, of a long conversation its beginning and what follows the answer before."""
+    answers = [answer for answer in _answers(chat) if answer < turn]
+    if len(chat.messages) <= LONG or not answers or answers[0] == 0:
+        return chat.messages[:turn]
+    return chat.messages[: answers[0]] + chat.messages[answers[-1] : turn]
+
+
+def _answers(chat: Chat) -> list[int]:
+    return [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
+def _assembled(chat: Chat, template: Template, special: re.Pattern, turns: Iterable[tuple[int, str, str]]) -> list[str]:
+    labelled = _labelled(chat)
+    texts: list[str] = []
+    done: list[str] = []
+    read = ""
+    for turn, asked, written in turns:
+        done += [asked, written]
+        if turn not in labelled:
+            read += asked + written
+            continue
         _check_written(chat, turn, written)
         content = _content(chat, turn)
         if "add_generation_prompt" not in template.source and not written.lstrip().startswith(content):
@@ -61,14 +118,12 @@ def _cut_turn_by_turn(chat: Chat, template: Template, special: re.Pattern) -> li
         place = written.find(content)
         tail = 0 if place < 0 else place + len(content)
         end = tail + _ending(special, written[tail:])
-        texts += [read + before[len(done) :], written[:end]]
-        done, read = after, written[end:]
-    if len(chat.messages) - 1 in chat.labelled:
-        return [*texts, read]
-    whole = text_of(chat, template)
-    if not whole.startswith(done):
+        texts += [read + asked, written[:end]]
+        read = written[end:]
+    whole, parts = text_of(chat, template), "".join(done)
+    if not whole.startswith(parts):
         raise _uncuttable(chat, len(chat.messages) - 1, "rewrites earlier turns")
-    return [*texts, read + whole[len(done) :]]
+    return [*texts, read + whole[len(parts) :]]
 
 
 def _cut_whole(chat: Chat, template: Template, special: re.Pattern) -> list[str]:
@@ -166,7 +221,9 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
     before = _content(chat, turn - 1)
     if (place := whole.find(before, earlier, begin)) >= 0:
         earlier = place + len(before)
-    read, asked = text_of(chat, template, turn), text_of(chat, template, turn, add_generation_prompt=True)
+    recent = _recent(chat, turn)
+    read = template.text(recent, chat.where, chat.variables)
+    asked = template.text(recent, chat.where, chat.variables, add_generation_prompt=True)
     header = asked[count_shared(read, asked) :]
     # It may end with what the content begins with, such as an opening mark of thoughts. A turn in several channels
     # holds it before each.
@@ -180,7 +237,7 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
         if not bare or (place := whole.find(bare, earlier, end)) < 0:
             raise _uncuttable(chat, turn, "does not go on from its generation prompt")
         return place + len(bare)
-    if shared < len(content) and turn == _last_answer(chat):
+    if shared < len(content) and turn == _answers(chat)[-1]:
         # Of earlier turns a template may leave the thoughts out, as it does when the model goes on from them.
         raise _uncuttable(chat, turn, "drops a part of the content")
     # The space before a word is part of its token.
@@ -197,7 +254,7 @@ def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern
 
     As the last message the turn ends in a way of its own; what it has in common with `tail` belongs to the turn.
     """
-    last = template.text([*chat.messages[:turn], _marked(chat.messages[turn], turn)], chat.where, chat.variables)
+    last = template.text([*_recent(chat, turn), _marked(chat.messages[turn], turn)], chat.where, chat.variables)
     alone = last.partition(_MARK.format(turn))[2]
     if tail.startswith(alone):
         return _ending(special, alone)
@@ -227,10 +284,6 @@ def _labelled(chat: Chat) -> tuple[int, ...]:
     if chat.labelled[:1] == (0,):
         raise DataError(f"{chat.where}: expected another message before the assistant's first, got none")
     return chat.labelled
-
-
-def _last_answer(chat: Chat) -> int:
-    return max(turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant")
 
 
 def _content(chat: Chat, turn: int) -> str:
