@@ -91,21 +91,10 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
         model.to(device),
         settings.optimizer,
         references,
-        settings.method,
-        settings.backend,
         tokenizer=tokenizer,
         lr=settings.lr,
-        max_length=settings.max_length,
-        truncation=settings.truncation,
-        chat_template=settings.chat_template,
-        chat_template_kwargs=settings.chat_template_kwargs,
-        pilot=settings.pilot,
-        sample=settings.sample,
-        max_grad_norm=settings.max_grad_norm,
-        reference_weighting=settings.reference_weighting,
-        reference_dtype=settings.reference_dtype,
         reference_batch_tokens=settings.reference_batch_tokens,
-        invalid_rows=settings.invalid_rows,
+        **_options(settings),
     )
     return Workbench(estimator, candidates)
 
@@ -121,27 +110,15 @@ def check_settings(settings: ScoreSettings) -> None:
     resolve_device(settings.device, "--device")
     if settings.lr is not None and not 0 <= settings.lr < math.inf:
         raise ArgumentError(f"lr={settings.lr}: expected a positive number, or none for the optimizer's own")
-    for option, value in {
-        "student": settings.student,
-        "optimizer": settings.optimizer,
-        "candidates": settings.candidates,
-    }.items():
-        if not value:
+    for option in ("student", "optimizer", "candidates"):
+        if not getattr(settings, option):
             raise ArgumentError(f"--{option}: expected a path or a name, got an empty one")
-    Options(
-        method=settings.method,
-        backend=settings.backend,
-        pilot=settings.pilot,
-        max_grad_norm=settings.max_grad_norm,
-        reference_weighting=settings.reference_weighting,
-        max_length=DEFAULT_MAX_LENGTH if settings.max_length is None else settings.max_length,
-        truncation=settings.truncation,
-        chat_template=settings.chat_template,
-        chat_template_kwargs=settings.chat_template_kwargs,
-        sample=settings.sample,
-        reference_dtype=settings.reference_dtype,
-        invalid_rows=settings.invalid_rows,
-    )
+    options = _options(settings)
+    Options(**{**options, "max_length": DEFAULT_MAX_LENGTH if settings.max_length is None else settings.max_length})
+
+
+def _options(settings: ScoreSettings) -> dict[str, Any]:
+    return {entry.name: getattr(settings, entry.name) for entry in fields(Options)}
 
 
 def _check_places(settings: ScoreSettings) -> None:
