@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from montessori.errors import DataError
@@ -143,12 +144,12 @@ def read_text(row: Mapping, columns: tuple[str, ...], index: int, where: str) ->
     if not questions:
         return Text(index, None, _filled_text(row, answer, where))
     beside = [column for column in (*SYSTEM_COLUMNS, "history", "chat_template_kwargs") if _is_filled(row.get(column))]
-    for column in [*beside, *_tools(row, columns, where)]:
-        if column:
-            raise DataError(
-                f"{where}: chat_template='none' has no place for column {column}; name a chat template, or write it "
-                f"into {questions[0]} and remove the column"
-            )
+    beside += _tools(row, columns, where)
+    if beside:
+        raise DataError(
+            f"{where}: chat_template='none' has no place for column {beside[0]}; name a chat template, or write it "
+            f"into {questions[0]} and remove the column"
+        )
     return Text(index, read_question(row, questions[0], where), _filled_text(row, answer, where))
 
 
@@ -252,7 +253,7 @@ def _is_filled(value: object) -> bool:
         return any(_is_filled(entry) for entry in value.values())
     if isinstance(value, list | tuple):
         return any(_is_filled(entry) for entry in value)
-    if isinstance(value, bool | int):
+    if isinstance(value, Real):
         return bool(value)
     return value is not None and (not isinstance(value, Sized) or len(value) > 0)
 

@@ -36,7 +36,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 def is_row(source: Mapping) -> bool:
     """Whether a mapping is one row, rather than sets of rows by names that happen to be those of columns.
 
-    Of names that sets may well have, such as question and answer, it is none.
+    Names that sets may well have, such as question and answer, do not make a row.
     """
     has_columns = any(source.keys() >= {*columns} for columns in _ROW_COLUMNS)
     return has_columns and not all(_begins_with_row(value) for value in source.values())

@@ -63,7 +63,9 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
         message = _from_sharegpt(message, where)
     if not isinstance(message, dict) or "role" not in message:
         raise DataError(f"{where}: expected a dict with role and content, got {short(message)}")
-    message = {key: without_fillers(value) for key, value in message.items() if key == "content" or value is not None}
+    message = {
+        key: without_fillers(value) for key, value in message.items() if key in ("role", "content") or value is not None
+    }
     check_unicode(message, where)
     role, content = message["role"], message.get("content")
     if role not in ROLES:

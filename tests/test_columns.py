@@ -257,6 +257,7 @@ def test_a_question_that_is_no_text_is_an_error(columns):
         ),
         ([{**USER, "role": "bot"}], "message 0 of column messages: expected a role of system, "),
         ([{**USER, "role": ["user"]}], "message 0 of column messages: expected a role of system, "),
+        ([{**USER, "role": None}], "message 0 of column messages: expected a role of system, "),
         ([USER, {**ASSISTANT, "content": None}], "message 1 of column messages: expected a text as content"),
         ([{**USER, "content": ["a"]}], "message 0 of column messages: expected a text as content"),
         (
