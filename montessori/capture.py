@@ -89,7 +89,7 @@ class Capture:
         self._received.clear()
         self._remaining = set(self._plan.trainable)
         try:
-            with self._replayed_calls(batch.size) as calls:
+            with self._replayed_calls() as calls:
                 losses = example_losses(self._model, batch, loss if self._plan.head is None else self._chunked_losses)
             self.grown, self.held = (calls.grown, calls.held) if calls is not None else (set(), 0)
             losses.sum().backward()
@@ -182,11 +182,11 @@ class Capture:
             return EmbeddingCalls(module, partial(self._embedding_called, rule))
         return ProductCalls(module, partial(self._product_called, rule))
 
-    def _replayed_calls(self, size: int) -> AbstractContextManager[ReplayedCalls | None]:
+    def _replayed_calls(self) -> AbstractContextManager[ReplayedCalls | None]:
         if not self._plan.replayed:
             return nullcontext()
         parameters = {name: self._plan.trainable[name] for name in sorted(self._plan.replayed)}
-        return ReplayedCalls(parameters, size, self._track, lambda name, grad: self._deliver(name, DenseUse(grad)))
+        return ReplayedCalls(parameters, self._active_rows, self._track, self._deliver)
 
     def _linear_called(
         self,

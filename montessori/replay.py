@@ -3,7 +3,8 @@
 While a model runs forward, every call that takes a *form* (a parameter, or what was computed from parameters alone:
 −exp(A_log), a squeezed kernel) together with an activation is noted. When the gradient of its output arrives, the call
 alone is run again under `torch.vmap`, each example on its own rows with a copy of the parameters of its own, and
-differentiated. The forward pass itself is not touched. Dimensions: B examples.
+differentiated. A matrix of which some rows are a parameter (trained tokens of PEFT) is no form: its gradient is that of
+these rows alone. The forward pass itself is not touched. Dimensions: B examples.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from montessori.rowmap import UnmappableRowsError
+from montessori.errors import ModelError
+from montessori.rowmap import RowMap, UnmappableRowsError
+from montessori.uses import DenseUse, LinearUse, Use
 
 # A parameter with more values than this has no gradient [B, *shape] that is held at once.
 MOST_VALUES = 1 << 20
@@ -32,6 +36,23 @@ MOST_HELD = 1 << 31
 _APART = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 # What these make of a parameter may have a row for each example.
 _PER_EXAMPLE = (Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, torch.tile)
+_CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double)
+_ROW_WRITES = (Tensor.index_copy, torch.index_copy)
+# Options of a look-up under which its gradient is another one.
+_UNLIKE = ("max_norm", "scale_grad_by_freq", "sparse")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A matrix of which the rows `ids`, int64 [n], are the parameter `name`, or a cast of it."""
+
+    tensor: Tensor
+    ids: Tensor
+    name: str
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -111,25 +132,25 @@ class _Call:
 
 
 class ReplayedCalls(TorchFunctionMode):
-    """Active during a forward pass of a batch of `size` examples.
+    """Active during a forward pass of the batch of `rows`.
 
     `grown`: parameters with a form that is better not held for each example. `held`: bytes of all forms.
     `watch(names, output, on_gradient)` has `on_gradient` called with the gradient of `output` and gives the output to
-    go on with; `deliver(name, grad)` receives grad [B, *shape], once for every call of `watch` that named it.
+    go on with; `deliver(name, use)` receives a gradient, once for every call of `watch` that named it.
     Raises UnmappableRowsError, with the module of a parameter, where rows cannot be told apart by example.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        size: int,
+        rows: RowMap,
         watch: Callable[[Iterable[str], Tensor, Callable[[Tensor], None]], Tensor],
-        deliver: Callable[[str, Tensor], None],
+        deliver: Callable[[str, Use], None],
     ) -> None:
         super().__init__()
-        self._size, self._watch, self._deliver = size, watch, deliver
+        self._rows, self._size, self._watch, self._deliver = rows, rows.size, watch, deliver
         self._leaves = {
-            name: parameter.detach().expand(size, *parameter.shape).requires_grad_()
+            name: parameter.detach().expand(rows.size, *parameter.shape).requires_grad_()
             for name, parameter in parameters.items()
         }
         # By identity; a form holds its tensor, so that no other takes its place.
@@ -143,16 +164,22 @@ class ReplayedCalls(TorchFunctionMode):
         self.held = 0
         # What is computed from parameters alone and no form, by identity: the norm of DoRA's weight, frozen decays.
         self._common: dict[int, weakref.ref[Tensor]] = {}
+        # Parameters and casts of them, and matrices with one in their rows, by identity.
+        self._alike: dict[int, tuple[Tensor, str]] = {id(own): (own, name) for name, own in parameters.items()}
+        self._tables: dict[int, _Table] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = list(_tensors((args, kwargs)))
         forms = [self._forms.get(id(tensor)) for tensor in given]
+        table = next((found for tensor in given if (found := self._tables.get(id(tensor)))), None)
         if not any(forms) or func in _APART or not torch.is_grad_enabled():
             common = self._is_common(func, given, forms)
             output = func(*args, **kwargs)
             self._note(output, common)
-            return output
+            return output if table is None else self._used(table, func, args, kwargs, output)
+        if self._is_row_write(func, args, kwargs):
+            return self._written(func, args, kwargs)
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
         outputs = list(_tensors(output))
@@ -169,10 +196,50 @@ class ReplayedCalls(TorchFunctionMode):
             for tensor, copies in zip(outputs, _tensors(call.again()), strict=True):
                 self._forms[id(tensor)] = _Form(tensor, copies, call.names, self._expanded(func, forms[0], tensor))
                 self._count(call.names, copies)
+                if func in _CASTS and id(args[0]) in self._alike:
+                    self._alike[id(tensor)] = (tensor, self._alike[id(args[0])][1])
             return output
         if not isinstance(output, Tensor):
             raise call.unmappable()
         return self._watch(call.names, output, partial(self._met, call, versions))
+
+    def _is_row_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether rows of a matrix that is the same for all examples become a parameter, or a cast of one."""
+        if func not in _ROW_WRITES:
+            return False
+        matrix, dim, source = _named(("matrix", "dim", "index", "source"), args, kwargs, ("matrix", "dim", "source"))
+        return id(source) in self._alike and dim == 0 and source.dim() == 2 and self._of_parameters(matrix)
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        ids, source = _named(("matrix", "dim", "index", "source"), args, kwargs, ("index", "source"))
+        output = func(*args, **kwargs)
+        self._tables[id(output)] = _Table(output, ids, self._alike[id(source)][1])
+        return output
+
+    def _used(self, table: _Table, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return output
+        x, weight = _named(("input", "weight"), args, kwargs, ("input", "weight"))
+        if weight is table.tensor and func is F.linear:
+            return self._watch([table.name], output, partial(self._multiplied, table, x.detach(), x._version))
+        if weight is table.tensor and func is F.embedding and not any(kwargs.get(option) for option in _UNLIKE):
+            padding_idx = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+            return self._watch([table.name], output, partial(self._looked_up, table, x, padding_idx))
+        raise UnmappableRowsError(table.module, tuple(table.tensor.shape), self._size)
+
+    def _looked_up(self, table: _Table, ids: Tensor, padding_idx: int | None, dy: Tensor) -> None:
+        rows = self._rows.gradient_rows(dy, table.module)
+        tokens = self._rows.rows(ids.unsqueeze(-1), table.module).values
+        taken = (tokens == table.ids) & (tokens != (-1 if padding_idx is None else padding_idx))
+        self._deliver(table.name, LinearUse(rows.values, taken.to(dy.dtype), rows.offsets, starts=rows.starts))
+
+    def _multiplied(self, table: _Table, x: Tensor, version: int, dy: Tensor) -> None:
+        if x._version != version:
+            raise ModelError(f"{table.module}: its input was changed in place after use, cannot be captured")
+        rows = self._rows.gradient_rows(dy, table.module)
+        taken = rows.values.index_select(1, table.ids)
+        x_rows = self._rows.rows(x, table.module).values
+        self._deliver(table.name, LinearUse(x_rows, taken, rows.offsets, starts=rows.starts))
 
     def _count(self, names: frozenset[str], copies: Tensor) -> None:
         # A view of a parameter or of another form takes no memory of its own.
@@ -221,14 +288,22 @@ class ReplayedCalls(TorchFunctionMode):
         if not output.requires_grad:
             # The call takes no more than a dtype from its form.
             for name, leaf in leaves.items():
-                self._deliver(name, torch.zeros_like(leaf))
+                self._deliver(name, DenseUse(torch.zeros_like(leaf)))
             return
         # Forms are used by several calls, so what leads to them is kept.
         grads = torch.autograd.grad(
             output, list(leaves.values()), grad, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         for name, own in zip(leaves, grads, strict=True):
-            self._deliver(name, own if own.dtype is torch.float64 else own.float())
+            self._deliver(name, DenseUse(own if own.dtype is torch.float64 else own.float()))
+
+
+def _named(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Sequence[str]
+) -> tuple[Any, ...]:
+    """The arguments `wanted` of a call whose first ones are called `names`."""
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return tuple(given.get(name) for name in wanted)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -104,6 +104,21 @@ class Mirror(nn.Module):
         return x @ (torch.eye(WIDTH, dtype=x.dtype) - 0.1 * (self.axis.T @ self.axis))
 
 
+class TrainedTokens(Model):
+    """Rows of a tied table that else stays as it is, as PEFT's `trainable_token_indices` trains them."""
+
+    def __init__(self):
+        super().__init__()
+        del self.head
+        self.embed.weight.requires_grad_(False)
+        self.tokens = nn.Parameter(torch.zeros(3, WIDTH))
+
+    def forward(self, ids):
+        table = self.embed.weight
+        table = table.index_copy(dim=0, index=torch.tensor([1, 4, 6]), source=self.tokens.to(table))
+        return F.linear(torch.tanh(self.middle(F.embedding(ids, table, padding_idx=4))), table)
+
+
 REPLAYED = {
     "attention_sinks": lambda: Model(middle=Sinks()),
     "scalar_parameter": lambda: Model(middle=Gain()),
@@ -115,6 +130,7 @@ REPLAYED = {
     "weight_used_behind_its_modules_back": lambda: Model(lambda m, h, ids: m.middle(h) @ m.middle.weight),
     "head_tied_by_hand": TiedByHand,
     "matrix_of_a_vector": lambda: Model(middle=Mirror()),
+    "trained_tokens": TrainedTokens,
     "weight_norm": lambda: Model(middle=weight_norm(nn.Linear(WIDTH, WIDTH))),
 }
 
