@@ -117,8 +117,9 @@ def failures_named() -> Iterator[None]:
             raise
         raise ModelError(
             "a forward and backward pass in the weights' own dtypes cannot be made or captured "
-            f"({type(error).__name__}: {one_line(error)}); a loss function calls the model once for all rows of a "
-            "batch; method='exact' needs less"
+            f"({type(error).__name__}: {one_line(error)}); a loss function calls the model for all rows of a batch "
+            "at once, and takes windows of reference rows, of two lengths, alone and together; method='exact' needs "
+            "neither"
         ) from error
 
 
@@ -151,6 +152,8 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     tolerance = _widest(TOLERANCE, model)
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
+        if not _are_finite(expected, example, loss):
+            continue
         scale = sum(float(norm(grad)) ** 2 for grad in expected.values() if grad is not None) ** 0.5
         while True:
             sink = _CompareSink(expected, position, scale, parameters, tolerance)
@@ -161,7 +164,8 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
             if not wrong - plan.fallback:
                 break
             plan.leave(wrong, unmappable)
-        proved |= sink.used
+        # Where the loss has no gradient at all, every rule would pass.
+        proved |= sink.used if scale else set()
     plan.fallback |= parameters.keys() - proved
     plan.settle()
     if plan.fallback:
@@ -226,6 +230,7 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
     return replace(references, batch_tokens=None)
 
 
+@failures_named()
 @unrounded_products()
 def apart(
     model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction, proved: int
@@ -299,13 +304,30 @@ def _window(example: Example, most: int) -> Example:
     return Example(example.input_ids[start : start + most], example.labels[start : start + most], example.index)
 
 
+def _are_finite(grads: Mapping[str, Tensor | None], example: Example, loss: LossFunction) -> bool:
+    """Whether a window's gradients say something; a loss of the user's own need not take windows.
+
+    Raises ModelError where those of the ordinary loss are not finite.
+    """
+    wrong = [name for name, grad in grads.items() if grad is not None and not bool(grad.isfinite().all())]
+    if wrong and loss is response_loss:
+        raise ModelError(
+            f"{wrong[0]}: its gradient is not finite for a window of {example.num_tokens} tokens of a reference row; "
+            "check the weights, and whether their dtype is wide enough"
+        )
+    return not wrong
+
+
 def _of_two_lengths(examples: Sequence[Example]) -> Sequence[Example]:
     """Examples of which two differ in length; alone, an example shows neither padding nor mixing."""
     first = examples[0]
     if any(example.num_tokens != first.num_tokens for example in examples):
         return examples
-    ids = first.input_ids[:-1] if first.num_tokens > 2 else first.input_ids.repeat(2)
-    return [*examples, Example(ids, ids.clone(), first.index)]
+    if first.num_tokens <= 2:
+        return [*examples, Example(first.input_ids.repeat(2), first.labels.repeat(2), first.index)]
+    # Without the last token, or, where it has the only label, without the first.
+    part = slice(0, -1) if bool((first.labels[1:-1] != IGNORE_INDEX).any()) else slice(1, None)
+    return [*examples, Example(first.input_ids[part], first.labels[part], first.index)]
 
 
 def _disagreeing(

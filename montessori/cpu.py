@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from montessori.errors import ArgumentError
 from montessori.products import float32_precision, torch_rounds_products
 from montessori.spans import Spans, packed_layout
 from montessori.steps import OptimizerStep, SGDStep
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from montessori.ops import SparseRows
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
+# Values of MONTESSORI_SIMD.
+KERNELS = ("avx512bf16", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tiles drawn of a stratum: two, so that the variance within it can be seen.
 DRAWN_PER_STRATUM = 2
@@ -64,6 +67,9 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     reason = unavailable()
     if reason is not None:
         return reason
+    simd = os.environ.get("MONTESSORI_SIMD")
+    if simd and simd not in KERNELS:
+        raise ArgumentError(f"MONTESSORI_SIMD={simd}: expected one of {', '.join(KERNELS)}, or unset it")
     for tensor in tensors:
         if tensor is None:
             continue

@@ -36,6 +36,10 @@ class ModelError(MontessoriError):
     """The model cannot be scored or loaded; the message names the model or the parameter."""
 
 
+class NonFiniteLossError(ModelError):
+    """The loss of a reference row is NaN or infinite."""
+
+
 class UntrainedLossError(ModelError):
     """The loss depends on no parameter that is trained."""
 

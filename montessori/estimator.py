@@ -21,7 +21,7 @@ from montessori.encoding import Encoded
 from montessori.errors import ArgumentError
 from montessori.expandable import check_memory
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
-from montessori.fingerprint import examples_digest, function_digest, model_digest, sets_digest
+from montessori.fingerprint import edges_digest, examples_digest, function_digest, model_digest, sets_digest
 from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
 from montessori.live import Watch, borrowed, own_precision, unwrapped
@@ -201,9 +201,12 @@ class InfluenceEstimator:
         """
         if journal is not None and not isinstance(journal, ScoreJournal):
             raise ArgumentError(f"journal: expected a ScoreJournal, got {type(journal).__name__}: ScoreJournal(path)")
-        encoded = self._reader.read(candidates, "candidates")
+        # With an anchor from elsewhere, a piece of rows may be nothing but such as are skipped.
+        encoded = self._reader.read(candidates, "candidates", may_be_none=pilot_rows is not None)
         pilot = self._pilot(encoded if pilot_rows is None else self._reader.read(pilot_rows, "pilot_rows"))
-        size = batch_tokens if self.options.method != "exact" else max(e.num_tokens for e in encoded.examples)
+        size = (
+            batch_tokens if self.options.method != "exact" else max((e.num_tokens for e in encoded.examples), default=1)
+        )
         batches = make_batches(encoded.examples, size)
         if self.options.method == "exact":
             batches = [[example] for batch in batches for example in batch]
@@ -266,6 +269,8 @@ class InfluenceEstimator:
         distributed: bool = False,
     ) -> Scores:
         if distributed:
+            if processes.world_size() > 1:
+                self._check_alike(encoded, pilot, method)
             # The longest stand first, so that every process gets long and short ones.
             batches = batches[processes.rank() :: processes.world_size()]
         if journal is None:
@@ -276,6 +281,18 @@ class InfluenceEstimator:
         if distributed:
             records = [record for part in processes.from_all(records) for record in part]
         return collect(encoded, records, summary, method, self.options, self.references.names, self._named)
+
+    def _check_alike(self, encoded: Encoded, pilot: Sequence[Example], method: str) -> None:
+        """Raise ArgumentError where a process was given other rows, or holds another model or optimizer."""
+        moments = {f"{name} {label}": held for name in self.state for label, held in self.state[name].tensors()}
+        processes.check_same({
+            "candidates": f"{encoded.num_rows} {examples_digest(encoded.examples)}",
+            "pilot_rows": examples_digest(pilot),
+            "reference": sets_digest(self.references.sets),
+            "settings": repr((method, asdict(self.options))),
+            "model": edges_digest(dict(self.model.named_parameters())),
+            "optimizer": repr([state.step for state in self.state.values()]) + edges_digest(moments),
+        })  # fmt: skip
 
     def _pending(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import Example
-from montessori.errors import CurvatureWarning
+from montessori.errors import CurvatureWarning, NonFiniteLossError
 from montessori.live import undisturbed
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
@@ -80,10 +80,20 @@ def expand_at_anchor(
                 for name, parameter in parameters.items():
                     parameter.add_(anchor.pop(name))
             with undisturbed(parameters):
-                q, loss_at_anchor = sets.gradient(model, parameters, reference_loss)
+                try:
+                    q, loss_at_anchor = sets.gradient(model, parameters, reference_loss)
+                except NonFiniteLossError as error:
+                    raise NonFiniteLossError(
+                        "the mean step of the pilot candidates, the anchor, leads to where the loss of the reference "
+                        "is not finite, though it is finite before that step: look at lr, eps and exp_avg_sq of the "
+                        "optimizer; method='first_order' takes no such step"
+                    ) from error
             predicted = _dot_moved(q, parameters, theta)
             moved = loss_at_anchor - loss
-            curvature = ((moved - predicted).abs() / (moved.abs() + predicted.abs())).nan_to_num(nan=0.0)
+            sizes = moved.abs() + predicted.abs()
+            curvature = ((moved - predicted).abs() / sizes).nan_to_num(nan=0.0)
+            # What is not finite at the anchor is not linear.
+            curvature[~sizes.isfinite()] = 1.0
             untrue = torch.zeros_like(curvature, dtype=torch.bool)
             if bool((curvature > ROUGH_CURVATURE).any()):
                 of_part = partial(_changes_of_part, model, sets, reference_loss, parameters, theta, q)
@@ -141,8 +151,8 @@ def _warn_of_curvature(curvature: Tensor, untrue: Tensor, names: Sequence[str]) 
     for name, value, wrong in zip(names, curvature.tolist(), untrue.tolist(), strict=True):
         if value > ROUGH_CURVATURE:
             advice = (
-                "however short the step: autograd's gradient is not the derivative of this model's loss, use "
-                "method='exact'"
+                "however short the step: autograd's gradient is not the derivative of this model's loss, or the step "
+                "is far too large for any; use method='exact'"
                 if wrong
                 else f"expected less than {ROUGH_CURVATURE:.0%}; a step this large is not linear, compare with `audit` "
                 "before use"

@@ -220,7 +220,8 @@ def unchecked_row_changes(
     impl: str,
 ) -> Tensor:
     """`row_changes` of what the package itself has made: checks would wait for the device, once an example."""
-    chosen = _choose_dense(impl, step, rows.grad, q, exp_avg, exp_avg_sq, param)
+    others = [grad for _, grad in base or ()]
+    chosen = _choose_dense(impl, step, rows.grad, q, exp_avg, exp_avg_sq, param, *others)
     if chosen == "triton":
         return gpu.row_changes(rows, q, exp_avg, exp_avg_sq, param, step, base)
     return blocked.row_changes(rows, q, exp_avg, exp_avg_sq, param, step, base, _DENSE[chosen])

@@ -88,6 +88,8 @@ def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object
         )
     if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real)):
         raise ArgumentError(f"lr={lr!r}: expected one number for all groups, or None for the optimizer's own")
+    if isinstance(lr, Real) and abs(float(lr)) > torch.finfo(torch.float32).max:
+        raise ArgumentError(f"lr={lr}: expected a number that float32 can hold")
     if isinstance(reference_batch_tokens, bool) or not isinstance(reference_batch_tokens, int):
         raise ArgumentError(f"reference_batch_tokens={reference_batch_tokens!r}: expected a number of tokens")
     if reference_batch_tokens < 1:

@@ -6,11 +6,14 @@ A single process is rank 0 of 1, for which nothing here does anything.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from montessori.errors import ArgumentError
 
 # A stage that one process does alone may take hours while the others wait.
 _TIMEOUT = timedelta(days=2)
@@ -59,6 +62,17 @@ def from_all(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_same(own: Mapping[str, str]) -> None:
+    """Raise ArgumentError, on every process that differs from another, unless all passed the same values."""
+    for other, values in enumerate(from_all(dict(own))):
+        differing = [name for name in own if own[name] != values[name]]
+        if differing:
+            raise ArgumentError(
+                f"distributed=True: expected the same on every process, got {', '.join(differing)} on process {rank()} "
+                f"other than on process {other}; give all of it to each, the rows are shared here"
+            )
 
 
 def _several() -> bool:

@@ -27,8 +27,9 @@ class RowReader:
     options: Options
     check_labels: bool
 
-    def read(self, source: Any, name: str, invalid_rows: str | None = None) -> Encoded:
-        """Raises DataError where no row has a label, or as `load_rows`, `encode_rows` and `check_token_ids` do."""
+    def read(self, source: Any, name: str, invalid_rows: str | None = None, may_be_none: bool = False) -> Encoded:
+        """Raises DataError where no row is an example, unless there `may_be_none`, or as `load_rows`, `encode_rows`
+        and `check_token_ids` do."""
         rows = load_rows(source, name=name)
         encoded = encode_rows(
             rows,
@@ -40,7 +41,7 @@ class RowReader:
             chat_template_kwargs=self.options.chat_template_kwargs,
             name=name,
         )
-        if not encoded.examples:
+        if not encoded.examples and not may_be_none:
             reasons = sorted(set(encoded.skipped.values()) - {"no_label_tokens"})
             also = f"; others are skipped as {', '.join(reasons)}" if reasons else ""
             raise DataError(f"{rows.source}: no row has a label token that the model could learn from{also}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batches
 from montessori.capture import evaluation_mode, example_losses, gradients_aside, unchanged_gradients
-from montessori.errors import ArgumentError, ModelError
+from montessori.errors import ArgumentError, NonFiniteLossError
 from montessori.expandable import whole_derivative
 from montessori.head import ChunkedLoss
 from montessori.losses import LossFunction
@@ -142,7 +142,7 @@ def _check_finite(losses: Tensor, batch: Batch, name: str) -> None:
     bad = (~losses.isfinite()).nonzero().flatten()
     if bad.numel():
         where = name if name == "reference" else f"reference {name}"
-        raise ModelError(
+        raise NonFiniteLossError(
             f"{where} row {batch.index[int(bad[0])]}: its loss is {float(losses.detach()[bad[0]])}, "
             "expected a finite number; remove the row, or check the model's weights and dtype"
         )

@@ -10,8 +10,8 @@ import torch
 import transformers
 from support import CONFIGS, RECURRENT, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
 
-from montessori import InfluenceEstimator
-from montessori.errors import CurvatureWarning, FallbackWarning
+from montessori import InfluenceEstimator, processes
+from montessori.errors import ArgumentError, CurvatureWarning, DataError, FallbackWarning
 
 MODELS = [*CONFIGS, "llama_lora"]
 # Two orders of summation in float64 over some 10^4 terms; 1e-9 leaves room for cancellation.
@@ -147,3 +147,50 @@ def test_frequencies_that_follow_the_length_of_a_batch_are_those_of_each_example
     got = estimate(model, optimizer, candidates, references, method="first_order", max_length=64)
     want = slow_influence(model, optimizer, candidates, references, "first_order")
     np.testing.assert_allclose(got.influence, want, rtol=1e-6)
+
+
+def test_a_piece_of_rows_may_be_nothing_but_such_as_are_skipped():
+    model = make_model("llama_tied")
+    rows = make_rows(4, seed=1)
+    skipping = InfluenceEstimator(
+        model, warm_optimizer(model), make_rows(3), max_length=30, truncation="skip", invalid_rows="skip"
+    )
+    bad = [{"input_ids": [5, 6], "labels": [-100, -100]}, {"input_ids": [5] * 40, "labels": [5] * 40}, {"id": 1}]
+    scores = skipping.score(bad, pilot_rows=rows)
+    assert scores.status.tolist() == ["no_label_tokens", "too_long", "invalid"]
+    assert np.isnan(scores.influence).all()
+    with pytest.raises(DataError, match="no row has a label token"):
+        skipping.score(bad)
+
+
+def test_processes_that_were_given_other_rows_are_told(monkeypatch):
+    model = make_model("llama_tied")
+    estimator = InfluenceEstimator(model, warm_optimizer(model), make_rows(3))
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    seen = []
+    monkeypatch.setattr(processes, "from_all", lambda value: seen.append(value) or [value, seen[0]])
+    estimator._check_alike(estimator._reader.read(make_rows(4, seed=1), "candidates"), [], "anchored")
+    with pytest.raises(
+        ArgumentError, match="expected the same on every process, got candidates, pilot_rows on process 0"
+    ):
+        estimator.score(make_rows(4, seed=2), distributed=True, pilot_rows=make_rows(1))
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1
+    with pytest.raises(ArgumentError, match="got candidates, pilot_rows, model on process 0"):
+        estimator.score(make_rows(4, seed=2), distributed=True)
+
+
+@pytest.mark.parametrize("lr", [True, [1e-3], "1", 1e39])
+def test_a_learning_rate_that_is_no_number_is_an_error(lr):
+    model = make_model("llama_tied")
+    with pytest.raises(ArgumentError, match=r"^lr="):
+        InfluenceEstimator(model, warm_optimizer(model), make_rows(3), lr=lr)
+
+
+def test_what_is_no_journal_and_no_number_of_candidates_is_an_error(tmp_path):
+    model = make_model("llama_tied")
+    estimator = InfluenceEstimator(model, warm_optimizer(model), make_rows(3))
+    with pytest.raises(ArgumentError, match="expected a ScoreJournal, got PosixPath"):
+        estimator.score(make_rows(3, seed=1), journal=tmp_path / "journal.jsonl")
+    with pytest.raises(ArgumentError, match=r"^k=1.5: expected a number of candidates"):
+        estimator.audit(make_rows(3, seed=1), k=1.5)

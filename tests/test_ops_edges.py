@@ -81,6 +81,24 @@ def test_rows_that_do_not_fit_are_refused_before_any_kernel_reads_them(impl, wha
         ops.row_changes(rows, *state, STEP, base=base, impl=impl)
 
 
+def test_a_base_in_float64_goes_where_float64_is_computed():
+    rows, state, base = spoiled("nothing")
+    want = ops.row_changes(rows, *state, STEP, base=base, impl="reference")
+    wide = [(ids, grad.double()) for ids, grad in base]
+    torch.testing.assert_close(ops.row_changes(rows, *state, STEP, base=wide), want, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ArgumentError):
+        ops.row_changes(rows, *state, STEP, base=wide, impl="cpu")
+
+
+def test_a_mistyped_instruction_set_is_named(monkeypatch):
+    rows, state, base = spoiled("nothing")
+    monkeypatch.setenv("MONTESSORI_SIMD", "AVX2")
+    with pytest.raises(
+        ArgumentError, match=r"^MONTESSORI_SIMD=AVX2: expected one of avx512bf16, avx512, avx2, baseline"
+    ):
+        ops.row_changes(rows, *state, STEP, base=base)
+
+
 @every_impl
 def test_autograd_learns_that_a_kernel_has_written(impl):
     param, x = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)

@@ -250,7 +250,7 @@ def test_passes_that_cannot_be_captured_are_one_line():
 
     references = make_rows(3, seed=2)
     found = InfluenceEstimator(model, optimizer, references, loss_fn=by_rows, reference_loss_fn=by_rows)
-    with pytest.raises(ModelError, match="a loss function calls the model once for all rows of a batch"):
+    with pytest.raises(ModelError, match="a loss function calls the model for all rows of a batch at once"):
         found.score(make_rows(3, seed=1))
     # As a model is trained under autocast: narrow weights, wide norms.
     model = make_model("llama_tied", torch.bfloat16)
@@ -260,3 +260,74 @@ def test_passes_that_cannot_be_captured_are_one_line():
             module.float()
     with pytest.raises((ModelError, StateError)):
         InfluenceEstimator(model, optimizer, references, method="first_order").score(make_rows(3, seed=1))
+
+
+def after(marker, empty):
+    """The mean loss of labelled tokens behind a marker; 0 or NaN, as `empty` says, where a text has none."""
+
+    def loss(model, batch):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        targets = batch.labels[:, 1:]
+        token_loss = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        counted = ((batch.input_ids == marker).cumsum(1)[:, :-1] > 0) & (targets != -100)
+        number = counted.sum(1)
+        return (token_loss * counted).sum(1) / (number.clamp(min=1) if empty == 0 else number)
+
+    return loss
+
+
+class UsedTwice(nn.Module):
+    """A model that uses a weight behind its module's back, which a proof finds where there is a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model("llama_tied")
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        out = self.inner(input_ids=input_ids)
+        projected = torch.tanh(out.logits) @ self.inner.model.embed_tokens.weight
+        out.logits = out.logits + nn.functional.linear(projected, self.inner.model.embed_tokens.weight)
+        return out
+
+
+@pytest.mark.parametrize("empty", [0, float("nan")])
+def test_windows_in_which_a_loss_has_no_gradient_prove_nothing(empty):
+    marker = 7
+    rows, references = (
+        [{**row, "input_ids": [8 if token == marker else token for token in row["input_ids"]]} for row in made]
+        for made in (make_rows(4, seed=1), make_rows(3, seed=2))
+    )
+    for row in rows:
+        row["input_ids"][0] = marker
+    references, rows = (
+        [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in made] for made in (references, rows)
+    )
+    model = UsedTwice()
+    optimizer = warm_optimizer(model)
+
+    def plain(model, batch):
+        logits = model(batch.input_ids).logits[:, :-1].transpose(1, 2)
+        targets = batch.labels[:, 1:]
+        return nn.functional.cross_entropy(logits, targets, reduction="none").sum(1) / (targets != -100).sum(1)
+
+    def score(method):
+        made = InfluenceEstimator(
+            model, optimizer, references, method, loss_fn=after(marker, empty), reference_loss_fn=plain, lr=1e-6
+        )
+        return made.score(rows).influence
+
+    with pytest.warns(FallbackWarning, match="no capture rule holds"):
+        influence = score("anchored")
+    exact = score("exact")
+    np.testing.assert_allclose(influence, exact, rtol=0, atol=0.005 * np.ptp(exact))
+
+
+def test_an_anchor_that_leaves_the_finite_is_told_from_a_row_that_does():
+    model = make_model("llama_untied", torch.float32)
+    optimizer = warm_optimizer(model)
+    # 0 / 0 where a token has never been met.
+    optimizer.param_groups[0]["eps"] = 0.0
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[model.model.embed_tokens.weight][name].zero_()
+    with pytest.raises(ModelError, match="the mean step of the pilot candidates, the anchor, leads to where"):
+        InfluenceEstimator(model, optimizer, make_rows(3)).score(make_rows(3, seed=1))

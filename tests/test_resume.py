@@ -11,10 +11,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from support import make_model, make_rows, make_text_rows, warm_optimizer
 
 from montessori import InfluenceEstimator, ScoreJournal, cpu, ops, scorers
 from montessori.errors import ResourceError, StateError
+from montessori.losses import response_loss
 
 
 @pytest.fixture
@@ -83,6 +85,35 @@ def test_a_journal_of_another_run_is_refused_by_what_differs(warm, tmp_path):
     with pytest.raises(StateError, match="other model, optimizer state"):
         score((warm[0], warm_optimizer(warm[0])), path)
     assert path.read_bytes() == content
+
+
+class Smoothed:
+    """A loss with something of its own, however that is held."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __call__(self, model, batch):
+        return (1 + self.amount()) * response_loss(model, batch)
+
+    def amount(self):
+        held = self.held
+        return float(held["amount"] if isinstance(held, dict) else held[0] if isinstance(held, list) else held)
+
+
+def in_a_closure(held):
+    return lambda model, batch: Smoothed(held)(model, batch)
+
+
+@pytest.mark.parametrize("kept", [Smoothed, in_a_closure, lambda held: Smoothed(held).__call__])
+@pytest.mark.parametrize("wrap", [float, lambda x: {"amount": x}, lambda x: [x], torch.tensor, np.array])
+def test_a_journal_of_a_loss_that_holds_something_else_is_refused(warm, kept, wrap, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    first = score(warm, path, loss_fn=kept(wrap(0.5)))
+    assert score(warm, path, loss_fn=kept(wrap(0.5))) == first
+    for role in ("loss_fn", "reference_loss_fn"):
+        with pytest.raises(StateError, match=r"other (reference )?loss"):
+            score(warm, path, **{"loss_fn": kept(wrap(0.5)), role: kept(wrap(0.25))})
 
 
 @pytest.mark.parametrize("change", ["number", "buffer"])
