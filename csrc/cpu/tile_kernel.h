@@ -83,15 +83,11 @@ void register_tile(const TileJob& job, const char* x, const char* dy, int64_t st
     }
   for (int64_t k = 0; k < job.sets; ++k) {
     const float* q = job.q + k * job.rows * kColumns + base;
-    // One chain of sums would wait for each addition before the next.
-    Vector part[kVectors]{};
+    Vector sum{};
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-      for (int c = 0; c < kVectors; ++c) part[c] += load(q + r * kColumns + c * kLanes) * acc[r][c];
-    Vector sum = part[0];
-#pragma GCC unroll 3
-    for (int c = 1; c < kVectors; ++c) sum += part[c];
+      for (int c = 0; c < kVectors; ++c) sum += load(q + r * kColumns + c * kLanes) * acc[r][c];
     sums[k].add(sum);
   }
 }
