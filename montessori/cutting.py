@@ -19,8 +19,6 @@ _MARK = "montessori7c1e59turn{}end"
 _MARKS = re.compile(r"montessori7c1e59turn\d+end")
 # Generation prompts of reasoning models end with them, and the turns that they rewrite do not have them.
 _THOUGHTS = re.compile(r"<think>\s*(</think>\s*)?$")
-
-
 # Messages from which on turns are rendered in windows.
 LONG = 16
 
@@ -76,7 +74,7 @@ def _turns_by_window(chat: Chat, template: Template) -> Iterator[tuple[int, str,
     another way than the whole, the parts do not add up to it.
     """
     last = -1
-    for turn in _answers(chat):
+    for turn in answers(chat):
         recent = _recent(chat, turn)
         # The answer before, with what stands before it.
         known = recent[: len(recent) - (turn - last - 1)] if last >= 0 else []
@@ -91,13 +89,14 @@ def _turns_by_window(chat: Chat, template: Template) -> Iterator[tuple[int, str,
 
 def _recent(chat: Chat, turn: int) -> list[dict[str, Any]]:
     """What comes before `turn`: all of it, of a long conversation its beginning and what follows the answer before."""
-    answers = [answer for answer in _answers(chat) if answer < turn]
-    if len(chat.messages) <= LONG or not answers or answers[0] == 0:
+    earlier = [answer for answer in answers(chat) if answer < turn]
+    if len(chat.messages) <= LONG or not earlier or earlier[0] == 0:
         return chat.messages[:turn]
-    return chat.messages[: answers[0]] + chat.messages[answers[-1] : turn]
+    return chat.messages[: earlier[0]] + chat.messages[earlier[-1] : turn]
 
 
-def _answers(chat: Chat) -> list[int]:
+def answers(chat: Chat) -> list[int]:
+    """Places of the assistant's messages."""
     return [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
 
 
@@ -237,7 +236,7 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
         if not bare or (place := whole.find(bare, earlier, end)) < 0:
             raise _uncuttable(chat, turn, "does not go on from its generation prompt")
         return place + len(bare)
-    if shared < len(content) and turn == _answers(chat)[-1]:
+    if shared < len(content) and turn == answers(chat)[-1]:
         # Of earlier turns a template may leave the thoughts out, as it does when the model goes on from them.
         raise _uncuttable(chat, turn, "drops a part of the content")
     # The space before a word is part of its token.

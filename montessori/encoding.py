@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import itertools
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
 from montessori.columns import TEXT_COLUMNS, Chat, Text, column_set, read_chat, read_text
-from montessori.cutting import count_shared, cut, text_of
+from montessori.cutting import count_shared, cut
 from montessori.errors import ArgumentError, DataError
 from montessori.files import Rows
+from montessori.marking import marked_example
 from montessori.templates import NO_TEMPLATE, Template
 from montessori.wording import one_line
 
@@ -269,52 +268,8 @@ def _encode_marked(chats: list[Chat], template: Template, invalid: _Invalid) -> 
     examples = {}
     for chat in chats:
         with invalid.kept_out(chat.index):
-            examples[chat.index] = _marked_example(chat, template)
+            examples[chat.index] = marked_example(chat, template)
     return examples
-
-
-def _marked_example(chat: Chat, template: Template) -> Example:
-    output = template.apply(
-        chat.messages,
-        chat.where,
-        chat.variables,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    mask = torch.tensor(output["assistant_masks"], dtype=torch.bool, device="cpu")
-    if not mask.any():
-        raise DataError(
-            f"{chat.where}: the chat template marks no token with {{% generation %}}; put the content of "
-            f"the assistant inside that block"
-        )
-    for first, end in _unlabelled_tokens(chat, template, mask, output["offset_mapping"]):
-        mask[first:end] = False
-    input_ids = torch.tensor(output["input_ids"], dtype=torch.int64, device="cpu")
-    return Example(input_ids, torch.where(mask, input_ids, IGNORE_INDEX), chat.index)
-
-
-def _unlabelled_tokens(
-    chat: Chat, template: Template, mask: Tensor, offsets: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """From which token to which the assistant's turns are without labels, of those that the template marks."""
-    answers = [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    edges = itertools.pairwise([-1, *chat.labelled, len(chat.messages)])
-    spans = [(before + 1, after) for before, after in edges if any(before < turn < after for turn in answers)]
-    whole = text_of(chat, template) if spans else ""
-    texts = {turns: text_of(chat, template, turns) if turns else "" for turns in {*itertools.chain(*spans)}}
-    if all(whole.startswith(text) for text in texts.values()):
-        starts = [start for start, _ in offsets]
-        return [(bisect_left(starts, len(texts[first])), bisect_left(starts, len(texts[end]))) for first, end in spans]
-    # What the template ends a conversation with stands in none of its beginnings.
-    steps = torch.cat([mask.new_zeros(1), mask, mask.new_zeros(1)]).int().diff()
-    runs = list(zip(*((steps == step).nonzero().flatten().tolist() for step in (1, -1)), strict=True))
-    if len(runs) != len(answers):
-        raise DataError(
-            f"{chat.where}: the chat template writes turns otherwise once others follow, so that those without labels "
-            f"cannot be told from the others; give a template that does not, or input_ids and labels"
-        )
-    return [run for turn, run in zip(answers, runs, strict=True) if turn not in chat.labelled]
 
 
 # Templates that mark nothing: the text is cut where the generation prompt ends.
