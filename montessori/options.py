@@ -86,14 +86,21 @@ def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object
             f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}; load it first with "
             "AutoTokenizer.from_pretrained"
         )
-    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real)):
-        raise ArgumentError(f"lr={lr!r}: expected one number for all groups, or None for the optimizer's own")
-    if isinstance(lr, Real) and abs(float(lr)) > torch.finfo(torch.float32).max:
-        raise ArgumentError(f"lr={lr}: expected a number that float32 can hold")
+    check_lr(lr)
     if isinstance(reference_batch_tokens, bool) or not isinstance(reference_batch_tokens, int):
         raise ArgumentError(f"reference_batch_tokens={reference_batch_tokens!r}: expected a number of tokens")
     if reference_batch_tokens < 1:
         raise ArgumentError(f"reference_batch_tokens={reference_batch_tokens}: expected at least 1")
+
+
+def check_lr(lr: object) -> None:
+    """Raise ArgumentError for what is no learning rate that float32 can hold; None is the optimizer's own."""
+    if lr is None:
+        return
+    if isinstance(lr, bool) or not isinstance(lr, Real):
+        raise ArgumentError(f"lr={lr!r}: expected one number for all groups, or None for the optimizer's own")
+    if not 0 <= float(lr) <= torch.finfo(torch.float32).max:
+        raise ArgumentError(f"lr={lr}: expected a positive number that float32 can hold")
 
 
 def check_positions(model: nn.Module, max_length: int) -> None:

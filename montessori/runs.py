@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import math
 import os
 import platform
 import sys
@@ -24,7 +23,7 @@ from montessori.fingerprint import check_outside, content_digest, installed, row
 from montessori.inspection import agreement_table
 from montessori.journal import ScoreJournal
 from montessori.models import check_checkpoint, load_model
-from montessori.options import DEFAULT_MAX_LENGTH, Options, resolve_device
+from montessori.options import DEFAULT_MAX_LENGTH, Options, check_lr, resolve_device
 from montessori.scores import Audit, Scores
 from montessori.writing import write_json
 
@@ -108,8 +107,7 @@ def check_settings(settings: ScoreSettings) -> None:
         raise ArgumentError(f"dtype={settings.dtype!r}: expected one of {', '.join(DTYPES)}")
     ops.check_impl(settings.backend, "--backend")
     resolve_device(settings.device, "--device")
-    if settings.lr is not None and not 0 <= settings.lr < math.inf:
-        raise ArgumentError(f"lr={settings.lr}: expected a positive number, or none for the optimizer's own")
+    check_lr(settings.lr)
     for option in ("student", "optimizer", "candidates"):
         if not getattr(settings, option):
             raise ArgumentError(f"--{option}: expected a path or a name, got an empty one")
