@@ -62,7 +62,8 @@ def run(
     """Outcome of a child process: seconds, and the error with the end of its output if it failed."""
     start = time.perf_counter()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = (environment or dict(os.environ)) | {"PYTHONPATH": path}
+    # Sections run by what others have measured, and do not measure themselves.
+    environment = (environment or dict(os.environ)) | {"PYTHONPATH": path, "MONTESSORI_CALIBRATE": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes) as child:
         try:
@@ -92,13 +93,16 @@ def run_section(name: str, limit_s: int) -> dict[str, Any]:
 
 def calibrate(sections: dict[str, Any]) -> dict[str, Any]:
     """Keep for "auto" which of the kernels that were right is fastest; the sections after it use that."""
-    timed = {}
+    timed, failed = {}, {}
     for name in ("triton", *calibration.HOPPER_KERNELS):
         outcomes = [sections[f"{what} {name}"] for what in ("checks", "linear")]
-        if not any("error" in outcome for outcome in outcomes):
+        errors = [last_line(outcome) for outcome in outcomes if "error" in outcome]
+        if errors:
+            failed[name] = errors[0]
+        else:
             timed[name] = outcomes[-1]["result"]["rows"]
     try:
-        return calibration.keep(timed)
+        return calibration.keep(timed, failed)
     except ModelError as error:
         return {"error": str(error)}
 

@@ -2,20 +2,24 @@
 
     montessori calibrate
 
-Every kernel is first checked against float64, then timed beside the plain dW product, in a process of its own: one that
-is wrong, hangs or breaks the device is left out. The choice goes by device and dtype of the state and never by the
-examples of a call, so that an example has the same bits alone and in any batch. Without a measurement, "auto" takes
-Triton.
+The first estimator on a GPU does the same where it finds nothing kept. Every kernel is first checked against float64,
+then timed beside the plain dW product, in a process of its own: one that is wrong, hangs or breaks the device is left
+out. The choice goes by device and dtype of the state and never by the examples of a call, so that an example has the
+same bits alone and in any batch. Without a measurement, "auto" takes Triton.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import math
+import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from montessori import cuda, gpu
-from montessori.errors import ArgumentError, FallbackWarning, ModelError
+from montessori.errors import ArgumentError, FallbackWarning, ModelError, MontessoriError, ResourceError
 from montessori.fingerprint import content_digest, installed
 from montessori.models import cache_directory
 from montessori.spans import Spans
@@ -36,6 +40,7 @@ SHAPES = ((2048, 2048), (5632, 2048))
 LENGTHS = (128, 512, 2048)
 PACKED_TOKENS = 16384
 HOPPER_KERNELS = ("wgmma_cluster", "wgmma", "mma")
+LOGGER = logging.getLogger("montessori")
 _FILE = "kernels.json"
 
 
@@ -44,6 +49,51 @@ def ranking(q: Tensor, *moments: Tensor | None) -> list[str]:
     the installed versions."""
     held = {tensor.dtype for tensor in (q, *moments) if tensor is not None}
     return _kept(_name(q.device)).get("bfloat16" if held == {torch.bfloat16} else "float32", [])
+
+
+def fastest(device: torch.device) -> list[str]:
+    """What "auto" takes on this device, "state: kernel" for each dtype of the state; empty off GPUs and before a
+    measurement."""
+    return [f"{state}: {names[0]}" for state, names in _kept(_name(device)).items()] if device.type == "cuda" else []
+
+
+def ensure(parameters: Iterable[Tensor]) -> None:
+    """Calibrate once where "auto" has a choice for these trained weights: matrices in bfloat16 or float16 on a GPU.
+
+    Processes that come meanwhile wait for the one that measures. MONTESSORI_CALIBRATE=0 leaves it out. What goes wrong
+    is told as a FallbackWarning, and "auto" takes Triton.
+    """
+    if os.environ.get("MONTESSORI_CALIBRATE") == "0":
+        return
+    for device in {p.device for p in parameters if p.is_cuda and p.dim() == 2 and p.dtype in cuda.OPERANDS}:
+        with torch.cuda.device(device):
+            _ensure(_name(device))
+
+
+@lru_cache(maxsize=8)
+def _ensure(device: str) -> None:
+    if _kept(device) or len(kernels()) < 2:
+        return
+    try:
+        with _one_at_a_time():
+            _kept.cache_clear()
+            if not _kept(device):
+                LOGGER.warning("%s: measuring which kernel is fastest here; once, a few minutes", device)
+                calibrate()
+    except MontessoriError as error:
+        warnings.warn(f"{device}: backend 'auto' takes Triton ({error})", FallbackWarning, stacklevel=2)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    path = _path().with_suffix(".lock")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be locked ({error.strerror or error})") from error
+        yield
 
 
 def resolve(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
@@ -83,20 +133,26 @@ def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outco
     for name in kernels():
         outcomes[name] = _in_a_process(name)
         report(name, outcomes[name])
-    return keep({name: outcome["rows"] for name, outcome in outcomes.items() if "error" not in outcome})
+    return keep(
+        {name: outcome["rows"] for name, outcome in outcomes.items() if "error" not in outcome},
+        {name: outcome["error"] for name, outcome in outcomes.items() if "error" in outcome},
+    )
 
 
-def keep(timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def keep(timed: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> dict[str, Any]:
     """Write what the rows of each kernel, `state` and `ratio` to the plain product, say is fastest on this device.
 
-    Returns the record. Raises ModelError when there are none, ResourceError when it cannot be written.
+    `failed`: the errors of the others. Returns the record. Raises ModelError when there are no rows, ResourceError when
+    it cannot be written.
     """
     if not timed:
-        raise ModelError("calibrate: no kernel gave right results on this device; report it, and use another backend")
+        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise ModelError(f"calibrate: no kernel gave right results on this device ({reasons}); use another backend")
     states = sorted({row["state"] for rows in timed.values() for row in rows})
     ratios = {state: {name: _mean_ratio(rows, state) for name, rows in timed.items()} for state in states}
     record = {
         "versions": _versions(),
+        "failed": failed,
         "ratios": ratios,
         "ranking": {state: sorted(found, key=found.__getitem__) for state, found in ratios.items()},
     }
@@ -143,7 +199,7 @@ def _name(device: torch.device | int) -> str:
 
 
 def _in_a_process(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "montessori.calibration", name]
+    command = [sys.executable, "-m", "montessori.calibration", name, str(torch.cuda.current_device())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -186,4 +242,5 @@ def _read() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    torch.cuda.set_device(int(sys.argv[2]))
     print(json.dumps(measure(sys.argv[1])))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from montessori import cpu, ops, processes
+from montessori import calibration, cpu, ops, processes
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.collecting import collect
 from montessori.copies import full_precision
@@ -72,7 +72,8 @@ class InfluenceEstimator:
         reference: rows, a dataset or a path; or a dict (also a DatasetDict) of several, scored together as K named
             sets: influence then has a column for each.
         method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
-        backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`.
+        backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`. The first
+            "auto" on a GPU measures which is fastest there, which takes minutes once (`montessori.calibration`).
         lr: takes the place of the optimizer's own in every group.
         tokenizer: needed for rows of text; rows with `input_ids` and `labels` do without.
         max_length: tokens an example may have; by default 2048 or the model's own limit if smaller.
@@ -164,6 +165,8 @@ class InfluenceEstimator:
         self._plan: Plan | None = None
         self._rows_proved, self._proved_tokens = False, 0
         self._expansions: dict[str, Expansion] = {}
+        if method != "exact" and backend == "auto":
+            calibration.ensure(parameter for parameter in model.parameters() if parameter.requires_grad)
 
     @property
     def coverage(self) -> dict[str, int]:
@@ -387,7 +390,7 @@ class InfluenceEstimator:
             "reference loss": function_digest(self._reference_loss),
             "torch": torch.__version__,
             "float32 products": float32_precision(),
-            "kernels": list(ops.available_impls()),
+            "kernels": [*ops.available_impls(), *calibration.fastest(next(self.model.parameters()).device)],
             # A sample is of this machine's tiles; other machines cut, and so draw, others.
             "tiles": cpu.tiling() if self.options.sample < 1 else None,
         }

@@ -15,6 +15,8 @@ pytest.register_assert_rewrite("capturing", "op_cases")
 # Tiny models gain nothing from threads and lose much to their barriers on a busy machine.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# The pretended GPU would send processes to look for a real one.
+os.environ["MONTESSORI_CALIBRATE"] = "0"
 
 
 @pytest.fixture(scope="session")

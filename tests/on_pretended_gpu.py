@@ -203,9 +203,11 @@ def measured(tmp_path, monkeypatch):
         return outcome
 
     monkeypatch.setattr(calibration, "_in_a_process", in_this_process)
-    calibration._kept.cache_clear()
+    for cached in (calibration._kept, calibration._ensure):
+        cached.cache_clear()
     yield lambda: calibration.calibrate()
-    calibration._kept.cache_clear()
+    for cached in (calibration._kept, calibration._ensure):
+        cached.cache_clear()
 
 
 def kernel_taken(monkeypatch, impl, state, tied=False):
@@ -240,3 +242,48 @@ def test_auto_takes_what_was_measured_to_be_fastest(measured, tmp_path):
         calibration._kept.cache_clear()
         with pytest.warns(FallbackWarning):
             assert taken("auto", wide) == "triton"
+
+
+@pytest.mark.skipif(cuda.load_error() is not None, reason=f"{cuda.load_error()}")
+def test_the_first_estimator_on_a_gpu_measures_for_all(measured, tmp_path, monkeypatch, caplog):
+    def estimated(dtype, **options):
+        model = make_model("llama_tied", dtype)
+        optimizer = warm_optimizer(model)
+        to_device(model, optimizer)
+        return InfluenceEstimator(model, optimizer, REFERENCES, **options)
+
+    kept = tmp_path / "kernels.json"
+    with pretended_gpu():
+        estimated(torch.bfloat16)
+        assert not kept.exists()
+        monkeypatch.delenv("MONTESSORI_CALIBRATE")
+        # Nothing to choose: float32 has Triton alone, a name leaves no choice, real steps have no such kernel.
+        estimated(torch.float32)
+        estimated(torch.bfloat16, backend="triton")
+        estimated(torch.bfloat16, method="exact")
+        assert not kept.exists()
+        assert calibration.fastest(DEVICE) == []
+        estimated(torch.bfloat16)
+        assert calibration.fastest(DEVICE) == ["bfloat16: wgmma_cluster", "float32: wgmma"]
+        assert [record.message.split(":")[0] for record in caplog.records] == ["a pretended GPU"]
+        kept.unlink()
+        estimated(torch.bfloat16)
+        assert not kept.exists()
+
+
+@pytest.mark.skipif(cuda.load_error() is not None, reason=f"{cuda.load_error()}")
+def test_where_measuring_fails_triton_scores_and_the_reason_is_told(measured, tmp_path, monkeypatch):
+    monkeypatch.delenv("MONTESSORI_CALIBRATE")
+    model = make_model("llama_tied", torch.bfloat16)
+    optimizer = warm_optimizer(model)
+    with pretended_gpu():
+        to_device(model, optimizer)
+        parameters = list(model.parameters())
+        monkeypatch.setattr(calibration, "_in_a_process", lambda name: {"error": f"no room for {name}"})
+        with pytest.warns(FallbackWarning, match="takes Triton .*mma: no room for mma; triton: no room for triton"):
+            calibration.ensure(parameters)
+        calibration._ensure.cache_clear()
+        (tmp_path / "kernels.lock").unlink()
+        (tmp_path / "kernels.lock").mkdir()
+        with pytest.warns(FallbackWarning, match="takes Triton .*kernels.lock: cannot be locked"):
+            calibration.ensure(parameters)
