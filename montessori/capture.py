@@ -241,9 +241,9 @@ class Capture:
             if hidden_states.shape[0] != rows.size * rows.length:
                 raise UnmappableRowsError(rule.module_name, tuple(hidden_states.shape), rows.size)
             self._expected.update(rule.parameters.values())
-            names = {name.removesuffix("_bias") for name in rule.parameters}
             stacks = {
-                name: ExpertStack(rule, name, module, rows, len(chosen), self._deliver, self._impl) for name in names
+                name: ExpertStack(rule, name, module, rows, len(chosen), self._deliver, self._impl)
+                for name in rule.stacks
             }
 
         def product(name: str, expert: int, tokens: Tensor, x: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """Mixtures of experts as transformers 5 lays them out: all experts of a layer in one tensor [E, O, I].
 
 Dimensions: N tokens of a batch, H hidden features, k experts of a token, E experts, n tokens of one expert.
+
+PEFT's `target_parameters` adds to such a tensor a product of two matrices for each expert (`ExpertAdapter`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 
 from montessori import ops
 from montessori.rowmap import RowMap
-from montessori.uses import DenseUse, ExpertsUse, LinearUse, Use
+from montessori.uses import DenseUse, ExpertsUse, LinearUse, Stack, Use
 
 if TYPE_CHECKING:
     from montessori.rules import ModuleRule
@@ -38,6 +42,57 @@ def are_experts(module: nn.Module) -> bool:
     up = _up(module)
     known = {up: 3, _DOWN: 3} | ({f"{up}_bias": 2, f"{_DOWN}_bias": 2} if module.has_bias else {})
     return sizes == known and not getattr(module, "_is_expert_parallel", False)
+
+
+@dataclass(frozen=True)
+class ExpertAdapter:
+    """LoRA of rank r on the matrices `of` of a layer's experts: expert e has scaling · B_e A_e beside its own.
+
+    `a` [E·r, I] has the A_e one below the other; of `b` [O, r·E], every E-th column from e on is of B_e. Neither module
+    is ever called.
+    """
+
+    of: str
+    adapter: str
+    a: nn.Linear
+    b: nn.Linear
+    scaling: float
+    stacks: tuple[Stack, Stack]
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """What `ModuleRule.parameters` calls A and B."""
+        return f"{self.of}.{self.adapter}.lora_A", f"{self.of}.{self.adapter}.lora_B"
+
+    def uses(self, parts: Mapping[int, LinearUse]) -> tuple[ExpertsUse, ExpertsUse]:
+        """The gradients of A and B, from those of the experts' matrices [O, I] in `parts`: B_eᵀ G_e and G_e A_eᵀ, times
+        the scaling."""
+        a, b = (stack.matrices(one.weight) for stack, one in zip(self.stacks, (self.a, self.b), strict=True))
+        uses_a, uses_b = {}, {}
+        for expert, part in parts.items():
+            inner = part.dy @ b[expert].to(part.dy.dtype) * self.scaling
+            uses_a[expert] = LinearUse(part.x, inner, part.offsets)
+            inner = part.x @ a[expert].to(part.x.dtype).T * self.scaling
+            uses_b[expert] = LinearUse(inner, part.dy, part.offsets)
+        return ExpertsUse(uses_a, self.stacks[0]), ExpertsUse(uses_b, self.stacks[1])
+
+
+def expert_adapters(model: nn.Module) -> dict[nn.Module, tuple[ExpertAdapter, ...]]:
+    """The adapters in use that PEFT has put on stacked matrices, by the module of the experts."""
+    # Where nothing has imported PEFT, nothing is wrapped by it.
+    wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
+    found: defaultdict[nn.Module, list[ExpertAdapter]] = defaultdict(list)
+    for module in model.modules():
+        if wrapper is None or not isinstance(module, wrapper) or module.num_experts == 1:
+            continue
+        experts = module.get_base_layer()
+        for name in module.active_adapters if are_experts(experts) and not module.disable_adapters else ():
+            if name in module.lora_A:
+                layouts = Stack("rows", module.num_experts), Stack("columns", module.num_experts)
+                a, b = module.lora_A[name], module.lora_B[name]
+                adapter = ExpertAdapter(module.parameter_name, name, a, b, module.scaling[name], layouts)
+                found[experts].append(adapter)
+    return {experts: tuple(adapters) for experts, adapters in found.items()}
 
 
 def experts_forward(
@@ -84,7 +139,8 @@ def _up(module: Any) -> str:
 
 @dataclass
 class ExpertStack:
-    """The gradient of the matrices `name` of a layer's experts, and of their biases, one expert after the other.
+    """The gradient of the matrices `name` of a layer's experts, and what follows from it for their biases and adapters,
+    one expert after the other.
 
     `hit` experts have tokens in this batch; with the last of them all goes to `deliver`.
     """
@@ -114,6 +170,11 @@ class ExpertStack:
             for expert, value in sums.items():
                 grad[:, expert] = value
             self.deliver(bias, DenseUse(grad))
+        for adapter in self.rule.adapters:
+            if adapter.of == self.name:
+                for key, use in zip(adapter.keys, adapter.uses(self.parts), strict=True):
+                    if key in self.rule.parameters:
+                        self.deliver(self.rule.parameters[key], use)
         weight = self.rule.parameters.get(self.name)
         if weight is not None:
             if self.module.is_transposed:

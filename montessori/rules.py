@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from montessori.experts import are_experts
+from montessori.experts import ExpertAdapter, are_experts, expert_adapters
 from montessori.parameters import trainable_parameters
 from montessori.replay import MOST_HELD, MOST_VALUES
 
@@ -23,11 +23,20 @@ PRODUCT, EXPERTS, REPLAYED = "product", "experts", "replayed"
 
 @dataclass(frozen=True)
 class ModuleRule:
-    """How the trainable parameters of one module are captured; names as in `named_parameters()`."""
+    """How the trainable parameters of one module, and of adapters on its experts, are captured; names as in
+    `named_parameters()`."""
 
     kind: str
     module_name: str
-    parameters: dict[str, str]  # attribute of the module -> parameter name
+    parameters: dict[str, str]  # attribute of the module, or key of an adapter's part -> parameter name
+    adapters: tuple[ExpertAdapter, ...] = ()
+
+    @property
+    def stacks(self) -> set[str]:
+        """Attributes of stacked matrices whose gradient something here takes."""
+        adapted = {adapter.of for adapter in self.adapters if not self.parameters.keys().isdisjoint(adapter.keys)}
+        keys = {key for adapter in self.adapters for key in adapter.keys}
+        return adapted | {key.removesuffix("_bias") for key in self.parameters.keys() - keys}
 
 
 @dataclass
@@ -93,15 +102,19 @@ def make_plan(model: nn.Module) -> Plan:
     trainable = trainable_parameters(model)
     names = {parameter: name for name, parameter in trainable.items()}
     plan = Plan(rules={}, trainable=trainable)
+    adapted = expert_adapters(model)
+    adapting = {part for adapters in adapted.values() for adapter in adapters for part in (adapter.a, adapter.b)}
     for module_name, module in model.named_modules():
-        owned = {
-            attribute: names[parameter]
-            for attribute, parameter in module.named_parameters(recurse=False)
-            if parameter in names
+        adapters = adapted.get(module, ())
+        parameters = dict(module.named_parameters(recurse=False)) | {
+            key: part.weight
+            for adapter in adapters
+            for key, part in zip(adapter.keys, (adapter.a, adapter.b), strict=True)
         }
-        kind = _kind(module) if owned else None
+        owned = {key: names[parameter] for key, parameter in parameters.items() if parameter in names}
+        kind = _kind(module) if owned and module not in adapting else None
         if kind is not None:
-            plan.rules[module] = ModuleRule(kind, module_name, owned)
+            plan.rules[module] = ModuleRule(kind, module_name, owned, adapters)
     # What only modules of no known kind own.
     ruled = {name for rule in plan.rules.values() for name in rule.parameters.values()}
     plan.leave(trainable.keys() - ruled, unmappable=True)

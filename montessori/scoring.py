@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,9 +14,11 @@ from montessori import reference as equations
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
 from montessori.steps import OptimizerStep
-from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, Use, example_gradient, scale
+from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, Stack, Use, example_gradient, scale
 
-# q, m, v and weights of some rows or of one expert's matrix, and the step.
+# Of a tensor [..., *shape of the parameter] some rows, or one expert's matrix.
+_Select = Callable[[Tensor], Tensor]
+# q, m, v and weights there, and the step.
 _Rest = tuple[tuple[Tensor, Tensor | None, Tensor | None, Tensor], OptimizerStep]
 
 
@@ -59,7 +61,7 @@ class InfluenceSink:
             self.scores += ops.adam_influence(use.grad, *rest, impl=self.impl)
         elif isinstance(use, ExpertsUse):
             for expert, part in use.parts.items():
-                self._expert(name, expert, part)
+                self._expert(name, expert, part, use.stack)
             self.scores += self.drift[name]
         elif isinstance(use, RowsUse):
             self.scores += ops.embedding_influence(use.rows, *rest, drift=self.drift[name], impl=self.impl)
@@ -72,46 +74,54 @@ class InfluenceSink:
 
     def part(self, name: str, first: int, use: LinearUse, rows: slice) -> None:
         examples = slice(first, first + use.offsets.numel() - 1)
-        if self.sample == 1:
-            self.scores[examples] += self._matrix(name, rows, use)
-        else:
-            self._sampled(name, rows, use, examples)
 
-    def _expert(self, name: str, expert: int, use: LinearUse) -> None:
+        def select(tensor: Tensor) -> Tensor:
+            return tensor[..., rows, :]
+
+        if self.sample == 1:
+            self.scores[examples] += self._matrix(name, select, use)
+        else:
+            self._sampled(name, f"{rows.start}:{rows.stop}", select, use, examples)
+
+    def _expert(self, name: str, expert: int, use: LinearUse, stack: Stack) -> None:
         """What its tokens make of the score of one expert, for the examples that have any: most have none."""
         counts = use.offsets.diff()
         examples = counts.nonzero().flatten()
         if not examples.numel():
             # Padding alone goes to this expert.
             return
+
+        def select(tensor: Tensor) -> Tensor:
+            return stack.matrices(tensor)[..., expert, :, :]
+
         if self.sample < 1:
             compact = torch.cat([counts.new_zeros(1), counts[examples].cumsum(0)])
-            self._sampled(name, expert, replace(use, offsets=compact), examples)
+            self._sampled(name, str(expert), select, replace(use, offsets=compact), examples)
             return
         # An empty example at the end: the score without a gradient.
         compact = torch.cat([counts.new_zeros(1), counts[examples].cumsum(0), counts.sum()[None]])
-        found = self._matrix(name, expert, replace(use, offsets=compact))
+        found = self._matrix(name, select, replace(use, offsets=compact))
         self.scores[examples.to(found.device)] += found[:-1] - found[-1:]
 
-    def _matrix(self, name: str, rows: slice | int, use: LinearUse) -> Tensor:
-        rest, step = self._rest(name, rows)
+    def _matrix(self, name: str, select: _Select, use: LinearUse) -> Tensor:
+        rest, step = self._rest(name, select)
         return ops.linear_influence(use.x, use.dy, use.offsets, *rest, step, starts=use.starts, impl=self.impl)
 
-    def _sampled(self, name: str, rows: slice | int, use: LinearUse, examples: slice | Tensor) -> None:
-        rest, step = self._rest(name, rows)
-        block = f"{name}:{rows}" if isinstance(rows, int) else f"{name}:{rows.start}:{rows.stop}"
-        if block not in self.draws:
-            self.draws[block] = ops.draw_tiles(rest[0], self.sample, seed=zlib.crc32(block.encode()))
+    def _sampled(self, name: str, block: str, select: _Select, use: LinearUse, examples: slice | Tensor) -> None:
+        rest, step = self._rest(name, select)
+        key = f"{name}:{block}"
+        if key not in self.draws:
+            self.draws[key] = ops.draw_tiles(rest[0], self.sample, seed=zlib.crc32(key.encode()))
         scores, variance = ops.sampled_linear_influence(
-            use.x, use.dy, use.offsets, *rest, step, tiles=self.draws[block], starts=use.starts
+            use.x, use.dy, use.offsets, *rest, step, tiles=self.draws[key], starts=use.starts
         )
         self.scores[examples] += scores
         self.variance[examples] += variance
 
-    def _rest(self, name: str, rows: slice | int) -> _Rest:
+    def _rest(self, name: str, select: _Select) -> _Rest:
         entry = self.state[name]
-        exp_avg, exp_avg_sq = (None if t is None else t[rows] for t in (entry.exp_avg, entry.exp_avg_sq))
-        return (self.q[name][:, rows], exp_avg, exp_avg_sq, self.parameters[name].detach()[rows]), entry.step
+        exp_avg, exp_avg_sq = (None if t is None else select(t) for t in (entry.exp_avg, entry.exp_avg_sq))
+        return (select(self.q[name]), exp_avg, exp_avg_sq, select(self.parameters[name].detach())), entry.step
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]

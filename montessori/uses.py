@@ -50,10 +50,31 @@ class DenseUse:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """How the matrices [O, I] of `experts` lie in one parameter.
+
+    By default [E, O, I]. In "rows" [E·O, I] they lie one below the other, in "columns" [O, I·E] column j of all experts
+    before column j + 1 of any.
+    """
+
+    layout: str = "stacked"
+    experts: int = 0
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """A view [..., E, O, I] of a tensor [..., *shape of the parameter]."""
+        if self.layout == "rows":
+            return tensor.unflatten(-2, (self.experts, -1))
+        if self.layout == "columns":
+            return tensor.unflatten(-1, (-1, self.experts)).movedim(-1, -3)
+        return tensor
+
+
+@dataclass(frozen=True)
 class ExpertsUse:
-    """Gradient of a stack of matrices [E, O, I]: that of expert e is `parts[e]`, or zero where there is none."""
+    """Gradient of the matrices in a `stack`: that of expert e is `parts[e]`, or zero where there is none."""
 
     parts: Mapping[int, LinearUse]
+    stack: Stack = Stack()
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,8 @@ def merge(uses: Sequence[Use]) -> Use | None:
         return uses[0]
     stacks = [use for use in uses if isinstance(use, ExpertsUse)]
     if stacks:
-        return _merge_experts(stacks) if len(stacks) == len(uses) else None
+        alike = len(stacks) == len(uses) and len({use.stack for use in stacks}) == 1
+        return _merge_experts(stacks) if alike else None
     dense = [use.grad for use in uses if isinstance(use, DenseUse)]
     if dense:
         return DenseUse(torch.stack(dense).sum(0)) if len(dense) == len(uses) else None
@@ -119,9 +141,8 @@ def _merge_experts(stacks: Sequence[ExpertsUse]) -> ExpertsUse:
     for stack in stacks:
         for expert, part in stack.parts.items():
             parts[expert].append(part)
-    return ExpertsUse(
-        {expert: found[0] if len(found) == 1 else _merge_linear(found) for expert, found in parts.items()}
-    )
+    merged = {expert: found[0] if len(found) == 1 else _merge_linear(found) for expert, found in parts.items()}
+    return ExpertsUse(merged, stacks[0].stack)
 
 
 def _merge_rows(tables: Sequence[SparseRows]) -> SparseRows:
@@ -147,7 +168,7 @@ def scale(use: Use, factors: Tensor) -> Use:
     if isinstance(use, RowsUse):
         return RowsUse(_scale_rows(use.rows, factors))
     if isinstance(use, ExpertsUse):
-        return ExpertsUse({expert: _scale_linear(part, factors) for expert, part in use.parts.items()})
+        return replace(use, parts={expert: _scale_linear(part, factors) for expert, part in use.parts.items()})
     return _scale_linear(use, factors)
 
 
@@ -187,9 +208,9 @@ def example_gradient(use: Use, example: int, shape: torch.Size) -> Tensor:
 
 
 def _expert_gradients(use: ExpertsUse, example: int, shape: torch.Size) -> Tensor:
-    parts = {expert: example_gradient(part, example, shape[1:]) for expert, part in use.parts.items()}
-    some = next(iter(parts.values()))
-    whole = some.new_zeros(shape)
-    for expert, grad in parts.items():
-        whole[expert] = grad
+    some = next(iter(use.parts.values()))
+    whole = some.x.new_zeros(shape, dtype=torch.promote_types(some.x.dtype, torch.float32))
+    matrices = use.stack.matrices(whole)
+    for expert, part in use.parts.items():
+        matrices[expert] = example_gradient(part, example, matrices.shape[1:])
     return whole

@@ -8,6 +8,7 @@ import weakref
 from contextlib import nullcontext
 from functools import partial
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,17 @@ def mixture(repeat: int = 1, **flags) -> Model:
     return Model(body, expert_stack(**flags))
 
 
+def adapted_mixture(*targets: str, frozen: bool = True, **flags) -> Model:
+    """LoRA on the stacks `targets` of the experts, which are trained beside it unless `frozen`."""
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=[], target_parameters=[f"middle.{name}" for name in targets]
+    )
+    model = peft.inject_adapter_in_model(config, mixture(**flags))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad or not frozen)
+    return model
+
+
 MIXTRAL = {"has_bias": False, "is_transposed": False}
 GPT_OSS = {"has_bias": True, "is_transposed": True}
 
@@ -161,6 +173,10 @@ COVERED = {
     "experts": lambda: mixture(**MIXTRAL),
     "experts_transposed_with_biases": lambda: mixture(**GPT_OSS),
     "experts_used_twice": lambda: mixture(repeat=2, **GPT_OSS),
+    "adapters_on_experts": lambda: adapted_mixture("down_proj", **MIXTRAL),
+    "adapters_on_experts_transposed": lambda: adapted_mixture("gate_up_proj", "down_proj", **GPT_OSS),
+    "adapters_on_experts_used_twice": lambda: adapted_mixture("gate_up_proj", "down_proj", repeat=2, **MIXTRAL),
+    "adapters_beside_trained_experts": lambda: adapted_mixture("gate_up_proj", frozen=False, **GPT_OSS),
     "heads": lambda: Model(middle=Heads(axis=2)),
     "heads_first": lambda: Model(middle=Heads(axis=1)),
     "flattened_and_by_keyword": lambda: Model(lambda m, h, ids: m.middle(input=h.flatten(0, 1)).view(h.shape)),
@@ -180,12 +196,13 @@ def test_captured_gradients_are_autograds(make):
 
 
 @pytest.mark.parametrize("sample", [1.0, 0.5])
-def test_an_expert_that_only_padding_goes_to_scores_as_without_a_gradient(sample):
+@pytest.mark.parametrize("make", ["experts", "adapters_on_experts", "adapters_on_experts_transposed"])
+def test_an_expert_that_only_padding_goes_to_scores_as_without_a_gradient(make, sample):
     """Padding is token 0, which goes to experts 0 and 1; the text goes to 1, 2 and 3."""
     if sample < 1 and cpu.unavailable():
         pytest.skip(f"{cpu.unavailable()}")
-    model = build(lambda: mixture(**MIXTRAL)).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model = build(COVERED[make]).float()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([5, 1, 6, 2, 10], [9, 2], [6, 5, 5])]
     for one in EXAMPLES:
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ from support import make_model, make_rows, plain_loss, reference_loss, slow_infl
 from torch import nn
 
 from montessori import InfluenceEstimator
-from montessori.errors import CurvatureWarning, ModelError
+from montessori.errors import CurvatureWarning, FallbackWarning, ModelError
 from montessori.referenceset import ReferenceSets
 
 CANDIDATES, REFERENCES = make_rows(4, seed=1), make_rows(3, seed=2)
@@ -171,15 +171,21 @@ def test_the_norm_that_dora_holds_constant_is_differentiated_for_the_reference(t
     assert [vars(module).get("forward") for module in model.modules()] == forwards
 
 
-def test_adapters_that_put_their_base_weight_aside_and_back_are_scored():
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_adapters_that_put_their_base_weight_aside_and_back_are_scored(name):
     """PEFT exchanges a stack of experts for a parametrized one in every forward pass; nothing that is trained moves."""
-    config = peft.LoraConfig(
-        r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False
-    )
-    model = peft.get_peft_model(make_model("mixtral"), config).double()
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=stacks, init_lora_weights=False)
+    model = peft.get_peft_model(make_model(name), config).double()
     optimizer = warm_optimizer(model, lr=1e-4)
+    want = slow_influence(model, optimizer, CANDIDATES, REFERENCES, "first_order")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        estimator = InfluenceEstimator(model, optimizer, REFERENCES, method="first_order")
+        np.testing.assert_allclose(estimator.score(CANDIDATES).influence, want, rtol=1e-9)
+    assert estimator.coverage.keys() == {"linear", "experts"}
     want, got = (
-        InfluenceEstimator(model, optimizer, REFERENCES, method=method).score(CANDIDATES).influence
+        InfluenceEstimator(model, optimizer, REFERENCES, method=method, max_grad_norm=0.1).score(CANDIDATES).influence
         for method in ("exact", "anchored")
     )
     np.testing.assert_allclose(got, want, atol=0.02 * np.ptp(want))
