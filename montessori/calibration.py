@@ -46,15 +46,15 @@ _FILE = "kernels.json"
 
 def ranking(q: Tensor, *moments: Tensor | None) -> list[str]:
     """The kernels on the device of q for a state of these dtypes, fastest first; none where nothing was measured with
-    the installed versions."""
+    the installed versions, or nothing was right."""
     held = {tensor.dtype for tensor in (q, *moments) if tensor is not None}
-    return _kept(_name(q.device)).get("bfloat16" if held == {torch.bfloat16} else "float32", [])
+    return _ranked(q.device).get("bfloat16" if held == {torch.bfloat16} else "float32", [])
 
 
 def fastest(device: torch.device) -> list[str]:
     """What "auto" takes on this device, "state: kernel" for each dtype of the state; empty off GPUs and before a
     measurement."""
-    return [f"{state}: {names[0]}" for state, names in _kept(_name(device)).items()] if device.type == "cuda" else []
+    return [f"{state}: {names[0]}" for state, names in _ranked(device).items()] if device.type == "cuda" else []
 
 
 def ensure(parameters: Iterable[Tensor]) -> None:
@@ -72,16 +72,24 @@ def ensure(parameters: Iterable[Tensor]) -> None:
 
 @lru_cache(maxsize=8)
 def _ensure(device: str) -> None:
-    if _kept(device) or len(kernels()) < 2:
+    if _is_measured(device) or len(kernels()) < 2:
         return
     try:
         with _one_at_a_time():
             _kept.cache_clear()
-            if not _kept(device):
+            if not _is_measured(device):
                 LOGGER.warning("%s: measuring which kernel is fastest here; once, a few minutes", device)
                 calibrate()
     except MontessoriError as error:
         warnings.warn(f"{device}: backend 'auto' takes Triton ({error})", FallbackWarning, stacklevel=2)
+
+
+def _is_measured(device: str) -> bool:
+    try:
+        return bool(_kept(device))
+    except ArgumentError:
+        # A damaged file, which is written anew.
+        return False
 
 
 @contextmanager
@@ -105,7 +113,7 @@ def resolve(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
     if impl != "auto" or q is None or not q.is_cuda or cuda.unsupported(step, *tensors) is not None:
         return impl
     ranked = ranking(q, *moments)
-    if not ranked:
+    if not ranked and not _kept(_name(q.device)):
         warnings.warn(
             f"{_name(q.device)}: backend 'auto' takes Triton; `montessori calibrate`, once and some minutes, finds out "
             "whether the CUDA kernels are faster here",
@@ -125,7 +133,7 @@ def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outco
     """Check and time the kernels for the current CUDA device, keep what was fastest, and return the record.
 
     `report` is called with each kernel's name and outcome. Raises ArgumentError without a CUDA device, ModelError when
-    no kernel was right.
+    no kernel was right, ResourceError where the device has no memory left to try one.
     """
     if not torch.cuda.is_available():
         raise ArgumentError("calibrate: expected a CUDA device, torch finds none")
@@ -133,6 +141,11 @@ def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outco
     for name in kernels():
         outcomes[name] = _in_a_process(name)
         report(name, outcomes[name])
+        if "out of memory" in outcomes[name].get("error", ""):
+            # It says nothing about the kernel.
+            raise ResourceError(
+                f"calibrate: the GPU has no memory left to try {name}; run montessori calibrate while it is idle"
+            )
     return keep(
         {name: outcome["rows"] for name, outcome in outcomes.items() if "error" not in outcome},
         {name: outcome["error"] for name, outcome in outcomes.items() if "error" in outcome},
@@ -145,9 +158,6 @@ def keep(timed: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> dict
     `failed`: the errors of the others. Returns the record. Raises ModelError when there are no rows, ResourceError when
     it cannot be written.
     """
-    if not timed:
-        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        raise ModelError(f"calibrate: no kernel gave right results on this device ({reasons}); use another backend")
     states = sorted({row["state"] for rows in timed.values() for row in rows})
     ratios = {state: {name: _mean_ratio(rows, state) for name, rows in timed.items()} for state in states}
     record = {
@@ -163,6 +173,9 @@ def keep(timed: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> dict
         earlier = {}
     write_json(_path(), earlier | {_name(torch.cuda.current_device()): record})
     _kept.cache_clear()
+    if not timed:
+        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise ModelError(f"calibrate: no kernel gave right results on this device ({reasons}); use another backend")
     return record
 
 
@@ -215,10 +228,15 @@ def _mean_ratio(rows: Iterable[dict[str, Any]], state: str) -> float:
     return math.exp(sum(ratios) / len(ratios)) if ratios else math.inf
 
 
+def _ranked(device: torch.device) -> dict[str, list[str]]:
+    return _kept(_name(device)).get("ranking", {})
+
+
 @lru_cache(maxsize=8)
-def _kept(device: str) -> dict[str, list[str]]:
+def _kept(device: str) -> dict[str, Any]:
+    """The record of a measurement with the installed versions; empty where there is none."""
     record = _read().get(device, {})
-    return record["ranking"] if record.get("versions") == _versions() else {}
+    return record if record.get("versions") == _versions() else {}
 
 
 def _versions() -> dict[str, str]:
@@ -234,7 +252,10 @@ def _path() -> Path:
 
 def _read() -> dict[str, Any]:
     try:
-        return json.loads(_path().read_text(encoding="utf-8"))
+        records = json.loads(_path().read_text(encoding="utf-8"))
+        if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+            raise ValueError("not a record for each device")
+        return records
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -276,14 +276,40 @@ def test_where_measuring_fails_triton_scores_and_the_reason_is_told(measured, tm
     monkeypatch.delenv("MONTESSORI_CALIBRATE")
     model = make_model("llama_tied", torch.bfloat16)
     optimizer = warm_optimizer(model)
+    kept, asked = tmp_path / "kernels.json", []
+
+    def fails(name):
+        asked.append(name)
+        return {"error": f"no code for {name}"}
+
+    def ensured(reason):
+        calibration._ensure.cache_clear()
+        calibration._kept.cache_clear()
+        if not reason:
+            calibration.ensure(parameters)
+            return
+        with pytest.warns(FallbackWarning, match=reason):
+            calibration.ensure(parameters)
+
     with pretended_gpu():
         to_device(model, optimizer)
         parameters = list(model.parameters())
-        monkeypatch.setattr(calibration, "_in_a_process", lambda name: {"error": f"no room for {name}"})
-        with pytest.warns(FallbackWarning, match="takes Triton .*mma: no room for mma; triton: no room for triton"):
-            calibration.ensure(parameters)
-        calibration._ensure.cache_clear()
+        works = calibration._in_a_process
+        # A lack of memory passes: nothing is kept. What is wrong with the kernels is not tried again.
+        monkeypatch.setattr(calibration, "_in_a_process", lambda name: {"error": "CUDA out of memory. Tried to"})
+        ensured("takes Triton .*no memory left to try wgmma_cluster; run montessori calibrate")
+        assert not kept.exists()
+        monkeypatch.setattr(calibration, "_in_a_process", fails)
+        ensured("takes Triton .*no kernel gave right results .*mma: no code for mma; triton: no code for triton")
+        ensured(None)
+        assert asked == ["wgmma_cluster", "wgmma", "mma", "triton"]
+        # A damaged file is written anew.
+        monkeypatch.setattr(calibration, "_in_a_process", works)
+        for damaged in ('{"x": ', "[]", '{"a pretended GPU": 1}'):
+            kept.write_text(damaged)
+            ensured("written anew")
+            assert json.loads(kept.read_text())["a pretended GPU"]["ranking"]
+        kept.unlink()
         (tmp_path / "kernels.lock").unlink()
         (tmp_path / "kernels.lock").mkdir()
-        with pytest.warns(FallbackWarning, match="takes Triton .*kernels.lock: cannot be locked"):
-            calibration.ensure(parameters)
+        ensured("takes Triton .*kernels.lock: cannot be locked")

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from montessori import AdamWStep, SGDStep, calibration, cuda, ops
 from montessori.cli import cli
-from montessori.errors import ArgumentError, ModelError
+from montessori.errors import ArgumentError
 
 ROOT = Path(__file__).parents[1]
 ENTRY = re.compile(
@@ -160,5 +160,3 @@ def test_without_a_gpu_nothing_is_calibrated(monkeypatch):
     assert "error" in calibration._in_a_process("triton")
     monkeypatch.setattr(calibration, "LIMIT_S", 0.01)
     assert calibration._in_a_process("triton") == {"error": "took more than 0.01 s"}
-    with pytest.raises(ModelError, match="no kernel gave right results"):
-        calibration.keep({}, {})
