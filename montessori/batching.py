@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +31,14 @@ class Example:
     """One tokenised example: `input_ids` and `labels`, int64 [T] on the CPU, without padding.
 
     `labels[t]` is `input_ids[t]` where the token counts in the loss and -100 elsewhere; position t
-    is predicted from the tokens before it. `index` is the row number in the user's input.
+    is predicted from the tokens before it. `index` is the row number in the user's input. `row` is that row, for a
+    loss function of the user's own; lists as long as its `input_ids` are cut where they were.
     """
 
     input_ids: Tensor
     labels: Tensor
     index: int
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +50,7 @@ class Example:
         return int((self.labels[1:] != IGNORE_INDEX).sum())
 
     def digest(self) -> bytes:
-        """Hash of the content, the same wherever the example stands in the input."""
+        """Hash of the tokens, the same wherever the example stands in the input."""
         payload = self.input_ids.numpy().tobytes() + b"|" + self.labels.numpy().tobytes()
         return hashlib.sha256(payload).digest()
 
@@ -56,13 +59,16 @@ class Example:
 class Batch:
     """Padded examples: `input_ids`, `attention_mask`, `labels`, all int64 [B, T].
 
-    `labels` are not shifted. `index` holds the row numbers of the B examples in the user's input.
+    `labels` are not shifted. `index` holds the row numbers of the B examples in the input that they are of: a set of
+    the reference, or the rows of one call. `rows` are the rows themselves with all their columns, for a loss function
+    of the user's own; else they are empty.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     index: tuple[int, ...]
+    rows: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def size(self) -> int:
@@ -74,11 +80,11 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.index,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
         )
 
 
@@ -92,7 +98,25 @@ def collate(examples: Sequence[Example]) -> Batch:
     for row, example in enumerate(examples):
         span = slice(0, example.num_tokens)
         input_ids[row, span], labels[row, span], mask[row, span] = example.input_ids, example.labels, 1
-    return Batch(input_ids, mask, labels, tuple(example.index for example in examples))
+    index, rows = (tuple(getattr(example, name) for example in examples) for name in ("index", "row"))
+    return Batch(input_ids, mask, labels, index, rows)
+
+
+def with_row(example: Example, row: Mapping[str, Any]) -> Example:
+    """The example with its row: of a row of tokens, lists with a value for each are cut as `input_ids` were, at the end
+    or where the attention mask is 0."""
+    ids = row.get("input_ids")
+    if ids is None or len(ids) == example.num_tokens:
+        return replace(example, row=row)
+    mask = row.get("attention_mask")
+    first = 0 if mask is None else int(torch.as_tensor(mask, device="cpu").nonzero()[0])
+    span = slice(first, first + example.num_tokens)
+    return replace(example, row={key: value[span] if _counts(value, len(ids)) else value for key, value in row.items()})
+
+
+def _counts(value: object, length: int) -> bool:
+    """Whether it is a sequence of `length` values."""
+    return hasattr(value, "__len__") and not isinstance(value, str | Mapping) and len(value) == length
 
 
 def make_batches(examples: Sequence[Example], batch_tokens: int, name: str = "candidates") -> list[list[Example]]:

@@ -20,17 +20,19 @@ from torch import Tensor, nn
 from montessori import ops
 from montessori.batching import Batch
 from montessori.calls import EmbeddingCalls, ProductCalls
-from montessori.errors import ModelError, UntrainedLossError
+from montessori.errors import ModelError, MontessoriError, UntrainedLossError
 from montessori.experts import ExpertStack, chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
 from montessori.local import local_gradients
-from montessori.losses import LossFunction
+from montessori.losses import LossFunction, response_loss
 from montessori.ops import SparseRows
 from montessori.products import fast_products, forward_replaced, linear
 from montessori.replay import ReplayedCalls
 from montessori.rowmap import RowMap, Rows, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
+from montessori.strangers import look_for_strangers
 from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
+from montessori.wording import clipped
 
 
 class Sink(Protocol):
@@ -48,13 +50,16 @@ class Capture:
     """Runs batches through `model` and hands each parameter's per-example gradient to a sink.
 
     `impl` is that of the chunked head's cross-entropy, see `montessori.ops`. `grown` and `held` are those of the last
-    run's replayed calls, see `montessori.replay`.
+    run's replayed calls, see `montessori.replay`. With `rows_checked` the model has to be given the rows of a batch all
+    together and in order, which a loss function of the user's own may do for some batches and not for others.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, impl: str = "auto") -> None:
+    def __init__(self, model: nn.Module, plan: Plan, impl: str = "auto", rows_checked: bool = False) -> None:
         self._model = model
         self._plan = plan
         self._impl = impl
+        self._rows_checked = rows_checked
+        self._batch: Batch | None = None
         self._parts: dict[str, list[TouchedRows]] = {}
         self.grown: set[str] = set()
         self.held = 0
@@ -78,13 +83,16 @@ class Capture:
             for module, rule in self._plan.rules.items():
                 if module is not self._plan.head:
                     self._watch(module, rule, stack)
+            table = getattr(self._model, "get_input_embeddings", lambda: None)()
+            if self._rows_checked and isinstance(table, nn.Module):
+                stack.callback(table.register_forward_pre_hook(self._text_given).remove)
             yield
 
     def run(self, batch: Batch, loss: LossFunction, sink: Sink) -> Tensor:
         """Losses of the batch, float64 [B]; the sink has every parameter when this returns."""
         if self._plan.per_example and batch.size > 1:
             raise ModelError(f"this model is captured one example at a time, got a batch of {batch.size}")
-        self._rows, self._sink = RowMap.of(batch), sink
+        self._rows, self._sink, self._batch = RowMap.of(batch), sink, batch
         self._expected.clear()
         self._received.clear()
         self._remaining = set(self._plan.trainable)
@@ -98,7 +106,7 @@ class Capture:
         finally:
             self._received.clear()
             self._parts.clear()
-            self._rows = self._sink = None
+            self._rows = self._sink = self._batch = None
             for parameter in self._plan.trainable.values():
                 parameter.grad = None
         return losses.detach()
@@ -276,6 +284,21 @@ class Capture:
         for name, per_example in zip(rule.parameters.values(), grads, strict=True):
             self._deliver(name, DenseUse(per_example))
 
+    def _text_given(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Raises UnmappableRowsError where look-ups are not of the rows of the batch, or of them in another order."""
+        batch, ids = self._batch, args[0] if args else None
+        if batch is None or batch.size == 1 or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return
+        reason = None
+        if ids.shape[0] != batch.size:
+            reason = f"the loss function gives the model {ids.shape[0]} rows where a batch has {batch.size}"
+        elif ids.shape == batch.input_ids.shape and not torch.equal(ids, batch.input_ids):
+            there = (ids[:, None] == batch.input_ids).all(-1)
+            if bool((there.any(1) & ~there.diagonal()).any()):
+                reason = "the loss function gives the model the rows of a batch in another order"
+        if reason is not None:
+            raise UnmappableRowsError("", tuple(ids.shape), batch.size, reason)
+
     def _embedding_called(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, output: Tensor) -> Tensor:
         if self._sink is not None and ids.shape == (1, self._active_rows.length):
             # One look-up for the positions of all examples: each gets its own, so that gradients stay apart.
@@ -341,7 +364,15 @@ def _touched(batch: Batch) -> list[Tensor]:
 
 def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
     """The loss function's result, checked to be one differentiable value per example [B]."""
-    losses = loss(model, batch)
+    own = loss is not response_loss and any(batch.rows)
+    try:
+        losses = loss(model, batch)
+    except Exception as error:
+        if not own or isinstance(error, MontessoriError) or out_of_memory(error):
+            raise
+        rows = ", ".join(map(str, batch.index[:4])) + (", ..." if batch.size > 4 else "")
+        why = f"{type(error).__name__}: {clipped(error)}"
+        raise ModelError(f"the loss function fails for row {rows} ({why})") from error
     if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ModelError(f"the loss function must return one value per example [{batch.size}], got {got}")
@@ -349,7 +380,14 @@ def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor
         merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
         why = "; an adapter is merged into the weights, call model.unmerge_adapter()" if merged else ""
         raise UntrainedLossError(f"the loss does not depend on any trainable parameter: nothing to score{why}")
+    if torch.is_grad_enabled() and own:
+        look_for_strangers(model, losses)
     return losses
+
+
+def out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
 
 
 @contextmanager

@@ -18,9 +18,13 @@ from montessori.expandable import check_memory
 from montessori.live import tensors_in
 from montessori.losses import LossFunction
 from montessori.parameters import trainable_parameters
+from montessori.strangers import strangers_aside
 from montessori.wording import first_line
 
-_INSTEAD = "pass the model without the wrapper, in float32, or method='first_order' with reference_dtype='model'"
+_INSTEAD = (
+    "pass the model without the wrapper, in float32, or method='first_order' with reference_dtype='model'; a loss "
+    "function calls the model that it is given, not one that it holds"
+)
 
 
 def full_precision(model: nn.Module) -> nn.Module:
@@ -101,11 +105,14 @@ def check_copy(model: nn.Module, copied: nn.Module, example: Example, loss: Loss
     """
     own, foreign = list(copied.parameters()), list(model.parameters())
     batch = collate([example]).to(own[0].device)
-    with evaluation_mode(copied), gradients_aside([*own, *foreign]):
+    with evaluation_mode(copied), gradients_aside([*own, *foreign]), strangers_aside(()):
         try:
             example_losses(copied, batch, loss).sum().backward()
-        except RuntimeError as error:
-            why = first_line(error)
+        except (RuntimeError, ModelError) as error:
+            cause = error.__cause__ if isinstance(error, ModelError) else error
+            if not isinstance(cause, RuntimeError):
+                raise
+            why = first_line(cause)
             raise ModelError(f"a float32 copy of the model does not compute ({why}): {_INSTEAD}") from error
         if any(one.grad is not None for one in foreign) or all(one.grad is None for one in own):
             raise ModelError(f"a forward of the model is wrapped, and a copy computes with its weights: {_INSTEAD}")

@@ -1,6 +1,8 @@
-"""Proof before use: captured gradients against autograd's own, on windows of two real examples of this model.
+"""Proof before use: captured gradients against autograd's own, on two real examples of this model.
 
-Products are of unrounded factors meanwhile, whatever torch's switches say: rounding looks like a mistake.
+Of the ordinary loss windows of two references do; a loss function of the user's own is given whole candidates, since it
+may need what a window lacks. Products are of unrounded factors meanwhile, whatever torch's switches say: rounding looks
+like a mistake.
 
 A weight that is also used behind its module's back, a module that mixes the examples of a batch or a
 layer whose rows cannot be told apart would score wrong without a word. Such parameters are found here
@@ -12,14 +14,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
-from montessori.capture import Capture, evaluation_mode, example_losses
-from montessori.copies import check_copy
+from montessori.capture import Capture, evaluation_mode
 from montessori.errors import FallbackWarning, ModelError, MontessoriError, UntrainedLossError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
 from montessori.live import undisturbed
@@ -31,20 +32,14 @@ from montessori.referenceset import PROOF_TOKENS, ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import LOCAL, ModuleRule, Plan, make_plan
 from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
-from montessori.wording import one_line
+from montessori.wording import clipped
 
 # Rounding allowed between two ways to sum the same products, relative to the gradient's norm.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-# The same for a mean of token losses: 30 layers of float32 show 1.4e-6 between batches of windows of LOSS_TOKENS.
-LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # A gradient that is zero in exact arithmetic is rounding noise; measure it against the global norm.
 NOISE_SHARE = 1e-3
-# Tokens of the shortest examples, whose losses are compared in a batch and alone.
+# Tokens of windows of which losses alone are compared.
 LOSS_TOKENS = 32
-# Of long ones: beyond them rows that share a batch are not told apart from rows alone.
-LONG_TOKENS = 256
-# Of their losses: 30 layers of float32 show 4.7e-6, and what is found wrong by mistake costs all rows their batches.
-LONG_SLACK = 4
 # The chunked head rounds less than torch's float32 softmax over a large vocabulary does, whose error reaches 1e-3 of
 # a norm's gradient; the rest of the model is proved without it.
 HEAD_SLACK = 10
@@ -102,7 +97,7 @@ class _CompareSink:
             self.wrong.add(name)
 
 
-def _widest(tolerances: Mapping[torch.dtype, float], model: nn.Module) -> float:
+def widest(tolerances: Mapping[torch.dtype, float], model: nn.Module) -> float:
     """That of the narrowest weights: float32 adapters on a narrow model get gradients through its rounding."""
     return max(tolerances.get(parameter.dtype, 0.0) for parameter in model.parameters())
 
@@ -117,9 +112,8 @@ def failures_named() -> Iterator[None]:
             raise
         raise ModelError(
             "a forward and backward pass in the weights' own dtypes cannot be made or captured "
-            f"({type(error).__name__}: {one_line(error)}); a loss function calls the model for all rows of a batch "
-            "at once, and takes windows of reference rows, of two lengths, alone and together; method='exact' needs "
-            "neither"
+            f"({type(error).__name__}: {clipped(error)}); a loss function calls the model for all rows of a batch at "
+            "once, of different lengths, alone and together; method='exact' does not need that"
         ) from error
 
 
@@ -132,7 +126,7 @@ def missing_inputs_named() -> Iterator[None]:
         if isinstance(error, MontessoriError):
             raise
         raise ModelError(
-            f"the loss of a reference row cannot be computed ({type(error).__name__}: {one_line(error)}); where the "
+            f"the loss of a reference row cannot be computed ({type(error).__name__}: {clipped(error)}); where the "
             "model's forward needs more than input_ids and attention_mask, pass loss_fn= and reference_loss_fn= that "
             "give it"
         ) from error
@@ -140,16 +134,20 @@ def missing_inputs_named() -> Iterator[None]:
 
 @unrounded_products()
 def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
-    """A plan whose captured gradients equal autograd's on windows of `examples` (one or two).
+    """A plan whose captured gradients equal autograd's on windows of `examples` (one or two); of a loss of the user's
+    own, on the first two whole `examples` that have a gradient.
 
     Parameters that fail are captured by replayed calls; those that fail so too or are too large for it, and those that
     none of the examples reaches, are moved to the fallback, with one FallbackWarning that names them.
     """
     plan = make_plan(model)
     parameters = plan.trainable
-    examples = _of_two_lengths([_window(example, PROOF_TOKENS[i > 0]) for i, example in enumerate(examples)])
+    if loss is response_loss:
+        examples = of_two_lengths([window(example, PROOF_TOKENS[i > 0]) for i, example in enumerate(examples)])
+    else:
+        examples = with_gradient(model, parameters, examples, loss)
     proved: set[str] = set()
-    tolerance = _widest(TOLERANCE, model)
+    tolerance = widest(TOLERANCE, model)
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
         if not _are_finite(expected, example, loss):
@@ -178,20 +176,29 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     return plan
 
 
-@missing_inputs_named()
-def proved_rows(
-    model: nn.Module, full: nn.Module, references: ReferenceSets, reference_loss: LossFunction, loss: LossFunction
-) -> ReferenceSets:
-    """`proved_references` of `full`, which is the model or a float32 copy of it that is proved to be one.
+def with_gradient(
+    model: nn.Module, parameters: dict[str, nn.Parameter], examples: Sequence[Example], loss: LossFunction
+) -> Sequence[Example]:
+    """The first two examples that give a finite gradient other than 0: a row of advantage 0, say, proves nothing.
 
-    Raises ModelError for a forward pass that writes weights (RWKV's first in eval mode), or needs what no row has.
+    Raises UntrainedLossError where the loss of none depends on a parameter.
     """
-    with undisturbed(trainable_parameters(full)):
-        for function in dict.fromkeys((reference_loss, loss)):
-            if full is not model:
-                check_copy(model, full, references.shortest()[0], function)
-            prove_head(full, references, function)
-        return proved_references(full, references, reference_loss)
+    found: list[Example] = []
+    untrained: UntrainedLossError | None = None
+    for example in examples:
+        try:
+            by_name, _ = example_gradients(model, parameters, example, loss)
+        except UntrainedLossError as error:
+            untrained = error
+            continue
+        grads = [grad for grad in by_name.values() if grad is not None]
+        if any(bool(grad.any()) for grad in grads) and all(bool(grad.isfinite().all()) for grad in grads):
+            found.append(example)
+        if len(found) == 2:
+            return found
+    if not found and untrained is not None:
+        raise untrained
+    return found or examples[:1]
 
 
 @missing_inputs_named()
@@ -199,74 +206,10 @@ def proved_rows(
 def prove_head(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> None:
     """`montessori.losses.prove_packing` on windows of two examples."""
     if loss is response_loss:
-        examples = [_window(example, LOSS_TOKENS) for example in references.shortest()]
+        examples = [window(example, LOSS_TOKENS) for example in references.shortest()]
         # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
         with evaluation_mode(model), undisturbed(trainable_parameters(model)):
             prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
-
-
-@unrounded_products()
-def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> ReferenceSets:
-    """`references`, one row at a time where rows that share a batch change each other's loss, with a FallbackWarning.
-
-    They do where the model looks at later tokens, and so at padding, or where rows of a batch meet: in a layer of the
-    model or in a loss function of the user.
-    """
-    examples = sorted((one for group in references.sets.values() for one in group), key=lambda one: one.num_tokens)
-    some = examples[-1], examples[len(examples) // 2], examples[0]
-    if references.batch_tokens is None:
-        references.check_shortest(model, loss)
-    if references.batch_tokens is None or (
-        _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS)
-        and _rows_stand_alone(model, some, loss, LONG_TOKENS, LONG_SLACK)
-    ):
-        return references
-    warnings.warn(
-        "the loss of a reference row depends on what shares its batch (a model that is not causal, or a loss function "
-        "that mixes rows): the reference is taken one row at a time, which is slower",
-        FallbackWarning,
-        stacklevel=6,
-    )
-    return replace(references, batch_tokens=None)
-
-
-@failures_named()
-@unrounded_products()
-def apart(
-    model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction, proved: int
-) -> tuple[Sequence[Sequence[Example]], int]:
-    """`batches`, longest first, or each example by itself, with a FallbackWarning, where long ones change each other's
-    loss; and the number of tokens up to which they are known not to, `proved` before."""
-    longest = batches[0] if batches else []
-    most = min(longest[0].num_tokens, LONG_TOKENS) if longest else 0
-    if len(longest) < 2 or most <= proved:
-        return batches, proved
-    some = [longest[0], longest[len(longest) // 2], longest[-1]]
-    if _rows_stand_alone(model, some, loss, most, LONG_SLACK):
-        return batches, most
-    warnings.warn(
-        f"the losses of candidates of {longest[0].num_tokens} tokens depend on what shares their batch: candidates are "
-        "scored one at a time, which is slower",
-        FallbackWarning,
-        stacklevel=4,
-    )
-    return [[example] for batch in batches for example in batch], proved
-
-
-@torch.no_grad()
-def _rows_stand_alone(
-    model: nn.Module, examples: Sequence[Example], loss: LossFunction, most: int, slack: float = 1.0
-) -> bool:
-    """Whether `loss` of windows of `examples`, `most` tokens of each, is the same in one batch as of each alone."""
-    windows = _of_two_lengths([_window(example, most) for example in examples])
-    device = next(model.parameters()).device
-    with evaluation_mode(model):
-        together = example_losses(model, collate(windows).to(device), loss).double()
-        alone = torch.cat([example_losses(model, collate([one]).to(device), loss).double() for one in windows])
-    # Losses of less than a nat are still differences of logits.
-    allowed = slack * _widest(LOSS_TOLERANCE, model) * alone.abs().clamp(min=1)
-    # What is not finite is reported by its row, when the reference is evaluated.
-    return bool((((together - alone).abs() <= allowed) | ~alone.isfinite()).all())
 
 
 @unrounded_products()
@@ -274,7 +217,7 @@ def proved_loss(model: nn.Module, examples: Sequence[Example], loss: LossFunctio
     """`loss`, or the same with the vocabulary head by chunks where that is proved on windows of `examples`."""
     if loss is not response_loss:
         return loss
-    head = _proved_head(model, {}, [_window(example, PROOF_TOKENS[1]) for example in examples])
+    head = _proved_head(model, {}, [window(example, PROOF_TOKENS[1]) for example in examples])
     return loss if head is None else ChunkedLoss(head, impl)
 
 
@@ -284,7 +227,7 @@ def _proved_head(model: nn.Module, rules: dict[nn.Module, ModuleRule], examples:
     if head is None:
         return None
     device = next(model.parameters()).device
-    batch, short = collate(examples).to(device), collate([_window(examples[0], LOSS_TOKENS)]).to(device)
+    batch, short = collate(examples).to(device), collate([window(examples[0], LOSS_TOKENS)]).to(device)
     with torch.no_grad(), evaluation_mode(model):
         if not returns_logits(model, head, short):
             return None
@@ -297,7 +240,7 @@ def _proved_head(model: nn.Module, rules: dict[nn.Module, ModuleRule], examples:
     return head if bool(((got - want).abs() <= allowed).all()) else None
 
 
-def _window(example: Example, most: int) -> Example:
+def window(example: Example, most: int) -> Example:
     """At most `most` neighbouring tokens of the example, around the first with a label."""
     first = int((example.labels[1:] != IGNORE_INDEX).nonzero()[0]) + 1
     start = max(0, min(first - most // 2, example.num_tokens - most))
@@ -318,7 +261,7 @@ def _are_finite(grads: Mapping[str, Tensor | None], example: Example, loss: Loss
     return not wrong
 
 
-def _of_two_lengths(examples: Sequence[Example]) -> Sequence[Example]:
+def of_two_lengths(examples: Sequence[Example]) -> Sequence[Example]:
     """Examples of which two differ in length; alone, an example shows neither padding nor mixing."""
     first = examples[0]
     if any(example.num_tokens != first.num_tokens for example in examples):
@@ -335,16 +278,16 @@ def _disagreeing(
 ) -> tuple[set[str], bool]:
     """Parameters whose captured gradient is not the expected one, and whether for rows that cannot be told apart."""
     device = next(iter(plan.trainable.values())).device
-    capture = Capture(model, plan)
+    capture = Capture(model, plan, rows_checked=loss is not response_loss)
     try:
         with capture.installed():
             capture.run(collate(group).to(device), loss, sink)
         plan.held = capture.held // len(group)
     except UnmappableRowsError as error:
-        names = _called_alike(plan, error.module)
+        names = _called_alike(plan, error.module) if error.module else plan.trainable.keys()
         if not names - plan.fallback:
             raise
-        return names, True
+        return set(names), True
     except UntrainedLossError:
         # No hook saw any of them used.
         names = plan.trainable.keys() - plan.fallback
@@ -353,8 +296,9 @@ def _disagreeing(
         return set(names), True
     if sink.wrong and sink.wrong <= plan.fallback:
         raise ModelError(
-            f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example; the model's "
-            "forward pass is not deterministic in eval mode, or, in float64, computes in float32: load it in float32"
+            f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example: a loss function "
+            "draws random numbers or puts the model in train mode, the model's forward pass is not deterministic in "
+            "eval mode, or, in float64, computes in float32: load it in float32"
         )
     return sink.wrong | capture.grown, False
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from montessori import calibration, cpu, ops, processes
+from montessori.apart import Apart, proved_rows
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.collecting import collect
 from montessori.copies import full_precision
-from montessori.coverage import apart, failures_named, prove_head, proved_loss, proved_rows, verified_plan
+from montessori.coverage import failures_named, prove_head, proved_loss, verified_plan, with_gradient
 from montessori.data import is_row
 from montessori.encoding import Encoded
 from montessori.errors import ArgumentError
@@ -24,11 +25,11 @@ from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, r
 from montessori.fingerprint import edges_digest, examples_digest, function_digest, model_digest, sets_digest
 from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
-from montessori.live import Watch, borrowed, own_precision, unwrapped
+from montessori.live import Watch, borrowed, own_precision, undisturbed, unwrapped
 from montessori.losses import LossFunction, response_loss
 from montessori.models import validate_model
 from montessori.optim_state import AdamWState
-from montessori.optimizers import LiveOptimizer
+from montessori.optimizers import LiveOptimizer, trained_by
 from montessori.options import (
     Options,
     check_kinds,
@@ -38,15 +39,21 @@ from montessori.options import (
     floating_dtype,
     steady_length,
 )
+from montessori.parameters import trainable_parameters
 from montessori.products import float32_precision
 from montessori.reading import RowReader
-from montessori.referenceset import ReferenceSets
+from montessori.referenceset import ReferenceSets, telling
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
 from montessori.scores import Audit, Scores
+from montessori.strangers import strangers_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Candidates among which a loss of the user's own finds two with a gradient.
+PROVERS = 8
 
 
 @dataclass
@@ -144,8 +151,8 @@ class InfluenceEstimator:
         if sample < 1:
             check_sampling(model)
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
-        # What labels are is up to a loss of the user's own.
-        self._reader = RowReader(model, tokenizer, self.options, loss_fn is response_loss)
+        self._own_loss, own_reference_loss = loss_fn is not response_loss, reference_loss_fn is not response_loss
+        self._reader = RowReader(model, tokenizer, self.options, self._own_loss, own_reference_loss)
         self._optimizer, self._lr = optimizer, lr
         self._named = isinstance(reference, Mapping) and not is_row(reference)
         named = reference if self._named else {"reference": reference}
@@ -163,7 +170,9 @@ class InfluenceEstimator:
         self.state, self._idle = self._read_optimizer()
         self._watch = Watch(model, optimizer)
         self._plan: Plan | None = None
-        self._rows_proved, self._proved_tokens = False, 0
+        self._rows_proved, self._has_gradient, self._apart = False, False, Apart()
+        # What the loss of candidates is tried on; a loss of the user's own is for candidates alone.
+        self._provers: Sequence[Example] = () if self._own_loss else self.references.telling()
         self._expansions: dict[str, Expansion] = {}
         if method != "exact" and backend == "auto":
             calibration.ensure(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -179,7 +188,7 @@ class InfluenceEstimator:
 
         `score` does it on its own; the result is kept as long as the pilot examples stay the same.
         """
-        pilot = self._pilot(self._reader.read(candidates, "candidates"))
+        pilot = self._chosen(self._reader.read(candidates, "candidates"))
         with self._at_work():
             self._prepare(self.options.method, pilot)
 
@@ -206,7 +215,9 @@ class InfluenceEstimator:
             raise ArgumentError(f"journal: expected a ScoreJournal, got {type(journal).__name__}: ScoreJournal(path)")
         # With an anchor from elsewhere, a piece of rows may be nothing but such as are skipped.
         encoded = self._reader.read(candidates, "candidates", may_be_none=pilot_rows is not None)
-        pilot = self._pilot(encoded if pilot_rows is None else self._reader.read(pilot_rows, "pilot_rows"))
+        pilot = self._chosen(encoded)
+        if pilot_rows is not None:
+            pilot = self._chosen(self._reader.read(pilot_rows, "pilot_rows"))
         size = (
             batch_tokens if self.options.method != "exact" else max((e.num_tokens for e in encoded.examples), default=1)
         )
@@ -231,7 +242,7 @@ class InfluenceEstimator:
             raise ArgumentError(f"audit: expected at least 2 candidates that can be scored, got {len(sample)}")
         part = Encoded(sample, {}, [], encoded.num_rows)
         singles = [[example] for example in sample]
-        pilot = self._pilot(encoded)
+        pilot = self._chosen(encoded)
         with self._at_work():
             predicted = self._score(part, singles, self.options.method, progress, None, pilot)
             real = self._score(part, singles, "exact", progress, None, pilot)
@@ -240,7 +251,7 @@ class InfluenceEstimator:
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Everything in the weights' own precision; what was computed before the owner trained on is forgotten."""
-        with borrowed(self.model), own_precision(self.model):
+        with borrowed(self.model), own_precision(self.model), strangers_aside(trained_by(self._optimizer)):
             fixed, moved = self._watch.changes()
             if fixed or moved:
                 validate_model(self.model)
@@ -319,7 +330,7 @@ class InfluenceEstimator:
             prepared = self._prepare(method, pilot)
             if method != "exact":
                 # Judged on all batches, not on what is left: a resumed run decides as the first one did.
-                batches, self._proved_tokens = apart(self.model, batches, self._loss, self._proved_tokens)
+                batches = self._apart.apart(self.model, batches, self._loss)
             summary = summary or _summary(prepared)
             if journal is not None and summary not in done:
                 journal.append(summary)
@@ -330,9 +341,12 @@ class InfluenceEstimator:
         narrow = self.options.reference_dtype == "model" and method != "exact"
         full = self.model if narrow else full_precision(self.model)
         if not self._rows_proved:
-            self.references = proved_rows(self.model, full, self.references, self._reference_loss, self._loss)
+            self.references = proved_rows(
+                self.model, full, self.references, self._reference_loss, self._loss, self._provers
+            )
             self._rows_proved = True
         if method == "exact":
+            self._check_own_loss()
             # The truth of an audit has the bits of the real optimizer.
             impl = self.options.backend if self.options.method == "exact" else "reference"
             of_reference = self._reference_loss if impl == "reference" else self._chunked_loss(full)
@@ -361,6 +375,14 @@ class InfluenceEstimator:
             self.options.sample,
         )
         return _Prepared(linear, expansion.drift_delta, expansion.loss, expansion.curvature)
+
+    def _check_own_loss(self) -> None:
+        """Raise UntrainedLossError where no step would have a gradient; linear predictions find it in their proof."""
+        if self._own_loss and not self._has_gradient:
+            parameters = trainable_parameters(self.model)
+            with undisturbed(parameters):
+                with_gradient(self.model, parameters, self._provers, self._loss)
+            self._has_gradient = True
 
     def _expand(self, full: nn.Module, method: str, pilot: Sequence[Example]) -> Expansion:
         key = f"{method}:{examples_digest(pilot)}"
@@ -395,7 +417,15 @@ class InfluenceEstimator:
             "tiles": cpu.tiling() if self.options.sample < 1 else None,
         }
 
-    def _pilot(self, encoded: Encoded) -> list[Example]:
+    def _chosen(self, encoded: Encoded) -> list[Example]:
+        """The pilot examples. A loss of the user's own is proved on the first rows that come, and again on the first of
+        another length: examples of one length show neither padding nor, alone, mixing."""
+        if self._own_loss and encoded.examples:
+            known = self._provers
+            some = telling([*known, *encoded.examples])
+            if len(some) > len(known) or len({one.num_tokens for one in some}) > len({one.num_tokens for one in known}):
+                self._provers = [*some, *spread(encoded.examples, PROVERS)]
+                self._plan = None
         return spread(encoded.examples, self.options.pilot)
 
     def _verified_plan(self) -> Plan:
@@ -403,7 +433,7 @@ class InfluenceEstimator:
             with failures_named():
                 prove_head(self.model, self.references, self._loss)
                 self.references.check_shortest(self.model, self._reference_loss)
-                self._plan = verified_plan(self.model, self.references.telling(), self._loss)
+                self._plan = verified_plan(self.model, self._provers or self.references.telling(), self._loss)
         return self._plan
 
     def _chunked_loss(self, full: nn.Module) -> LossFunction:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses
@@ -24,6 +24,7 @@ from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.optimizers import LiveOptimizer
 from montessori.parameters import trainable_parameters
+from montessori.strangers import leaves_below
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def find_idle(model: nn.Module, example: Example, loss: LossFunction) -> Idle:
             stack.callback(module.register_forward_pre_hook(lambda module, _: called.add(module)).remove)
         device = next(model.parameters()).device
         with undisturbed(trainable_parameters(model)):
-            reached = _leaves_below(example_losses(model, collate([example]).to(device), loss))
+            losses = example_losses(model, collate([example]).to(device), loss)
+            reached = {id(leaf) for leaf in leaves_below(losses)}
     idle = {name: entry for name, entry in trainable_parameters(model).items() if id(entry) not in reached}
     kept = {id(entry) for entry in idle.values()}
     silent = {
@@ -94,20 +96,6 @@ def find_idle(model: nn.Module, example: Example, loss: LossFunction) -> Idle:
         if module not in called and any(id(entry) in kept for entry in module.parameters(recurse=False))
     }
     return Idle(idle, silent)
-
-
-def _leaves_below(losses: Tensor) -> set[int]:
-    """Identities of the leaves that autograd would bring a gradient to."""
-    waiting, seen, leaves = [losses.grad_fn], set(), set()
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        waiting.extend(following for following, _ in node.next_functions)
-    return leaves
 
 
 def _modules_of(idle: Idle, model: nn.Module) -> Sequence[str]:

@@ -58,6 +58,12 @@ def moments_of(optimizer: object) -> list[Any]:
     return [value for part in _live(optimizer) for entry in part.state.values() for value in entry.values()]
 
 
+def trained_by(optimizer: object) -> set[int]:
+    """Ids of the parameters that live optimizers step."""
+    groups = (group for part in _live(optimizer) for group in part.param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
 def settings_of(optimizer: object) -> str:
     """What else of live optimizers may change between two calls, as a text: settings, grouping, hooks."""
     parts = _live(optimizer)

@@ -18,7 +18,9 @@ from montessori import ops
 from montessori import reference as equations
 from montessori.batching import Example, collate
 from montessori.capture import evaluation_mode, example_losses, gradients_aside
+from montessori.errors import UntrainedLossError
 from montessori.live import to_the_end
+from montessori.losses import response_loss
 from montessori.steps import AdamWStep
 
 if TYPE_CHECKING:
@@ -56,6 +58,21 @@ def example_gradients(
         value = example_losses(model, batch, loss)
         value.sum().backward()
         return {name: parameter.grad for name, parameter in parameters.items()}, float(value.detach()[0])
+
+
+def candidate_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], example: Example, loss: LossFunction
+) -> tuple[Gradients, float]:
+    """`example_gradients`; of a loss function of the user's own, no gradient where this row's loss depends on no
+    parameter: a row of advantage 0, say, in a batch with others."""
+    try:
+        return example_gradients(model, parameters, example, loss)
+    except UntrainedLossError:
+        if loss is response_loss:
+            raise
+    batch = collate([example]).to(next(iter(parameters.values())).device)
+    with evaluation_mode(model), torch.no_grad():
+        return dict.fromkeys(parameters), float(example_losses(model, batch, loss)[0])
 
 
 def norm(tensor: Tensor) -> Tensor:
@@ -112,7 +129,7 @@ def mean_delta(
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     taken = 0
     for example in examples:
-        grads, _ = example_gradients(model, parameters, example, loss)
+        grads, _ = candidate_gradients(model, parameters, example, loss)
         if all(grad is None or _is_finite(grad) for grad in grads.values()):
             _add_delta(total, parameters, state, clip_gradients(grads, max_grad_norm))
             taken += 1

@@ -21,6 +21,22 @@ PROOF_TOKENS = (64, 48)
 WEIGHTINGS = ("example_mean", "token_mean")
 
 
+def shortest(examples: Sequence[Example]) -> list[Example]:
+    """Up to two examples, of different length where there are such."""
+    by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
+    longer = [example for example in by_length[1:] if example.num_tokens > by_length[0].num_tokens][:1]
+    return by_length[:1] + (longer or by_length[1:2])
+
+
+def telling(examples: Sequence[Example]) -> list[Example]:
+    """One or two examples for a proof, PROOF_TOKENS long at least and of two lengths where possible."""
+    by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
+    first = next((one for one in by_length if one.num_tokens >= PROOF_TOKENS[0]), by_length[-1])
+    others = [one for one in by_length if one.num_tokens != first.num_tokens] or by_length[1:2]
+    second = [one for one in others if one.num_tokens >= PROOF_TOKENS[1]][:1] or others[-1:]
+    return [first, *second]
+
+
 @dataclass(frozen=True)
 class ReferenceSets:
     """K sets of reference examples with weights that sum to 1 within each set.
@@ -51,30 +67,25 @@ class ReferenceSets:
         return {example.index: example.num_label_tokens / total for example in examples}
 
     def shortest(self) -> list[Example]:
-        """Up to two examples of all sets, of different length where there are such."""
-        examples = [example for group in self.sets.values() for example in group]
-        by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
-        longer = [example for example in by_length[1:] if example.num_tokens > by_length[0].num_tokens][:1]
-        return by_length[:1] + (longer or by_length[1:2])
+        """`shortest` of all sets."""
+        return shortest(self._all())
 
     def telling(self) -> list[Example]:
-        """One or two examples for a proof on windows, PROOF_TOKENS long at least and of two lengths where possible."""
-        examples = [example for group in self.sets.values() for example in group]
-        by_length = sorted(examples, key=lambda example: (example.num_tokens, example.digest()))
-        first = next((one for one in by_length if one.num_tokens >= PROOF_TOKENS[0]), by_length[-1])
-        others = [one for one in by_length if one.num_tokens != first.num_tokens] or by_length[1:2]
-        second = [one for one in others if one.num_tokens >= PROOF_TOKENS[1]][:1] or others[-1:]
-        return [first, *second]
+        """`telling` of all sets."""
+        return telling(self._all())
+
+    def _all(self) -> list[Example]:
+        return [example for group in self.sets.values() for example in group]
 
     @torch.no_grad()
     def check_shortest(self, model: nn.Module, loss: LossFunction) -> None:
         """Raise ModelError naming the row if the loss of one of `shortest` is not finite."""
         device = next(model.parameters()).device
-        shortest = self.shortest()
+        checked = self.shortest()
         with evaluation_mode(model):
             for name, examples in self.sets.items():
                 for example in examples:
-                    if any(example is one for one in shortest):
+                    if any(example is one for one in checked):
                         batch = collate([example]).to(device)
                         _check_finite(example_losses(model, batch, loss), batch, name)
 

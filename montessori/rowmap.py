@@ -17,13 +17,12 @@ from montessori.losses import label_rows
 
 
 class UnmappableRowsError(ModelError):
-    """An activation's rows cannot be told apart by example; `module` names where."""
+    """An activation's rows cannot be told apart by example; `module` names where, unless a `reason` is given."""
 
-    def __init__(self, module: str, shape: tuple[int, ...], size: int) -> None:
+    def __init__(self, module: str, shape: tuple[int, ...], size: int, reason: str | None = None) -> None:
         self.module = module
-        super().__init__(
-            f"{module}: activation {list(shape)} has no dimension that separates the {size} examples of a batch"
-        )
+        no_dimension = f"activation {list(shape)} has no dimension that separates the {size} examples of a batch"
+        super().__init__(reason or f"{module}: {no_dimension}")
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from tqdm.auto import tqdm
 
 from montessori import processes
 from montessori.batching import Example, collate
-from montessori.capture import Capture
+from montessori.capture import Capture, example_losses, out_of_memory
 from montessori.cpu import TileSample
-from montessori.errors import FallbackWarning, IdleWarning, ResourceError
+from montessori.errors import FallbackWarning, IdleWarning, ResourceError, UntrainedLossError
 from montessori.expansion import Expansion, real_products
 from montessori.journal import ScoreJournal
 from montessori.live import undisturbed
-from montessori.losses import LossFunction
+from montessori.losses import LossFunction, response_loss
 from montessori.optim_state import AdamWState
-from montessori.oracle import apply_step, example_gradients, restore, restored
+from montessori.oracle import apply_step, candidate_gradients, restore, restored
 from montessori.parameters import trainable_parameters
 from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
@@ -78,7 +78,7 @@ class LinearScorer:
     def running(self) -> Iterator[None]:
         # Clipping needs every gradient whole before the first score.
         plan = self.plan if self.max_grad_norm is None else replace(self.plan, head=None)
-        self._capture = Capture(self.model, plan, self.impl)
+        self._capture = Capture(self.model, plan, self.impl, rows_checked=self.loss is not response_loss)
         self._draws: dict[str, TileSample] = {}
         self._unreached: set[str] = set()
         self._device = next(iter(self.plan.trainable.values())).device
@@ -106,7 +106,7 @@ class LinearScorer:
             warnings.warn(f"{error}; this batch is scored one example at a time", FallbackWarning, stacklevel=2)
             return Scored.joined([self._score([example]) for example in group])
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         return self._score_halves(group)
 
@@ -124,11 +124,18 @@ class LinearScorer:
         )
         sink.start(len(group))
         batch = collate(group).to(self._device)
-        if self.max_grad_norm is None:
-            losses = self._capture.run(batch, self.loss, sink)
-        else:
-            clipping = ClippingSink(sink, self.max_grad_norm)
-            losses = self._capture.run(batch, self.loss, clipping)
+        clipping = None if self.max_grad_norm is None else ClippingSink(sink, self.max_grad_norm)
+        try:
+            losses = self._capture.run(batch, self.loss, clipping or sink)
+        except UntrainedLossError:
+            if self.loss is response_loss:
+                raise
+            # No row of the batch has a gradient: all of advantage 0, say.
+            for name in self.plan.trainable:
+                sink.absent(name)
+            with torch.no_grad():
+                losses = example_losses(self.model, batch, self.loss)
+        if clipping is not None:
             clipping.release(len(group))
         variance = sink.variance.cpu() if self.sample < 1 else None
         return Scored(expansion.constant + sink.scores.cpu(), losses.double().cpu(), variance)
@@ -169,7 +176,7 @@ class ExactScorer:
         return Scored.joined([self._score(example) for example in group])
 
     def _score(self, example: Example) -> Scored:
-        grads, loss = example_gradients(self.model, self._parameters, example, self.loss)
+        grads, loss = candidate_gradients(self.model, self._parameters, example, self.loss)
         apply_step(self._parameters, self.state, grads, self.max_grad_norm, self.impl)
         try:
             with undisturbed(self._parameters):
@@ -177,11 +184,6 @@ class ExactScorer:
         finally:
             restore(self._parameters, self._saved)
         return Scored((after - self.loss_before)[None], torch.tensor([loss], dtype=torch.float64))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
 
 
 def score_batches(

@@ -18,3 +18,9 @@ def first_line(error: BaseException) -> str:
 def short(value: object) -> str:
     """A value of a row."""
     return " ".join(reprlib.repr(value).split())
+
+
+def clipped(error: BaseException | str, most: int = 300) -> str:
+    """`one_line`, of at most so many characters: torch's errors may show whole models."""
+    text = one_line(error)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -298,8 +298,6 @@ class PartlyUsed(PlusOneNorm):
 
 to_zero = [example([0, 4, 8]), example([4, 0, 8, 4])]
 HOLES = {
-    "mixing_not_seen_with_one_example": (LEFT["mean_over_the_batch"][0], EXAMPLES[:1], EXAMPLES),
-    "padding_not_seen_with_equal_lengths": (LEFT["padding_is_seen"][0], [EXAMPLES[1]] * 2, EXAMPLES),
     "expert_not_reached_by_the_check": (moe, to_zero, [example([0, 2, 6]), to_zero[0]]),
     "local_module_that_wants_three_dimensions": (lambda: Model(middle=NeedsThree()), EXAMPLES[:2], EXAMPLES),
     "local_module_with_an_unused_parameter": (lambda: Model(middle=PartlyUsed()), EXAMPLES[:2], EXAMPLES),
@@ -311,6 +309,23 @@ HOLES = {
 def test_what_one_plain_example_would_not_show_is_exact(make, checked, scored):
     model = build(make)
     assert_exact(model, verified_plan(model, checked, mean_loss), scored)
+
+
+@pytest.mark.filterwarnings("ignore::montessori.errors.FallbackWarning")
+@pytest.mark.parametrize(("kind", "first"), [("mean_over_the_batch", 1), ("padding_is_seen", 2)])
+def test_what_examples_of_one_length_do_not_show_is_found_with_the_first_of_another(kind, first):
+    model = build(LEFT[kind][0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = [{"input_ids": one.input_ids.tolist(), "labels": one.labels.tolist()} for one in EXAMPLES]
+    losses = {"loss_fn": mean_loss, "reference_loss_fn": mean_loss}
+    estimator = InfluenceEstimator(model, optimizer, rows[:2], "first_order", **losses)
+    estimator.score([rows[1]] * first)
+    together = estimator.score(rows).influence
+    want = [
+        InfluenceEstimator(model, optimizer, rows[:2], "first_order", **losses).score([row]).influence for row in rows
+    ]
+    # The same sums in float64, in another order.
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(want).flatten(), rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.filterwarnings("ignore::montessori.errors.FallbackWarning")

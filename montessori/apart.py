@@ -1,0 +1,158 @@
+"""Whether rows that share a batch are scored as each alone, before any is.
+
+They are not where a model looks at later tokens, and so at padding, or where rows meet: in one of its layers, or in a
+loss function of the user's own. Such rows are taken one at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from montessori.batching import Example, collate
+from montessori.capture import evaluation_mode, example_losses
+from montessori.copies import check_copy
+from montessori.coverage import (
+    LOSS_TOKENS,
+    failures_named,
+    missing_inputs_named,
+    of_two_lengths,
+    prove_head,
+    widest,
+    window,
+)
+from montessori.errors import FallbackWarning
+from montessori.live import undisturbed
+from montessori.losses import LossFunction, response_loss
+from montessori.parameters import trainable_parameters
+from montessori.products import unrounded_products
+from montessori.referenceset import ReferenceSets, shortest
+
+# Rounding allowed in a mean of token losses: 30 layers of float32 show 1.4e-6 for windows of LOSS_TOKENS.
+LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# Of long ones: beyond them rows that share a batch are not told apart from rows alone.
+LONG_TOKENS = 256
+# Of their losses: 30 layers of float32 show 4.7e-6, and what is found wrong by mistake costs all rows their batches.
+LONG_SLACK = 4
+# A loss function of the user's own sees whole rows: up to this many tokens of the reference, and of candidates whole
+# batches, since rows that meet in it (those of one prompt, say) need not be any three.
+WHOLE_TOKENS = 1024
+WHOLE_BATCHES = 4
+
+
+@missing_inputs_named()
+def proved_rows(
+    model: nn.Module,
+    full: nn.Module,
+    references: ReferenceSets,
+    reference_loss: LossFunction,
+    loss: LossFunction,
+    examples: Sequence[Example],
+) -> ReferenceSets:
+    """`proved_references` of `full`, which is the model or a float32 copy of it that is proved to be one.
+
+    `examples` are what `loss` is for.
+
+    Raises ModelError for a forward pass that writes weights (RWKV's first in eval mode), or needs what no row has.
+    """
+    with undisturbed(trainable_parameters(full)):
+        for function, some in {loss: examples, reference_loss: references.shortest()}.items():
+            if full is not model:
+                check_copy(model, full, shortest(some)[0], function)
+            prove_head(full, references, function)
+        return proved_references(full, references, reference_loss)
+
+
+@unrounded_products()
+def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> ReferenceSets:
+    """`references`; one row at a time, with a FallbackWarning, where rows of a batch change each other's loss."""
+    examples = sorted((one for group in references.sets.values() for one in group), key=lambda one: one.num_tokens)
+    if loss is not response_loss:
+        examples = [one for one in examples if one.num_tokens <= WHOLE_TOKENS] or examples[:1]
+    some = examples[-1], examples[len(examples) // 2], examples[0]
+    if references.batch_tokens is None:
+        references.check_shortest(model, loss)
+    if references.batch_tokens is None or (
+        _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS)
+        and _rows_stand_alone(model, some, loss, LONG_TOKENS, LONG_SLACK)
+    ):
+        return references
+    warnings.warn(
+        "the loss of a reference row depends on what shares its batch (a model that is not causal, or a loss function "
+        "that mixes rows): the reference is taken one row at a time, which is slower",
+        FallbackWarning,
+        stacklevel=6,
+    )
+    return replace(references, batch_tokens=None)
+
+
+@dataclass
+class Apart:
+    """What is known of candidates that share a batch: that rows of up to `tokens` tokens do not change each other's
+    loss, and, of a loss function of the user's own, how many whole `batches` were looked at."""
+
+    tokens: int = 0
+    batches: int = 0
+
+    @failures_named()
+    @unrounded_products()
+    def apart(
+        self, model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction
+    ) -> Sequence[Sequence[Example]]:
+        """`batches`, longest first; or each example by itself, with a FallbackWarning, where rows of a batch change
+        each other's loss."""
+        alone = self._long_alone(model, batches) if loss is response_loss else self._whole_alone(model, batches, loss)
+        if alone:
+            return batches
+        warnings.warn(
+            f"the losses of candidates of {batches[0][0].num_tokens} tokens depend on what shares their batch: "
+            "candidates are scored one at a time, which is slower",
+            FallbackWarning,
+            stacklevel=4,
+        )
+        return [[example] for batch in batches for example in batch]
+
+    def _long_alone(self, model: nn.Module, batches: Sequence[Sequence[Example]]) -> bool:
+        longest = batches[0] if batches else []
+        most = min(longest[0].num_tokens, LONG_TOKENS) if longest else 0
+        if len(longest) < 2 or most <= self.tokens:
+            return True
+        some = [longest[0], longest[len(longest) // 2], longest[-1]]
+        if not _rows_stand_alone(model, some, response_loss, most, LONG_SLACK):
+            return False
+        self.tokens = most
+        return True
+
+    def _whole_alone(self, model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction) -> bool:
+        shared = [batch for batch in batches if len(batch) > 1]
+        count = min(len(shared), WHOLE_BATCHES - self.batches)
+        for batch in (shared[i * len(shared) // count] for i in range(count)):
+            if not _rows_stand_alone(model, batch, loss, batch[0].num_tokens, LONG_SLACK):
+                return False
+            self.batches += 1
+        return True
+
+
+@torch.no_grad()
+def _rows_stand_alone(
+    model: nn.Module, examples: Sequence[Example], loss: LossFunction, most: int, slack: float = 1.0
+) -> bool:
+    """Whether `loss` of windows of `examples`, `most` tokens of each, is the same in one batch as of each alone.
+
+    A loss of the user's own is given them whole.
+    """
+    windows = examples
+    if loss is response_loss:
+        windows = of_two_lengths([window(example, most) for example in examples])
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        together = example_losses(model, collate(windows).to(device), loss).double()
+        alone = torch.cat([example_losses(model, collate([one]).to(device), loss).double() for one in windows])
+    # Losses of less than a nat are still differences of logits.
+    allowed = slack * widest(LOSS_TOLERANCE, model) * alone.abs().clamp(min=1)
+    # What is not finite is reported by its row, when the reference is evaluated.
+    return bool((((together - alone).abs() <= allowed) | ~alone.isfinite()).all())
