@@ -22,7 +22,8 @@ from montessori.encoding import Encoded
 from montessori.errors import ArgumentError
 from montessori.expandable import check_memory
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
-from montessori.fingerprint import edges_digest, examples_digest, function_digest, model_digest, sets_digest
+from montessori.fingerprint import edges_digest, examples_digest, sets_digest
+from montessori.holdings import function_digest, model_digest
 from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
 from montessori.live import Watch, borrowed, own_precision, undisturbed, unwrapped

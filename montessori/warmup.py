@@ -18,7 +18,8 @@ from torch import nn
 from montessori import processes
 from montessori.batching import Example
 from montessori.errors import ArgumentError, DataError, ResourceError
-from montessori.fingerprint import examples_digest, model_digest
+from montessori.fingerprint import examples_digest
+from montessori.holdings import model_digest
 from montessori.training import (
     EXAMPLE_COLUMNS,
     check_batch_size,

@@ -14,7 +14,8 @@ from montessori.capture import evaluation_mode, example_losses
 from montessori.data import Rows
 from montessori.encoding import encode_rows
 from montessori.errors import DataError
-from montessori.fingerprint import examples_digest, model_digest
+from montessori.fingerprint import examples_digest
+from montessori.holdings import model_digest
 from montessori.journal import ScoreJournal
 from montessori.losses import response_loss
 from montessori.options import default_max_length
