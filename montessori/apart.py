@@ -60,10 +60,10 @@ def proved_rows(
     Raises ModelError for a forward pass that writes weights (RWKV's first in eval mode), or needs what no row has.
     """
     with undisturbed(trainable_parameters(full)):
-        for function, some in {loss: examples, reference_loss: references.shortest()}.items():
+        for function, some in {loss: shortest(examples), reference_loss: references.shortest()}.items():
             if full is not model:
-                check_copy(model, full, shortest(some)[0], function)
-            prove_head(full, references, function)
+                check_copy(model, full, some[0], function)
+            prove_head(full, some, function)
         return proved_references(full, references, reference_loss)
 
 

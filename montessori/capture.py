@@ -294,8 +294,10 @@ class Capture:
             reason = f"the loss function gives the model {ids.shape[0]} rows where a batch has {batch.size}"
         elif ids.shape == batch.input_ids.shape and not torch.equal(ids, batch.input_ids):
             there = (ids[:, None] == batch.input_ids).all(-1)
-            if bool((there.any(1) & ~there.diagonal()).any()):
+            if bool(there.any(1).all()) and not bool(there.diagonal().all()):
                 reason = "the loss function gives the model the rows of a batch in another order"
+            # Other texts, such as rejected answers, with their padding elsewhere.
+            self._rows = self._active_rows.with_padding()
         if reason is not None:
             raise UnmappableRowsError("", tuple(ids.shape), batch.size, reason)
 

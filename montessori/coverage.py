@@ -28,7 +28,7 @@ from montessori.losses import LossFunction, prove_packing, response_loss
 from montessori.oracle import example_gradients, norm
 from montessori.parameters import trainable_parameters
 from montessori.products import unrounded_products
-from montessori.referenceset import PROOF_TOKENS, ReferenceSets
+from montessori.referenceset import PROOF_TOKENS
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import LOCAL, ModuleRule, Plan, make_plan
 from montessori.uses import LinearUse, RestUse, RowsUse, Use, example_gradient
@@ -203,10 +203,10 @@ def with_gradient(
 
 @missing_inputs_named()
 @unrounded_products()
-def prove_head(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> None:
+def prove_head(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> None:
     """`montessori.losses.prove_packing` on windows of two examples."""
     if loss is response_loss:
-        examples = [window(example, LOSS_TOKENS) for example in references.shortest()]
+        examples = [window(example, LOSS_TOKENS) for example in examples]
         # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
         with evaluation_mode(model), undisturbed(trainable_parameters(model)):
             prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))

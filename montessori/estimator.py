@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from montessori.encoding import Encoded
 from montessori.errors import ArgumentError
 from montessori.expandable import check_memory
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
-from montessori.fingerprint import edges_digest, examples_digest, sets_digest
+from montessori.fingerprint import columns_digest, edges_digest, examples_digest, sets_digest
 from montessori.holdings import function_digest, model_digest
 from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
@@ -43,7 +44,7 @@ from montessori.options import (
 from montessori.parameters import trainable_parameters
 from montessori.products import float32_precision
 from montessori.reading import RowReader
-from montessori.referenceset import ReferenceSets, telling
+from montessori.referenceset import ReferenceSets, shortest, telling
 from montessori.rules import Plan
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
 from montessori.scores import Audit, Scores
@@ -152,8 +153,8 @@ class InfluenceEstimator:
         if sample < 1:
             check_sampling(model)
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
-        self._own_loss, own_reference_loss = loss_fn is not response_loss, reference_loss_fn is not response_loss
-        self._reader = RowReader(model, tokenizer, self.options, self._own_loss, own_reference_loss)
+        self._own_loss, self._own_reference_loss = (loss is not response_loss for loss in (loss_fn, reference_loss_fn))
+        self._reader = RowReader(model, tokenizer, self.options, self._own_loss, self._own_reference_loss)
         self._optimizer, self._lr = optimizer, lr
         self._named = isinstance(reference, Mapping) and not is_row(reference)
         named = reference if self._named else {"reference": reference}
@@ -172,8 +173,9 @@ class InfluenceEstimator:
         self._watch = Watch(model, optimizer)
         self._plan: Plan | None = None
         self._rows_proved, self._has_gradient, self._apart = False, False, Apart()
-        # What the loss of candidates is tried on; a loss of the user's own is for candidates alone.
-        self._provers: Sequence[Example] = () if self._own_loss else self.references.telling()
+        # What the loss of candidates is tried on: with a loss of the user's own rows of the other kind may not do.
+        own = self._own_loss or self._own_reference_loss
+        self._provers: Sequence[Example] = () if own else self.references.telling()
         self._expansions: dict[str, Expansion] = {}
         if method != "exact" and backend == "auto":
             calibration.ensure(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -270,8 +272,8 @@ class InfluenceEstimator:
                 self._watch.settle()
 
     def _read_optimizer(self) -> tuple[AdamWState, Idle]:
-        shortest = self.references.shortest()[0]
-        return read_active(self._optimizer, self.model, self._lr, lambda: find_idle(self.model, shortest, self._loss))
+        example, loss = self.references.shortest()[0], self._reference_loss if self._own_reference_loss else self._loss
+        return read_active(self._optimizer, self.model, self._lr, lambda: find_idle(self.model, example, loss))
 
     def _score(
         self,
@@ -303,6 +305,7 @@ class InfluenceEstimator:
         processes.check_same({
             "candidates": f"{encoded.num_rows} {examples_digest(encoded.examples)}",
             "pilot_rows": examples_digest(pilot),
+            "columns": str(self._columns(encoded, pilot)),
             "reference": sets_digest(self.references.sets),
             "settings": repr((method, asdict(self.options))),
             "model": edges_digest(dict(self.model.named_parameters())),
@@ -386,7 +389,7 @@ class InfluenceEstimator:
             self._has_gradient = True
 
     def _expand(self, full: nn.Module, method: str, pilot: Sequence[Example]) -> Expansion:
-        key = f"{method}:{examples_digest(pilot)}"
+        key = f"{method}:{examples_digest(pilot)}:{columns_digest(pilot)}"
         if key not in self._expansions:
             self._expansions.clear()
             common = (full, self.state, self.references, self._chunked_loss(full))
@@ -407,6 +410,7 @@ class InfluenceEstimator:
             "reference": sets_digest(self.references.sets),
             "candidates": examples_digest(encoded.examples),
             "pilot": examples_digest(pilot),
+            "columns": self._columns(encoded, pilot),
             "number of processes": processes.world_size() if distributed else 1,
             "batches": [[example.index for example in batch] for batch in batches],
             "loss": function_digest(self._loss),
@@ -418,23 +422,27 @@ class InfluenceEstimator:
             "tiles": cpu.tiling() if self.options.sample < 1 else None,
         }
 
+    def _columns(self, encoded: Encoded, pilot: Sequence[Example]) -> str | None:
+        return columns_digest(chain(encoded.examples, pilot, *self.references.sets.values()))
+
     def _chosen(self, encoded: Encoded) -> list[Example]:
         """The pilot examples. A loss of the user's own is proved on the first rows that come, and again on the first of
         another length: examples of one length show neither padding nor, alone, mixing."""
-        if self._own_loss and encoded.examples:
+        if (self._own_loss or self._own_reference_loss) and encoded.examples:
             known = self._provers
             some = telling([*known, *encoded.examples])
             if len(some) > len(known) or len({one.num_tokens for one in some}) > len({one.num_tokens for one in known}):
-                self._provers = [*some, *spread(encoded.examples, PROVERS)]
+                self._provers = [*some, *(spread(encoded.examples, PROVERS) if self._own_loss else ())]
                 self._plan = None
         return spread(encoded.examples, self.options.pilot)
 
     def _verified_plan(self) -> Plan:
         if self._plan is None:
             with failures_named():
-                prove_head(self.model, self.references, self._loss)
+                examples = self._provers or self.references.telling()
+                prove_head(self.model, shortest(examples), self._loss)
                 self.references.check_shortest(self.model, self._reference_loss)
-                self._plan = verified_plan(self.model, self._provers or self.references.telling(), self._loss)
+                self._plan = verified_plan(self.model, examples, self._loss)
         return self._plan
 
     def _chunked_loss(self, full: nn.Module) -> LossFunction:

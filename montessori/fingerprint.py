@@ -31,13 +31,21 @@ def installed(*names: str) -> dict[str, str]:
 
 
 def examples_digest(examples: Iterable[Example]) -> str:
-    """Hash of row numbers and contents, in the order given, and of the rows that examples keep."""
+    """Hash of row numbers and contents, in the order given."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.index}:".encode() + example.digest())
+    return digest.hexdigest()
+
+
+def columns_digest(examples: Iterable[Example]) -> str | None:
+    """Hash of the rows that examples keep for a loss of the user's own; None where they keep none."""
+    digest, kept = hashlib.sha256(), False
+    for example in examples:
         if example.row:
             digest.update(value_digest(example.row))
-    return digest.hexdigest()
+            kept = True
+    return digest.hexdigest() if kept else None
 
 
 def edges_digest(tensors: Mapping[str, Tensor]) -> str:

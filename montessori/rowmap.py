@@ -5,7 +5,7 @@ Dimensions: B examples, T padded tokens, n rows of an activation without padding
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -65,6 +65,11 @@ class RowMap:
             _offsets(mask.sum(1)),
             _offsets(labelled),
         )
+
+    def with_padding(self) -> RowMap:
+        """The same with padding taken for tokens: where it has no gradient, no sum changes."""
+        positions = torch.arange(self.size * self.length, device=self.kept.device)
+        return replace(self, kept=positions, dropped=positions[:0], offsets=torch.arange(self.size + 1) * self.length)
 
     def rows(self, activation: Tensor, module: str) -> Rows:
         """Rows of an activation [..., F], none of them copied.

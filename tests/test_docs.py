@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/pipelines.md, as it stands there."""
+"""The Python of the README, of docs/pipelines.md and of docs/losses.md, as it stands there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import make_text_rows
+
+from montessori import InfluenceEstimator
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +54,20 @@ def test_the_python_of_the_recipes(place):
     assert np.isfinite(before).all() and not np.array_equal(before, after)
     assert set(names["pairs"].column_names) == {"prompt", "chosen", "rejected"} and len(names["pairs"]) > 0
     assert names["delta"].shape == (3, 1)
+
+
+@pytest.mark.filterwarnings("error::montessori.errors.FallbackWarning")
+def test_the_python_of_losses(place):
+    """Against real steps: the losses are those of the page."""
+    names = run_python_of("docs/losses.md")
+    for key, rows, loss in (
+        ("by_worth", "worth", "weighted"),
+        ("by_advantage", "written", "clipped_policy_gradient"),
+        ("by_pair", "pairs", "dpo"),
+    ):
+        exact = InfluenceEstimator(
+            names["model"], "runs/warm/checkpoint-12", method="exact", loss_fn=names[loss], **names["settings"]
+        )
+        want, got = exact.score(names[rows]).influence, names[key]
+        assert len(got) == len(names[rows]) and np.isfinite(got).all()
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.05 * np.ptp(want))

@@ -116,6 +116,18 @@ def test_a_journal_of_a_loss_that_holds_something_else_is_refused(warm, kept, wr
             score(warm, path, **{"loss_fn": kept(wrap(0.5)), role: kept(wrap(0.25))})
 
 
+def test_a_journal_of_rows_with_other_columns_is_refused(warm, tmp_path):
+    def weighted(model, batch):
+        return torch.tensor([row["worth"] for row in batch.rows]) * response_loss(model, batch)
+
+    rows, path = [{**row, "worth": 1.0} for row in make_rows(5, seed=1)], tmp_path / "journal.jsonl"
+    first = score(warm, path, rows=rows, loss_fn=weighted)
+    assert score(warm, path, rows=rows, loss_fn=weighted) == first
+    rows[3]["worth"] = 2.0
+    with pytest.raises(StateError, match="other columns;"):
+        score(warm, path, rows=rows, loss_fn=weighted)
+
+
 @pytest.mark.parametrize("change", ["number", "buffer"])
 def test_a_journal_of_a_model_that_computes_something_else_is_refused(warm, change, tmp_path):
     path = tmp_path / "journal.jsonl"
