@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from montessori.batching import Example, collate
-from montessori.capture import evaluation_mode, example_losses
 from montessori.copies import check_copy
 from montessori.coverage import (
     LOSS_TOKENS,
@@ -29,6 +28,7 @@ from montessori.errors import FallbackWarning
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, response_loss
 from montessori.parameters import trainable_parameters
+from montessori.passes import evaluation_mode, example_losses
 from montessori.products import unrounded_products
 from montessori.referenceset import ReferenceSets, shortest
 

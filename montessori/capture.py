@@ -9,7 +9,7 @@ linear layers compute the same products through the faster library (`montessori.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from montessori import ops
 from montessori.batching import Batch
 from montessori.calls import EmbeddingCalls, ProductCalls
-from montessori.errors import ModelError, MontessoriError, UntrainedLossError
+from montessori.errors import ModelError
 from montessori.experts import ExpertStack, chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
 from montessori.local import local_gradients
-from montessori.losses import LossFunction, response_loss
+from montessori.losses import LossFunction
 from montessori.ops import SparseRows
+from montessori.passes import evaluation_mode, example_losses, gradients_aside
 from montessori.products import fast_products, forward_replaced, linear
 from montessori.replay import ReplayedCalls
 from montessori.rowmap import RowMap, Rows, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
-from montessori.strangers import look_for_strangers
 from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
-from montessori.wording import clipped
 
 
 class Sink(Protocol):
@@ -362,77 +361,3 @@ def _touched(batch: Batch) -> list[Tensor]:
     keys = (example * table + ids).unique()
     counts = torch.bincount(keys // table, minlength=batch.size)
     return list((keys % table).split(counts.tolist()))
-
-
-def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
-    """The loss function's result, checked to be one differentiable value per example [B]."""
-    own = loss is not response_loss and any(batch.rows)
-    try:
-        losses = loss(model, batch)
-    except Exception as error:
-        if not own or isinstance(error, MontessoriError) or out_of_memory(error):
-            raise
-        rows = ", ".join(map(str, batch.index[:4])) + (", ..." if batch.size > 4 else "")
-        why = f"{type(error).__name__}: {clipped(error)}"
-        raise ModelError(f"the loss function fails for row {rows} ({why})") from error
-    if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
-        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ModelError(f"the loss function must return one value per example [{batch.size}], got {got}")
-    if torch.is_grad_enabled() and not losses.requires_grad:
-        merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
-        why = "; an adapter is merged into the weights, call model.unmerge_adapter()" if merged else ""
-        raise UntrainedLossError(f"the loss does not depend on any trainable parameter: nothing to score{why}")
-    if torch.is_grad_enabled() and own:
-        look_for_strangers(model, losses)
-    return losses
-
-
-def out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off and the module's training flags put back afterwards, one by one."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Parameters without `.grad` inside, with the user's `.grad` again outside. What the user has hung on gradients
-    that are ready, such as a step of the optimizer, waits."""
-    parameters = list(parameters)
-    kept = [(parameter, parameter.grad) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        with _hooks_aside(parameters, "_post_accumulate_grad_hooks"):
-            yield
-    finally:
-        for parameter, grad in kept:
-            parameter.grad = grad
-
-
-def unchanged_gradients(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """Inside, gradients of parameters are those of the loss, whatever hooks of the user make of them."""
-    return _hooks_aside(list(parameters), "_backward_hooks")
-
-
-@contextmanager
-def _hooks_aside(parameters: Sequence[Tensor], table: str) -> Iterator[None]:
-    found = [hooks for parameter in parameters if (hooks := getattr(parameter, table, None))]
-    kept = [dict(hooks) for hooks in found]
-    try:
-        for hooks in found:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in zip(found, kept, strict=True):
-            hooks.update(before)

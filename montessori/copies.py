@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import Example, collate
-from montessori.capture import evaluation_mode, example_losses, gradients_aside
 from montessori.errors import ModelError
 from montessori.expandable import check_memory
 from montessori.live import tensors_in
 from montessori.losses import LossFunction
 from montessori.parameters import trainable_parameters
+from montessori.passes import evaluation_mode, example_losses, gradients_aside
 from montessori.strangers import strangers_aside
 from montessori.wording import first_line
 

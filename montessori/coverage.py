@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
-from montessori.capture import Capture, evaluation_mode
+from montessori.capture import Capture
 from montessori.errors import FallbackWarning, ModelError, MontessoriError, UntrainedLossError
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, prove_packing, response_loss
 from montessori.oracle import example_gradients, norm
 from montessori.parameters import trainable_parameters
+from montessori.passes import evaluation_mode
 from montessori.products import unrounded_products
 from montessori.referenceset import PROOF_TOKENS
 from montessori.rowmap import UnmappableRowsError

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from montessori import calibration, cpu, ops, processes
-from montessori.apart import Apart, proved_rows
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.collecting import collect
 from montessori.copies import full_precision
-from montessori.coverage import failures_named, prove_head, proved_loss, verified_plan, with_gradient
 from montessori.data import is_row
 from montessori.encoding import Encoded
 from montessori.errors import ArgumentError
@@ -27,7 +25,7 @@ from montessori.fingerprint import columns_digest, edges_digest, examples_digest
 from montessori.holdings import function_digest, model_digest
 from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
-from montessori.live import Watch, borrowed, own_precision, undisturbed, unwrapped
+from montessori.live import Watch, borrowed, own_precision, unwrapped
 from montessori.losses import LossFunction, response_loss
 from montessori.models import validate_model
 from montessori.optim_state import AdamWState
@@ -41,21 +39,16 @@ from montessori.options import (
     floating_dtype,
     steady_length,
 )
-from montessori.parameters import trainable_parameters
 from montessori.products import float32_precision
+from montessori.proofs import Proofs
 from montessori.reading import RowReader
-from montessori.referenceset import ReferenceSets, shortest, telling
-from montessori.rules import Plan
+from montessori.referenceset import ReferenceSets
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
 from montessori.scores import Audit, Scores
 from montessori.strangers import strangers_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-# Candidates among which a loss of the user's own finds two with a gradient.
-PROVERS = 8
 
 
 @dataclass
@@ -153,8 +146,8 @@ class InfluenceEstimator:
         if sample < 1:
             check_sampling(model)
         self._loss, self._reference_loss = loss_fn, reference_loss_fn
-        self._own_loss, self._own_reference_loss = (loss is not response_loss for loss in (loss_fn, reference_loss_fn))
-        self._reader = RowReader(model, tokenizer, self.options, self._own_loss, self._own_reference_loss)
+        own, own_reference = (loss is not response_loss for loss in (loss_fn, reference_loss_fn))
+        self._reader = RowReader(model, tokenizer, self.options, own, own_reference)
         self._optimizer, self._lr = optimizer, lr
         self._named = isinstance(reference, Mapping) and not is_row(reference)
         named = reference if self._named else {"reference": reference}
@@ -168,23 +161,24 @@ class InfluenceEstimator:
         # Some models (Gemma 2) compute their norms in float32 whatever their dtype. In float64, the
         # precision of checks, their sums must not depend on what shares a batch.
         alone = floating_dtype(model) is torch.float64 or (self._steady is not None and longest > self._steady)
-        self.references = ReferenceSets(sets, reference_weighting, None if alone else reference_batch_tokens)
+        references = ReferenceSets(sets, reference_weighting, None if alone else reference_batch_tokens)
+        self._proofs = Proofs(model, references, loss_fn, reference_loss_fn, self.options.backend)
         self.state, self._idle = self._read_optimizer()
         self._watch = Watch(model, optimizer)
-        self._plan: Plan | None = None
-        self._rows_proved, self._has_gradient, self._apart = False, False, Apart()
-        # What the loss of candidates is tried on: with a loss of the user's own rows of the other kind may not do.
-        own = self._own_loss or self._own_reference_loss
-        self._provers: Sequence[Example] = () if own else self.references.telling()
         self._expansions: dict[str, Expansion] = {}
         if method != "exact" and backend == "auto":
             calibration.ensure(parameter for parameter in model.parameters() if parameter.requires_grad)
 
     @property
+    def references(self) -> ReferenceSets:
+        """The reference, tokenised."""
+        return self._proofs.references
+
+    @property
     def coverage(self) -> dict[str, int]:
         """Trainable scalars per capture rule; `autograd` counts those left to the per-example fallback."""
         with self._at_work():
-            return self._verified_plan().coverage()
+            return self._proofs.plan().coverage()
 
     def prepare(self, candidates: Any) -> None:
         """Compute what is shared by all candidates now: the proof of the capture, the anchor and q.
@@ -262,7 +256,7 @@ class InfluenceEstimator:
                 if fixed or not isinstance(self._optimizer, str | os.PathLike):
                     self.state, self._idle = self._read_optimizer()
                 if fixed or self._idle.parameters.keys() != idle_before:
-                    self._plan = None
+                    self._proofs.forget_plan()
                 self._expansions.clear()
                 self._watch.accept()
             try:
@@ -272,7 +266,9 @@ class InfluenceEstimator:
                 self._watch.settle()
 
     def _read_optimizer(self) -> tuple[AdamWState, Idle]:
-        example, loss = self.references.shortest()[0], self._reference_loss if self._own_reference_loss else self._loss
+        # The loss that this row is for.
+        loss = self._loss if self._reference_loss is response_loss else self._reference_loss
+        example = self.references.shortest()[0]
         return read_active(self._optimizer, self.model, self._lr, lambda: find_idle(self.model, example, loss))
 
     def _score(
@@ -334,7 +330,7 @@ class InfluenceEstimator:
             prepared = self._prepare(method, pilot)
             if method != "exact":
                 # Judged on all batches, not on what is left: a resumed run decides as the first one did.
-                batches = self._apart.apart(self.model, batches, self._loss)
+                batches = self._proofs.batches(batches)
             summary = summary or _summary(prepared)
             if journal is not None and summary not in done:
                 journal.append(summary)
@@ -344,16 +340,12 @@ class InfluenceEstimator:
     def _prepare(self, method: str, pilot: Sequence[Example]) -> _Prepared:
         narrow = self.options.reference_dtype == "model" and method != "exact"
         full = self.model if narrow else full_precision(self.model)
-        if not self._rows_proved:
-            self.references = proved_rows(
-                self.model, full, self.references, self._reference_loss, self._loss, self._provers
-            )
-            self._rows_proved = True
+        self._proofs.prove_rows(full)
         if method == "exact":
-            self._check_own_loss()
+            self._proofs.check_gradient()
             # The truth of an audit has the bits of the real optimizer.
             impl = self.options.backend if self.options.method == "exact" else "reference"
-            of_reference = self._reference_loss if impl == "reference" else self._chunked_loss(full)
+            of_reference = self._reference_loss if impl == "reference" else self._proofs.chunked_reference_loss(full)
             delta, loss = real_drift(full, self.state, self.references, of_reference, impl)
             scorer = ExactScorer(
                 full,
@@ -366,7 +358,7 @@ class InfluenceEstimator:
                 impl,
             )
             return _Prepared(scorer, delta, loss, torch.zeros_like(loss))
-        plan = self._verified_plan()
+        plan = self._proofs.plan()
         expansion = self._expand(full, method, pilot)
         linear = LinearScorer(
             self.model,
@@ -380,19 +372,11 @@ class InfluenceEstimator:
         )
         return _Prepared(linear, expansion.drift_delta, expansion.loss, expansion.curvature)
 
-    def _check_own_loss(self) -> None:
-        """Raise UntrainedLossError where no step would have a gradient; linear predictions find it in their proof."""
-        if self._own_loss and not self._has_gradient:
-            parameters = trainable_parameters(self.model)
-            with undisturbed(parameters):
-                with_gradient(self.model, parameters, self._provers, self._loss)
-            self._has_gradient = True
-
     def _expand(self, full: nn.Module, method: str, pilot: Sequence[Example]) -> Expansion:
         key = f"{method}:{examples_digest(pilot)}:{columns_digest(pilot)}"
         if key not in self._expansions:
             self._expansions.clear()
-            common = (full, self.state, self.references, self._chunked_loss(full))
+            common = (full, self.state, self.references, self._proofs.chunked_reference_loss(full))
             self._expansions[key] = (
                 expand_at_theta(*common)
                 if method == "first_order"
@@ -426,27 +410,9 @@ class InfluenceEstimator:
         return columns_digest(chain(encoded.examples, pilot, *self.references.sets.values()))
 
     def _chosen(self, encoded: Encoded) -> list[Example]:
-        """The pilot examples. A loss of the user's own is proved on the first rows that come, and again on the first of
-        another length: examples of one length show neither padding nor, alone, mixing."""
-        if (self._own_loss or self._own_reference_loss) and encoded.examples:
-            known = self._provers
-            some = telling([*known, *encoded.examples])
-            if len(some) > len(known) or len({one.num_tokens for one in some}) > len({one.num_tokens for one in known}):
-                self._provers = [*some, *(spread(encoded.examples, PROVERS) if self._own_loss else ())]
-                self._plan = None
+        """The pilot examples."""
+        self._proofs.meet(encoded.examples)
         return spread(encoded.examples, self.options.pilot)
-
-    def _verified_plan(self) -> Plan:
-        if self._plan is None:
-            with failures_named():
-                examples = self._provers or self.references.telling()
-                prove_head(self.model, shortest(examples), self._loss)
-                self.references.check_shortest(self.model, self._reference_loss)
-                self._plan = verified_plan(self.model, examples, self._loss)
-        return self._plan
-
-    def _chunked_loss(self, full: nn.Module) -> LossFunction:
-        return proved_loss(full, self.references.shortest(), self._reference_loss, self.options.backend)
 
 
 def _summary(prepared: _Prepared) -> dict[str, Any]:

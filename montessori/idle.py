@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from montessori.batching import Example, collate
-from montessori.capture import evaluation_mode, example_losses
 from montessori.checkpoints import read_optimizer
 from montessori.coverage import missing_inputs_named
 from montessori.errors import IdleWarning, StateError
@@ -24,6 +23,7 @@ from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.optimizers import LiveOptimizer
 from montessori.parameters import trainable_parameters
+from montessori.passes import evaluation_mode, example_losses
 from montessori.strangers import leaves_below
 
 

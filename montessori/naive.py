@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from montessori.batching import IGNORE_INDEX, Example, collate
-from montessori.capture import evaluation_mode, gradients_aside
 from montessori.checkpoints import read_state
 from montessori.errors import ArgumentError
 from montessori.losses import LossFunction, response_loss
 from montessori.models import load_model
 from montessori.optim_state import AdamWState
+from montessori.passes import evaluation_mode, gradients_aside
 from montessori.referenceset import ReferenceSets
 from montessori.steps import AdamWStep
 

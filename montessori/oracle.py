@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from montessori import ops
 from montessori import reference as equations
 from montessori.batching import Example, collate
-from montessori.capture import evaluation_mode, example_losses, gradients_aside
 from montessori.errors import UntrainedLossError
 from montessori.live import to_the_end
 from montessori.losses import response_loss
+from montessori.passes import evaluation_mode, example_losses, gradients_aside
 from montessori.steps import AdamWStep
 
 if TYPE_CHECKING:

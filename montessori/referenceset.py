@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batches
-from montessori.capture import evaluation_mode, example_losses, gradients_aside, unchanged_gradients
 from montessori.errors import ArgumentError, NonFiniteLossError
 from montessori.expandable import whole_derivative
 from montessori.head import ChunkedLoss
 from montessori.losses import LossFunction
+from montessori.passes import evaluation_mode, example_losses, gradients_aside, unchanged_gradients
 
 # Tokens of the first example of a proof and of the others: enough to see every kind of mistake, and cheap.
 PROOF_TOKENS = (64, 48)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from montessori import processes
 from montessori.batching import Example, collate
-from montessori.capture import Capture, example_losses, out_of_memory
+from montessori.capture import Capture
 from montessori.cpu import TileSample
 from montessori.errors import FallbackWarning, IdleWarning, ResourceError, UntrainedLossError
 from montessori.expansion import Expansion, real_products
@@ -29,6 +29,7 @@ from montessori.losses import LossFunction, response_loss
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, candidate_gradients, restore, restored
 from montessori.parameters import trainable_parameters
+from montessori.passes import example_losses, out_of_memory
 from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import Plan

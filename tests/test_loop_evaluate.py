@@ -14,7 +14,6 @@ import torch
 from loop_support import make_generated
 from support import make_text_rows, plain_loss, slow_influence
 
-from montessori.capture import example_losses
 from montessori.checkpoints import read_state
 from montessori.data import Rows
 from montessori.encoding import encode_rows
@@ -30,6 +29,7 @@ from montessori.loop.round import run as run_loop
 from montessori.loop.rows import student_rows
 from montessori.models import load_model
 from montessori.naive import make_adamw
+from montessori.passes import example_losses
 from montessori.writing import write_jsonl
 
 EVALUATION = Rows(make_text_rows(5, seed=11), "evaluation")

@@ -10,11 +10,11 @@ from torch import nn
 
 from montessori import InfluenceEstimator
 from montessori.batching import Example, collate, examples_from_tokens, make_batches
-from montessori.capture import example_losses
 from montessori.coverage import verified_plan
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
 from montessori.losses import response_loss
 from montessori.parameters import trainable_parameters
+from montessori.passes import example_losses
 from montessori.referenceset import ReferenceSets
 
 

@@ -179,7 +179,7 @@ def test_a_pass_takes_no_more_examples_than_what_is_held_of_them_allows(monkeypa
     optimizer, rows = warm_optimizer(model), make_rows(6, seed=1)
     found = InfluenceEstimator(model, optimizer, make_rows(3, seed=2))
     want, taken, run = found.score(rows), [], Capture.run
-    monkeypatch.setattr(rules, "MOST_HELD", int(most * found._verified_plan().held))
+    monkeypatch.setattr(rules, "MOST_HELD", int(most * found._proofs.plan().held))
     monkeypatch.setattr(Capture, "run", lambda self, batch, *rest: taken.append(batch.size) or run(self, batch, *rest))
     # Two orders of summation in float64 over some 10^4 terms.
     np.testing.assert_allclose(found.score(rows).influence, want.influence, rtol=1e-9)

@@ -10,7 +10,6 @@ import torch
 from tqdm.auto import tqdm
 
 from montessori.batching import Example, collate, make_batches
-from montessori.capture import evaluation_mode, example_losses
 from montessori.data import Rows
 from montessori.encoding import encode_rows
 from montessori.errors import DataError
@@ -19,6 +18,7 @@ from montessori.holdings import model_digest
 from montessori.journal import ScoreJournal
 from montessori.losses import response_loss
 from montessori.options import default_max_length
+from montessori.passes import evaluation_mode, example_losses
 
 
 def encode_heldout(

@@ -1,0 +1,96 @@
+"""What is proved of a model and of its losses before the first candidate is scored, and on which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from montessori.apart import Apart, proved_rows
+from montessori.batching import Example, spread
+from montessori.coverage import failures_named, prove_head, proved_loss, verified_plan, with_gradient
+from montessori.live import undisturbed
+from montessori.losses import LossFunction, response_loss
+from montessori.parameters import trainable_parameters
+from montessori.referenceset import ReferenceSets, shortest, telling
+from montessori.rules import Plan
+
+# Candidates among which a loss of the user's own finds two with a gradient.
+PROVERS = 8
+
+
+@dataclass
+class Proofs:
+    """`references` are taken one row at a time once it is found that they must be. `backend` as of the estimator."""
+
+    model: nn.Module
+    references: ReferenceSets
+    loss: LossFunction
+    reference_loss: LossFunction
+    backend: str
+    _provers: Sequence[Example] = ()
+    _plan: Plan | None = None
+    _rows_proved: bool = False
+    _has_gradient: bool = False
+    _apart: Apart = field(default_factory=Apart)
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether the loss of candidates is one of the user's own."""
+        return self.loss is not response_loss
+
+    def meet(self, candidates: Sequence[Example]) -> None:
+        """Where one of the losses is the user's own, rows of the other kind may not do for a proof: the loss of
+        candidates is proved on the first that come, and again on the first of another length, since examples of one
+        length show neither padding nor, alone, mixing."""
+        if not candidates or not (self.own_loss or self.reference_loss is not response_loss):
+            return
+        known = self._provers
+        some = telling([*known, *candidates])
+        if len(some) > len(known) or _num_lengths(some) > _num_lengths(known):
+            self._provers = [*some, *(spread(candidates, PROVERS) if self.own_loss else ())]
+            self._plan = None
+
+    def forget_plan(self) -> None:
+        self._plan = None
+
+    def plan(self) -> Plan:
+        """How gradients are captured, as `verified_plan` found it."""
+        if self._plan is None:
+            examples = self._examples()
+            with failures_named():
+                prove_head(self.model, shortest(examples), self.loss)
+                self.references.check_shortest(self.model, self.reference_loss)
+                self._plan = verified_plan(self.model, examples, self.loss)
+        return self._plan
+
+    def prove_rows(self, full: nn.Module) -> None:
+        """`proved_rows` once; `full` is the model or its float32 copy."""
+        if not self._rows_proved:
+            losses = self.reference_loss, self.loss
+            self.references = proved_rows(self.model, full, self.references, *losses, self._examples())
+            self._rows_proved = True
+
+    def check_gradient(self) -> None:
+        """Raise UntrainedLossError where no real step would have a gradient; of a prediction, its plan tells."""
+        if self.own_loss and not self._has_gradient:
+            parameters = trainable_parameters(self.model)
+            with undisturbed(parameters):
+                with_gradient(self.model, parameters, self._provers, self.loss)
+            self._has_gradient = True
+
+    def batches(self, batches: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
+        """`Apart.apart` of the batches of one call."""
+        return self._apart.apart(self.model, batches, self.loss)
+
+    def chunked_reference_loss(self, full: nn.Module) -> LossFunction:
+        """The reference's loss with the vocabulary head by chunks, where that is proved."""
+        return proved_loss(full, self.references.shortest(), self.reference_loss, self.backend)
+
+    def _examples(self) -> Sequence[Example]:
+        return self._provers or self.references.telling()
+
+
+def _num_lengths(examples: Sequence[Example]) -> int:
+    return len({example.num_tokens for example in examples})
