@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import click
 from rich.console import Console
 
 from montessori import calibration, inspection, processes, runs
-from montessori.data import Rows, load_rows, one_line
+from montessori.data import Rows, load_rows
 from montessori.encoding import INVALID_ROWS, TRUNCATIONS, encode_rows
-from montessori.errors import ArgumentError, MontessoriError
+from montessori.errors import MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
 from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import check_checkpoint, check_token_ids, load_model
@@ -24,6 +23,7 @@ from montessori.options import METHODS, REFERENCE_DTYPES, check_positions, defau
 from montessori.referenceset import WEIGHTINGS
 from montessori.runs import BACKENDS, DTYPES, ScoreSettings
 from montessori.scores import Scores
+from montessori.terminal import JsonObject, OutputFile, OutputFolder, bars_of_libraries
 from montessori.warmup import RECORD_FILE, check_training
 from montessori.warmup import warmup as run_warmup
 from montessori.writing import write_json
@@ -36,48 +36,6 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 def _use_config(context: click.Context, _option: click.Parameter, path: str | None) -> None:
     if path is not None:
         context.default_map = {**(context.default_map or {}), **runs.read_settings(path)}
-
-
-class OutputFile(click.Path):
-    """Path of a file to write, whose name must end as the format of its content is called."""
-
-    def __init__(self, suffix: str) -> None:
-        super().__init__(path_type=Path, dir_okay=False)
-        self.suffix = suffix
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not path.name.lower().endswith(self.suffix):
-            option = "" if param is None else f"--{param.name} "
-            raise ArgumentError(f"{option}{path}: expected a name that ends in {self.suffix}, which is what is written")
-        return path
-
-
-class OutputFolder(click.Path):
-    """Path of a folder to write in, which an empty name, as of an unset variable, is not."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path, file_okay=False)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if not os.fspath(value):
-            self.fail("expected a folder, got an empty name", param, ctx)
-        return Path(os.fsdecode(super().convert(value, param, ctx)))
-
-
-class JsonObject(click.ParamType):
-    """A JSON object, or the dict that one became."""
-
-    name = "JSON"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        try:
-            read = json.loads(value) if isinstance(value, str) else value
-        except (ValueError, RecursionError) as error:
-            self.fail(f"expected a JSON object ({one_line(error)})", param, ctx)
-        if not isinstance(read, dict):
-            self.fail(f"expected a JSON object, got {value!r}", param, ctx)
-        return read
 
 
 # Names of the parameters that TEXT_OPTIONS set.
@@ -208,21 +166,6 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     return run_warmup(model, tokenizer, encoded.examples, out, **training)
 
 
-@contextmanager
-def _bars_of_transformers(shown: bool) -> Iterator[None]:
-    """Its bars of loading and saving go with ours."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    if not shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
-
-
 def _show(console: Console, scores: Scores, rows: Rows | None, quantity: str, name: str | None, top: int) -> None:
     inspection.print_summary(console, scores)
     values = inspection.select(scores, quantity, name)
@@ -253,7 +196,7 @@ def cli() -> None:
 def warmup(student: str, data: str, out: Path, epochs: float, quiet: bool, **training: Any) -> None:
     """Fine-tune a student for a few AdamW steps and keep its optimizer state."""
     text = {name: training.pop(name) for name in TEXT_SETTINGS}
-    with _bars_of_transformers(shown=not quiet):
+    with bars_of_libraries(shown=not quiet):
         checkpoint = _warm_up(student, data, out, text, num_train_epochs=epochs, progress=not quiet, **training)
     click.echo(f"checkpoint: {checkpoint}")
     click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} …")
@@ -267,7 +210,7 @@ def warmup(student: str, data: str, out: Path, epochs: float, quiet: bool, **tra
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> None:
     """Score every candidate by what one optimizer step on it would do to the reference loss."""
-    with _bars_of_transformers(shown=not quiet):
+    with bars_of_libraries(shown=not quiet):
         scores = runs.score_to_file(_settings(values), out, fresh=not resume, audit=audit, progress=not quiet)
     console = Console()
     inspection.print_summary(console, scores)
@@ -287,7 +230,7 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     if out is not None:
         runs.check_out(settings, out)
         runs.check_writable(out)
-    with _bars_of_transformers(shown=not quiet):
+    with bars_of_libraries(shown=not quiet):
         bench = runs.open_workbench(settings, audit=size)
         result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()

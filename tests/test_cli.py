@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from support import CHATML, make_text_rows, options
+from test_loop_pairs import make_scores
 
 from montessori import Scores, ops, runs
 from montessori.errors import ArgumentError
@@ -348,6 +351,21 @@ def test_inspect_refuses_what_is_not_a_scores_file(run, files):
     assert status == 2 and error == "error: nope.parquet: no such file\n"
     status, _, error = run("inspect", files["candidates"].parent)
     assert status == 2 and "expected a file, got a directory" in error
+
+
+def test_values_that_are_not_finite_are_counted_apart_and_in_no_picture(run, tmp_path):
+    scores = make_scores(np.array([0.1, np.inf, -0.3, 0.2]), np.ones(4))
+    some, none, png = tmp_path / "some.parquet", tmp_path / "none.parquet", tmp_path / "histogram.png"
+    scores.save(some)
+    replace(scores, drift=float("nan")).save(none)
+    status, shown, _ = run("inspect", some, "--png", png)
+    assert status == 0 and "not finite: 1\n" in shown and "█" in shown and png.is_file()
+    png.unlink()
+    assert run("inspect", none, "--png", png)[0] == 0
+    status, shown, error = run("inspect", none, "--quantity", "centred", "--png", tmp_path / "centred.png")
+    assert "not finite: 4\n" in shown and "█" not in shown
+    assert status == 2 and "expected a finite centred on reference of some candidate, got none" in error
+    assert error.count("\n") == 1 and not (tmp_path / "centred.png").exists()
 
 
 def test_interrupt_says_that_the_run_can_go_on(run, student, files, tmp_path, monkeypatch):
