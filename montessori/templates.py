@@ -155,7 +155,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         return chat_template
     if chat_template.endswith(".jinja"):
         try:
-            return Path(chat_template).read_text(encoding="utf-8")
+            return Path(chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"chat_template={chat_template!r}: cannot be read ({one_line(error)})") from error
     raise ArgumentError(

@@ -68,7 +68,8 @@ def check_config(config: Config) -> None:
 
 
 def _is_judged(config: Config) -> bool:
-    return config.signal.kind == "judge" or bool(config.evaluate.answers.count or config.evaluate.answers.questions)
+    # Answers to questions are written for others to judge.
+    return config.signal.kind == "judge" or config.evaluate.answers.count > 0
 
 
 def _check_judge(judge: JudgeSettings) -> None:
@@ -98,7 +99,7 @@ def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:
         encode_rows(reference, tokenizer, max_length=limit, truncation="right", **config.score.chat)
     answers = config.evaluate.answers
     limit = context_length(own.get_text_config(), config.engine.max_length)
-    asked = Rows(evaluation.rows[: answers.count], evaluation.source, evaluation.unit, evaluation.first)
+    asked = evaluation.part(0, answers.count)
     for index, question in enumerate(instruction_text(asked)):
         if not leaves_room(tokenizer, prompts.ask(tokenizer, question, **answers.chat), limit):
             raise DataError(
@@ -131,6 +132,8 @@ def _chats(config: Config) -> Iterator[tuple[str, str, str | None]]:
     answers = config.evaluate.answers
     if answers.count or answers.questions:
         yield "evaluate.answers", config.student, answers.chat_template
+    if answers.count and answers.opponent is not None:
+        yield "evaluate.answers", answers.opponent, answers.chat_template
     if config.judge is not None and _is_judged(config):
         yield "judge", config.judge.model, config.judge.chat_template
 
