@@ -108,7 +108,7 @@ BAD = {
     "no name": (lambda tmp: {"reference": f"={tmp / 'reference.jsonl'}"}, ["--reference =", "name=path"]),
     "no optimizer state": (lambda tmp: {"optimizer": write(folder(tmp / "other") / "x", "").parent}, ["optimizer.pt"]),
     "budget too small": (lambda tmp: {"batch_tokens": 3}, ["batch_tokens=3"]),
-    "learning rate 0": (lambda tmp: {"lr": 0}, ["learning rate is 0"]),
+    "learning rate 0": (lambda tmp: {"lr": 0}, ["lr=0.0: expected a positive number", "leave it out"]),
 }
 
 

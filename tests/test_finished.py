@@ -82,6 +82,7 @@ def test_an_adapter_is_another_one_once_its_local_base_has_changed(tmp_path):
         (["--sample", "0.5", "--backend", "reference"], "nothing else can sample"),
         (["--max-grad-norm", "nan"], "max_grad_norm=nan"),
         (["--lr", "-1"], "lr=-1.0: expected a positive number"),
+        (["--lr", "0"], "lr=0.0: expected a positive number"),
         (["--optimizer", "nowhere"], "nowhere: no such directory"),
         (["--optimizer", ""], "--optimizer: expected a path or a name, got an empty one"),
         (["--student", ""], "--student: expected a path or a name, got an empty one"),
