@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from montessori import cpu
-from montessori.data import one_line
 from montessori.encoding import INVALID_ROWS, TRUNCATIONS
 from montessori.errors import ArgumentError
+from montessori.wording import one_line
 
 METHODS = ("anchored", "first_order", "exact")
 REFERENCE_DTYPES = ("float32", "model")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori import ops
-from montessori.data import Rows, one_line
+from montessori.data import Rows
 from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.fingerprint import check_outside
@@ -25,6 +25,7 @@ from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
 from montessori.options import default_max_length, resolve_device
 from montessori.templates import NO_TEMPLATE, resolve_template
 from montessori.training import check_batch_size, check_max_steps, count_devices
+from montessori.wording import one_line
 
 
 def check_config(config: Config) -> None:
