@@ -29,7 +29,7 @@ from montessori.warmup import warmup as run_warmup
 from montessori.writing import write_json
 
 Command = Callable[..., Any]
-WITHOUT_RESUME = {"audit", "inspect", "calibrate"}
+WITHOUT_RESUME = {"audit", "inspect", "calibrate", "report"}
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
@@ -38,6 +38,7 @@ def _use_config(context: click.Context, _option: click.Parameter, path: str | No
         context.default_map = {**(context.default_map or {}), **runs.read_settings(path)}
 
 
+DATA_HELP = "JSON Lines, JSON, CSV (each also as .gz) or Parquet file, folder of such files, saved dataset or hub name."
 # Names of the parameters that TEXT_OPTIONS set.
 TEXT_SETTINGS = ("max_length", "truncation", "chat_template", "chat_template_kwargs", "split")
 TEXT_OPTIONS = [
@@ -60,7 +61,7 @@ TEXT_OPTIONS = [
     click.option(
         "--chat-template-kwargs",
         type=JsonObject(),
-        help="What all rows tell the template, as JSON: '{\"enable_thinking\": false}'.",
+        help="Variables that the chat template is given with every row, as JSON: '{\"enable_thinking\": false}'.",
     ),
     click.option("--split", default="train", show_default=True, help="Split of a dataset that has several."),
 ]
@@ -75,7 +76,7 @@ SCORING_OPTIONS = [
     ),
     click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name."),
     click.option("--optimizer", required=True, help="Checkpoint directory with the student's optimizer state."),
-    click.option("--candidates", required=True, help="JSONL or Parquet file, dataset directory or hub name."),
+    click.option("--candidates", required=True, help=DATA_HELP),
     click.option(
         "--reference", required=True, multiple=True, help="As --candidates; repeat as name=path for several sets."
     ),
@@ -85,14 +86,8 @@ SCORING_OPTIONS = [
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="What computes the scores; auto: compiled kernels, on a GPU Triton or what calibrate found fastest.",
-    ),
-    click.option(
-        "--batch-tokens",
-        type=click.IntRange(min=1),
-        default=4096,
-        show_default=True,
-        help="Padded tokens of a batch; bounds memory, not the result.",
+        help="What computes the scores. auto: compiled kernels; on a GPU the fastest there, which calibrate measures, "
+        "or else the first score.",
     ),
     click.option(
         "--pilot",
@@ -123,7 +118,7 @@ SCORING_OPTIONS = [
         type=click.IntRange(min=1),
         default=4096,
         show_default=True,
-        help="As --batch-tokens, for the reference.",
+        help="Padded tokens of a batch of the reference, at most 1,024 on a CPU; bounds memory, not the result.",
     ),
     click.option(
         "--invalid-rows",
@@ -181,7 +176,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name.")
-@click.option("--data", required=True, help="JSONL or Parquet file, dataset directory or hub name.")
+@click.option("--data", required=True, help=DATA_HELP)
 @click.option("--out", required=True, type=OutputFolder(), help="Directory of the checkpoints.")
 @click.option("--learning-rate", type=POSITIVE, default=5e-6, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
@@ -199,13 +194,27 @@ def warmup(student: str, data: str, out: Path, epochs: float, quiet: bool, **tra
     with bars_of_libraries(shown=not quiet):
         checkpoint = _warm_up(student, data, out, text, num_train_epochs=epochs, progress=not quiet, **training)
     click.echo(f"checkpoint: {checkpoint}")
-    click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} …")
+    clipping = "" if training["max_grad_norm"] is None else f"--max-grad-norm {training['max_grad_norm']} "
+    click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} {clipping}…")
 
 
 @cli.command()
 @_with(SCORING_OPTIONS)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Padded tokens of a batch of candidates; bounds memory, not the result.",
+)
 @click.option("--out", required=True, type=OutputFile(".parquet"), help="Parquet file to write.")
-@click.option("--audit", type=click.IntRange(min=0), default=0, help="Check against this many real steps, 2 or more.")
+@click.option(
+    "--audit",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Check against this many real steps, 2 or more; 0 for none.",
+)
 @click.option("--resume/--fresh", default=True, show_default=True, help="Go on with a killed run, or forget it.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> None:
@@ -297,7 +306,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         resumable = not set(sys.argv[1:2]) <= WITHOUT_RESUME
-        click.echo("interrupted" + "; the same command, without --fresh, goes on from here" * resumable, err=True)
+        fresh = ", without --fresh," if "--fresh" in sys.argv else ""
+        click.echo("interrupted" + f"; the same command{fresh} goes on from here" * resumable, err=True)
         sys.exit(130)
     except MontessoriError as error:
         click.echo(f"error: {error}", err=True)

@@ -37,6 +37,8 @@ def test_score_inspect_and_replay(run, student, files, tmp_path):
     status, _, _ = run("score", "--config", f"{out}.config.json", "--out", replay, "--quiet")
     assert status == 0
     assert replay.read_bytes() == out.read_bytes()
+    # Which has a setting more than an audit.
+    assert run("audit", "--config", f"{out}.config.json", "-k", 2, "--quiet")[0] == 0
 
 
 def test_what_the_template_is_told_is_kept_and_replayed(run, student, files, tmp_path):
@@ -76,7 +78,10 @@ def test_warmup_leaves_a_checkpoint_that_can_be_scored(run, student, files, tmp_
     status, shown, bars = run("warmup", *words, "--batch-size", 4, "--learning-rate", 1e-4, "--quiet")
     assert status == 0 and "%|" not in shown + bars
     checkpoint = tmp_path / "warm" / "checkpoint-2"
-    assert str(checkpoint) in shown.replace("\n", "")
+    assert str(checkpoint) in shown.replace("\n", "") and "--max-grad-norm" not in shown
+    words[5] = tmp_path / "clipped"
+    status, shown, _ = run("warmup", *words, "--batch-size", 4, "--max-grad-norm", 0.5, "--quiet")
+    assert status == 0 and f"--optimizer {tmp_path / 'clipped/checkpoint-2'} --max-grad-norm 0.5 …" in shown
     status, _, _ = run("score", *options(checkpoint, files), "--out", tmp_path / "s.parquet", "--quiet")
     assert status == 0
 
@@ -374,4 +379,9 @@ def test_interrupt_says_that_the_run_can_go_on(run, student, files, tmp_path, mo
 
     monkeypatch.setattr("montessori.runs.open_workbench", interrupted)
     status, _, error = run("score", *options(student, files), "--out", tmp_path / "s.parquet", "--quiet")
-    assert status == 130 and "same command" in error
+    assert status == 130 and "interrupted; the same command goes on from here" in error
+    status, _, error = run("score", *options(student, files), "--out", tmp_path / "s.parquet", "--quiet", "--fresh")
+    assert status == 130 and "the same command, without --fresh, goes on" in error
+    monkeypatch.setattr("montessori.loop.report.run", interrupted)
+    status, _, error = run("report", tmp_path)
+    assert status == 130 and error.strip() == "interrupted"

@@ -19,7 +19,7 @@ from montessori.terminal import OutputFolder, bars_of_libraries
 
 CONFIG_OPTIONS = [
     click.argument("config", required=False, type=click.Path(path_type=Path)),
-    click.option("--preset", type=click.Choice(PRESETS), help="Settings below those of CONFIG."),
+    click.option("--preset", type=click.Choice(PRESETS), help="Settings to begin with; those of CONFIG go over them."),
     click.option(
         "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting over all others; repeatable."
     ),
