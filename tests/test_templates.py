@@ -76,7 +76,7 @@ def test_a_template_that_fails_names_the_row(tokenizer, body):
     [
         ("{{ messages[-1].content | length }}" + THOUGHTFUL, TURNS, "rewrites the turn or what comes before it"),
         (THOUGHTFUL.replace("m.content +", "m.content + m.content +"), TURNS, "rewrites the turn or what comes before"),
-        (OPEN_ENDED, TURNS, "ends a turn otherwise when another follows, and with no special token, at message 1"),
+        (OPEN_ENDED, TURNS, "ends a turn differently when a message follows, without a special token there, at"),
         (THOUGHTLESS, THOUGHTS[:2], "drops a part of the content at message 1"),
         (THOUGHTLESS, THOUGHTS, "drops a part of the content at message 3"),
         (CHATML.replace("['content']", "['content'][0]"), TURNS, "does not write the content"),
