@@ -77,6 +77,11 @@ def extension_arguments() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
+        if os.environ.get("MONTESSORI_REQUIRE_KERNELS"):
+            raise SystemExit(
+                "montessori: MONTESSORI_REQUIRE_KERNELS asks for compiled kernels, and torch is not installed here: "
+                "install it, then build with pip install --no-build-isolation"
+            ) from None
         print("montessori: torch is not installed here, the compiled kernels are not built", file=sys.stderr)
         return {}
 

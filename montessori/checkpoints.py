@@ -98,6 +98,16 @@ def read_optimizer(
     return state.beside(model)
 
 
+def list_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints of a run in `path`, as Trainer names them, in the order of their steps."""
+    found = [entry for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def _optimizers(path: Path, model: nn.Module) -> dict[str, Callable[[], dict]]:
     """How to read each optimizer that lies in `path`, by what it lies in."""
     found: dict[str, Callable[[], dict]] = {}
@@ -128,10 +138,7 @@ def _saved_optimizer(path: Path, model: nn.Module) -> tuple[str, dict]:
     if found:
         name, read = found.popitem()
         return name, read()
-    checkpoints = sorted(
-        (entry.name for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)),
-        key=lambda name: int(name.removeprefix("checkpoint-")),
-    )
+    checkpoints = [checkpoint.name for checkpoint in list_checkpoints(path)]
     if checkpoints:
         raise StateError(f"{path}: expected one checkpoint, got a run: name one of {', '.join(checkpoints)}")
     raise StateError(

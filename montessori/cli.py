@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import click
 from rich.console import Console
 
 from montessori import calibration, inspection, processes, runs
-from montessori.data import Rows, load_rows, one_line
+from montessori.data import Rows, load_rows
 from montessori.encoding import INVALID_ROWS, TRUNCATIONS, encode_rows
-from montessori.errors import ArgumentError, MontessoriError
+from montessori.errors import MontessoriError
 from montessori.loop.commands import demo_command, generate_command, run_command
 from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import check_checkpoint, check_token_ids, load_model
@@ -24,12 +23,13 @@ from montessori.options import METHODS, REFERENCE_DTYPES, check_positions, defau
 from montessori.referenceset import WEIGHTINGS
 from montessori.runs import BACKENDS, DTYPES, ScoreSettings
 from montessori.scores import Scores
+from montessori.terminal import JsonObject, OutputFile, OutputFolder, bars_of_libraries
 from montessori.warmup import RECORD_FILE, check_training
 from montessori.warmup import warmup as run_warmup
 from montessori.writing import write_json
 
 Command = Callable[..., Any]
-WITHOUT_RESUME = {"audit", "inspect", "calibrate"}
+WITHOUT_RESUME = {"audit", "inspect", "calibrate", "report"}
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
@@ -38,48 +38,7 @@ def _use_config(context: click.Context, _option: click.Parameter, path: str | No
         context.default_map = {**(context.default_map or {}), **runs.read_settings(path)}
 
 
-class OutputFile(click.Path):
-    """Path of a file to write, whose name must end as the format of its content is called."""
-
-    def __init__(self, suffix: str) -> None:
-        super().__init__(path_type=Path, dir_okay=False)
-        self.suffix = suffix
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not path.name.lower().endswith(self.suffix):
-            option = "" if param is None else f"--{param.name} "
-            raise ArgumentError(f"{option}{path}: expected a name that ends in {self.suffix}, which is what is written")
-        return path
-
-
-class OutputFolder(click.Path):
-    """Path of a folder to write in, which an empty name, as of an unset variable, is not."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path, file_okay=False)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if not os.fspath(value):
-            self.fail("expected a folder, got an empty name", param, ctx)
-        return Path(os.fsdecode(super().convert(value, param, ctx)))
-
-
-class JsonObject(click.ParamType):
-    """A JSON object, or the dict that one became."""
-
-    name = "JSON"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        try:
-            read = json.loads(value) if isinstance(value, str) else value
-        except (ValueError, RecursionError) as error:
-            self.fail(f"expected a JSON object ({one_line(error)})", param, ctx)
-        if not isinstance(read, dict):
-            self.fail(f"expected a JSON object, got {value!r}", param, ctx)
-        return read
-
-
+DATA_HELP = "JSON Lines, JSON, CSV (each also as .gz) or Parquet file, folder of such files, saved dataset or hub name."
 # Names of the parameters that TEXT_OPTIONS set.
 TEXT_SETTINGS = ("max_length", "truncation", "chat_template", "chat_template_kwargs", "split")
 TEXT_OPTIONS = [
@@ -102,7 +61,7 @@ TEXT_OPTIONS = [
     click.option(
         "--chat-template-kwargs",
         type=JsonObject(),
-        help="What all rows tell the template, as JSON: '{\"enable_thinking\": false}'.",
+        help="Variables that the chat template is given with every row, as JSON: '{\"enable_thinking\": false}'.",
     ),
     click.option("--split", default="train", show_default=True, help="Split of a dataset that has several."),
 ]
@@ -117,7 +76,7 @@ SCORING_OPTIONS = [
     ),
     click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name."),
     click.option("--optimizer", required=True, help="Checkpoint directory with the student's optimizer state."),
-    click.option("--candidates", required=True, help="JSONL or Parquet file, dataset directory or hub name."),
+    click.option("--candidates", required=True, help=DATA_HELP),
     click.option(
         "--reference", required=True, multiple=True, help="As --candidates; repeat as name=path for several sets."
     ),
@@ -127,14 +86,8 @@ SCORING_OPTIONS = [
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="What computes the scores; auto: compiled kernels, on a GPU Triton or what calibrate found fastest.",
-    ),
-    click.option(
-        "--batch-tokens",
-        type=click.IntRange(min=1),
-        default=4096,
-        show_default=True,
-        help="Padded tokens of a batch; bounds memory, not the result.",
+        help="What computes the scores. auto: compiled kernels; on a GPU the fastest there, which calibrate measures, "
+        "or else the first score.",
     ),
     click.option(
         "--pilot",
@@ -165,7 +118,7 @@ SCORING_OPTIONS = [
         type=click.IntRange(min=1),
         default=4096,
         show_default=True,
-        help="As --batch-tokens, for the reference.",
+        help="Padded tokens of a batch of the reference, at most 1,024 on a CPU; bounds memory, not the result.",
     ),
     click.option(
         "--invalid-rows",
@@ -208,21 +161,6 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     return run_warmup(model, tokenizer, encoded.examples, out, **training)
 
 
-@contextmanager
-def _bars_of_transformers(shown: bool) -> Iterator[None]:
-    """Its bars of loading and saving go with ours."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    if not shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
-
-
 def _show(console: Console, scores: Scores, rows: Rows | None, quantity: str, name: str | None, top: int) -> None:
     inspection.print_summary(console, scores)
     values = inspection.select(scores, quantity, name)
@@ -238,7 +176,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name.")
-@click.option("--data", required=True, help="JSONL or Parquet file, dataset directory or hub name.")
+@click.option("--data", required=True, help=DATA_HELP)
 @click.option("--out", required=True, type=OutputFolder(), help="Directory of the checkpoints.")
 @click.option("--learning-rate", type=POSITIVE, default=5e-6, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
@@ -253,21 +191,35 @@ def cli() -> None:
 def warmup(student: str, data: str, out: Path, epochs: float, quiet: bool, **training: Any) -> None:
     """Fine-tune a student for a few AdamW steps and keep its optimizer state."""
     text = {name: training.pop(name) for name in TEXT_SETTINGS}
-    with _bars_of_transformers(shown=not quiet):
+    with bars_of_libraries(shown=not quiet):
         checkpoint = _warm_up(student, data, out, text, num_train_epochs=epochs, progress=not quiet, **training)
     click.echo(f"checkpoint: {checkpoint}")
-    click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} …")
+    clipping = "" if training["max_grad_norm"] is None else f"--max-grad-norm {training['max_grad_norm']} "
+    click.echo(f"score with: montessori score --student {checkpoint} --optimizer {checkpoint} {clipping}…")
 
 
 @cli.command()
 @_with(SCORING_OPTIONS)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Padded tokens of a batch of candidates; bounds memory, not the result.",
+)
 @click.option("--out", required=True, type=OutputFile(".parquet"), help="Parquet file to write.")
-@click.option("--audit", type=click.IntRange(min=0), default=0, help="Check against this many real steps, 2 or more.")
+@click.option(
+    "--audit",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Check against this many real steps, 2 or more; 0 for none.",
+)
 @click.option("--resume/--fresh", default=True, show_default=True, help="Go on with a killed run, or forget it.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def score(out: Path, audit: int, resume: bool, quiet: bool, **values: Any) -> None:
     """Score every candidate by what one optimizer step on it would do to the reference loss."""
-    with _bars_of_transformers(shown=not quiet):
+    with bars_of_libraries(shown=not quiet):
         scores = runs.score_to_file(_settings(values), out, fresh=not resume, audit=audit, progress=not quiet)
     console = Console()
     inspection.print_summary(console, scores)
@@ -287,7 +239,7 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     if out is not None:
         runs.check_out(settings, out)
         runs.check_writable(out)
-    with _bars_of_transformers(shown=not quiet):
+    with bars_of_libraries(shown=not quiet):
         bench = runs.open_workbench(settings, audit=size)
         result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()
@@ -354,7 +306,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         resumable = not set(sys.argv[1:2]) <= WITHOUT_RESUME
-        click.echo("interrupted" + "; the same command, without --fresh, goes on from here" * resumable, err=True)
+        fresh = ", without --fresh," if "--fresh" in sys.argv else ""
+        click.echo("interrupted" + f"; the same command{fresh} goes on from here" * resumable, err=True)
         sys.exit(130)
     except MontessoriError as error:
         click.echo(f"error: {error}", err=True)

@@ -124,9 +124,11 @@ def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str, ne
         turns = [*_history(row, where), (read_question(row, columns[0], where), _filled_text(row, columns[1], where))]
         pairs = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
         messages = [{"role": role, "content": text} for pair in pairs for role, text in pair]
+    if len(columns) == 1 or _holds_messages(row, columns):
+        _check_history(row, columns[0], messages, where)
     system = _system(row, messages, where)
     messages, first_labelled = [*system, *messages], first_labelled + len(system)
-    labelled = tuple(turn for turn in labelled_turns(messages, where) if turn >= first_labelled)
+    labelled = tuple(turn for turn in labelled_turns(messages) if turn >= first_labelled)
     return Chat(index, where, messages, labelled, variables)
 
 
@@ -208,9 +210,16 @@ def read_question(row: Mapping, column: str, where: str) -> str:
 
 def _system(row: Mapping, messages: list[dict], where: str) -> list[dict]:
     """What the columns of the system say, as a message to put before `messages`; none if those begin with it."""
-    column = next((column for column in SYSTEM_COLUMNS if _is_filled(row.get(column))), None)
-    if column is None:
+    filled = [column for column in SYSTEM_COLUMNS if _is_filled(row.get(column))]
+    if not filled:
         return []
+    column = filled[0]
+    for other in filled[1:]:
+        if _text(row, other, where).strip() != _text(row, column, where).strip():
+            raise DataError(
+                f"{where}: expected one message of the system, got column {column} and another in column {other}; "
+                f"remove one"
+            )
     text = _text(row, column, where)
     if not messages or messages[0]["role"] not in ("system", "developer"):
         return [{"role": "system", "content": text}]
@@ -243,6 +252,22 @@ def _history(row: Mapping, where: str) -> list[tuple[str, str]]:
         (_text(turn, "question", place), _filled_text(turn, "answer", place))
         for turn, place in zip(named, places, strict=True)
     ]
+
+
+def _check_history(row: Mapping, column: str, messages: list[dict], where: str) -> None:
+    """Raise DataError for earlier turns beside the messages of `column`, unless those begin with them."""
+    if not _is_filled(row.get("history")):
+        return
+    with suppress(DataError):
+        earlier = [text for turn in _history(row, where) for text in turn]
+        turns = [message for message in messages if message["role"] in ("user", "assistant")]
+        contents = [joined(message.get("content") or "") for message in turns]
+        if contents[: len(earlier)] == earlier:
+            return
+    raise DataError(
+        f"{where}: expected earlier turns in one place, got column history beside column {column}; write them into "
+        f"{column}, and remove history"
+    )
 
 
 def _is_filled(value: object) -> bool:

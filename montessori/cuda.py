@@ -29,11 +29,13 @@ ALIGNMENT = 8  # elements: rows of 16 bytes for the asynchronous copies
 KERNELS = {(8, 0): "mma", (9, 0): "wgmma", (10, 0): "mma"}
 
 
-@lru_cache(maxsize=1)
 def load_error() -> str | None:
-    """Why the library cannot be loaded in this process, None when it is. No driver is needed."""
-    if os.environ.get("MONTESSORI_NO_KERNELS"):
-        return "MONTESSORI_NO_KERNELS is set"
+    """Why the library cannot be used in this process, None when it is loaded. No driver is needed."""
+    return "MONTESSORI_NO_KERNELS is set" if os.environ.get("MONTESSORI_NO_KERNELS") else _loading_error()
+
+
+@lru_cache(maxsize=1)
+def _loading_error() -> str | None:
     if not LIBRARY.exists():
         return "the CUDA kernels were not built (install from source with nvcc and --no-build-isolation)"
     try:

@@ -263,7 +263,7 @@ def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern
     stripped = tail.lstrip()
     if next_one := special.match(stripped):
         return len(tail) - len(stripped) + next_one.end()
-    raise _uncuttable(chat, turn, "ends a turn otherwise when another follows, and with no special token,")
+    raise _uncuttable(chat, turn, "ends a turn differently when a message follows, without a special token there,")
 
 
 def count_shared(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class Rows(Sequence):
 
     def __getitem__(self, index):
         return self.rows[index]
+
+    def part(self, start: int, stop: int | None = None) -> Rows:
+        """The rows from `start` up to `stop`, neither below 0, each with the address that it has here."""
+        parts = tuple((first - start, part) for first, part in self.parts)
+        return replace(self, rows=self.rows[start:stop], first=self.first + start, parts=parts)
 
     def where(self, index: int) -> str:
         """The address of a row: "data.jsonl, line 13", from 1; or "data.parquet, row 12", from 0.

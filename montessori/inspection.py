@@ -18,6 +18,7 @@ from montessori.writing import written_whole
 
 QUANTITIES = ("influence", "centred")
 BAR = 40
+BINS = 16
 SHOWN_CAUSES = 3
 _ORDERS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
@@ -59,19 +60,25 @@ def print_summary(console: Console, scores: Scores) -> None:
         )
 
 
-def print_histogram(console: Console, values: np.ndarray, title: str, bins: int = 16) -> None:
-    """Counts per bin as bars of text; `values` float [n], all finite."""
-    counts, edges = np.histogram(values, bins=bins)
+def print_histogram(console: Console, values: np.ndarray, title: str) -> None:
+    """Counts per bin as bars of text, and how many of the `values`, float [n], are not finite and in no bin."""
+    finite = values[np.isfinite(values)]
     console.print(Text(title, style="bold"))
+    if len(finite) < len(values):
+        console.print(f"not finite: {len(values) - len(finite)}")
+    if not len(finite):
+        return
+    counts, edges = np.histogram(finite, bins=BINS)
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR * count / max(counts.max(), 1)) or ("▏" if count else "")
         console.print(Text(f"{low:+.2e} … {high:+.2e} {count:5d} {bar}"))
 
 
 def save_histogram(scores: Scores, path: Path, quantity: str = "influence", names: Sequence[str] = ()) -> None:
-    """Histogram of the reference sets `names`, by default all, as a PNG.
+    """Histogram of the reference sets `names`, by default all, as a PNG; values that are not finite are left out.
 
-    Raises ArgumentError for a name that does not end in .png, ResourceError when it cannot be written.
+    Raises ArgumentError for a name that does not end in .png, and for a set without a finite value; ResourceError
+    when it cannot be written.
     """
     if path.suffix.lower() != ".png":
         raise ArgumentError(f"{path}: expected a name that ends in .png")
@@ -81,12 +88,17 @@ def save_histogram(scores: Scores, path: Path, quantity: str = "influence", name
     axes = figure.subplots()
     names = names or scores.names
     for name in names:
-        axes.hist(select(scores, quantity, name)[scores.ok], bins=40, alpha=0.7, label=name)
+        values = select(scores, quantity, name)
+        values = values[scores.ok & np.isfinite(values)]
+        if not len(values):
+            raise ArgumentError(f"{path}: expected a finite {quantity} on {name} of some candidate, got none to draw")
+        axes.hist(values, bins=40, alpha=0.7, label=name)
     axes.axvline(0, color="black", linewidth=0.8)
     if quantity == "influence":
         for name in names:
             value = np.atleast_1d(scores.drift)[scores.names.index(name)]
-            axes.axvline(value, color="tab:red", linewidth=0.8, linestyle="--", label="drift (step with g = 0)")
+            if np.isfinite(value):
+                axes.axvline(value, color="tab:red", linewidth=0.8, linestyle="--", label="drift (step with g = 0)")
     axes.set_xlabel(f"{quantity}: reference loss before the step minus after it (nats per token)")
     axes.set_ylabel("candidates")
     axes.legend()

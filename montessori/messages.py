@@ -73,6 +73,8 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     for key in UNREAD_KEYS:
         if message.get(key):
             raise DataError(f"{where}: {key} is not read; {UNREAD_KEYS[key]}")
+    if role == "assistant":
+        _check_labels(message, where)
     calls = called_functions(message, where) if role == "assistant" else []
     if calls and content is None:
         return message
@@ -114,25 +116,30 @@ def joined(content: str | list[dict[str, str]], separator: str = "") -> str:
     return content if isinstance(content, str) else separator.join(part["text"] for part in content)
 
 
-def labelled_turns(messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
+def labelled_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Places of the assistant's messages, but for those that say (LABEL_KEYS) that they are not trained.
 
-    Of others it says nothing: only what the assistant writes has labels. Raises DataError for a weight between.
+    Of others it says nothing: only what the assistant writes has labels.
     """
-    turns = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        said = {key: message[key] for key in LABEL_KEYS if message.get(key) is not None}
-        for key, value in said.items():
-            if not isinstance(value, Real | numpy.bool_) or value not in (0, 1):
-                raise DataError(
-                    f"{where}: message {turn}: expected {key} of 0 or 1 (false or true), got {short(value)}; the loss "
-                    f"is the mean over labelled tokens, a message is in it or not"
-                )
-        if all(said.values()):
-            turns.append(turn)
-    return turns
+    return [
+        turn
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant" and all(_label_values(message).values())
+    ]
+
+
+def _label_values(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: message[key] for key in LABEL_KEYS if message.get(key) is not None}
+
+
+def _check_labels(message: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for a weight between 0 and 1, or for what is none."""
+    for key, value in _label_values(message).items():
+        if not isinstance(value, Real | numpy.bool_) or value not in (0, 1):
+            raise DataError(
+                f"{where}: expected {key} of 0 or 1 (false or true), got {short(value)}; the loss is the mean over "
+                f"labelled tokens, a message is in it or not"
+            )
 
 
 def called_functions(message: Mapping[str, Any], where: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch import nn
 from montessori.batching import IGNORE_INDEX, Example, collate
 from montessori.checkpoints import read_state
 from montessori.errors import ArgumentError
-from montessori.losses import LossFunction, response_loss
+from montessori.losses import response_loss
 from montessori.models import load_model
 from montessori.optim_state import AdamWState
 from montessori.passes import evaluation_mode, gradients_aside
@@ -59,7 +59,6 @@ def optimised_naive_loop(
     references: ReferenceSets,
     *,
     max_grad_norm: float | None = None,
-    loss: LossFunction = response_loss,
 ) -> np.ndarray:
     """Influence float64 [N, K]: the loop a careful engineer writes.
 
@@ -69,7 +68,7 @@ def optimised_naive_loop(
     optimizer = make_adamw(model, state)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with evaluation_mode(model), gradients_aside(parameters):
-        return _loop(model, optimizer, parameters, candidates, references, max_grad_norm, loss)
+        return _loop(model, optimizer, parameters, candidates, references, max_grad_norm)
 
 
 def _loop(
@@ -79,15 +78,14 @@ def _loop(
     candidates: Sequence[Example],
     references: ReferenceSets,
     max_grad_norm: float | None,
-    loss: LossFunction,
 ) -> np.ndarray:
     weights = [parameter.detach().clone() for parameter in parameters]
     moments = copy.deepcopy(optimizer.state_dict())
-    before = references.loss(model, loss)
+    before = references.loss(model, response_loss)
     influence = []
     for example in candidates:
-        _train_step(model, optimizer, example, loss, max_grad_norm)
-        influence.append((before - references.loss(model, loss)).numpy())
+        _train_step(model, optimizer, example, max_grad_norm)
+        influence.append((before - references.loss(model, response_loss)).numpy())
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)
@@ -103,7 +101,6 @@ def published_naive_loop(
     *,
     max_length: int = 1024,
     reference_batch_size: int = 8,
-    max_grad_norm: float | None = None,
 ) -> np.ndarray:
     """Influence float64 [N] as scripts of published methods compute it.
 
@@ -115,7 +112,7 @@ def published_naive_loop(
     for example in candidates:
         model, _ = load_model(checkpoint)
         optimizer = make_adamw(model, read_state(checkpoint, model))
-        _train_step(model, optimizer, _padded(example, max_length), response_loss, max_grad_norm)
+        _train_step(model, optimizer, _padded(example, max_length), max_grad_norm=None)
         influence.append(before - _padded_loss(model, references, max_length, reference_batch_size))
     return np.array(influence)
 
@@ -124,11 +121,10 @@ def _train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     example: Example,
-    loss: LossFunction,
     max_grad_norm: float | None,
 ) -> None:
     optimizer.zero_grad()
-    loss(model, collate([example])).sum().backward()
+    response_loss(model, collate([example])).sum().backward()
     if max_grad_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()

@@ -28,6 +28,8 @@ TENSOR_FILE = "adamw_state.safetensors"
 JSON_FILE = "adamw_state.json"
 
 _FORMAT = "montessori adamw_state 1"
+# Names in an error.
+_SHOWN = 3
 _ADAM_OPTIONS = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
 _SGD_OPTIONS = frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"})
 _UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "differentiable")
@@ -318,10 +320,10 @@ def _sgd_state(group: Mapping, entry: Mapping) -> ParameterState:
     return ParameterState(step, buffer, None)
 
 
-def _listed(names: Iterable[str], shown: int = 3) -> str:
+def _listed(names: Iterable[str]) -> str:
     listed = list(names)
-    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
-    return ", ".join(listed[:shown]) + more
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
 
 
 def _detached(entry: Mapping[str, object], key: str) -> Tensor | None:

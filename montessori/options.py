@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from montessori import cpu
-from montessori.data import one_line
 from montessori.encoding import INVALID_ROWS, TRUNCATIONS
 from montessori.errors import ArgumentError
+from montessori.wording import one_line
 
 METHODS = ("anchored", "first_order", "exact")
 REFERENCE_DTYPES = ("float32", "model")
@@ -99,8 +99,10 @@ def check_lr(lr: object) -> None:
         return
     if isinstance(lr, bool) or not isinstance(lr, Real):
         raise ArgumentError(f"lr={lr!r}: expected one number for all groups, or None for the optimizer's own")
-    if not 0 <= float(lr) <= torch.finfo(torch.float32).max:
-        raise ArgumentError(f"lr={lr}: expected a positive number that float32 can hold")
+    if not 0 < float(lr) <= torch.finfo(torch.float32).max:
+        raise ArgumentError(
+            f"lr={lr}: expected a positive number that float32 can hold; leave it out for the optimizer's own"
+        )
 
 
 def check_positions(model: nn.Module, max_length: int) -> None:

@@ -71,7 +71,7 @@ def check_same(own: Mapping[str, str]) -> None:
         if differing:
             raise ArgumentError(
                 f"distributed=True: expected the same on every process, got {', '.join(differing)} on process {rank()} "
-                f"other than on process {other}; give all of it to each, the rows are shared here"
+                f"that differ from those on process {other}; give every process the same, each scores its share"
             )
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from montessori import ops, processes
 from montessori.agreement import Agreement
-from montessori.data import Rows, load_rows, one_line
+from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError, StateError
 from montessori.estimator import InfluenceEstimator
 from montessori.fingerprint import check_outside, content_digest, installed, rows_digest
@@ -25,6 +25,7 @@ from montessori.journal import ScoreJournal
 from montessori.models import check_checkpoint, load_model
 from montessori.options import DEFAULT_MAX_LENGTH, Options, check_lr, resolve_device
 from montessori.scores import Audit, Scores
+from montessori.wording import one_line
 from montessori.writing import write_json
 
 # All that some installation accepts; `ops.check_impl` says why one is not to be had here.

@@ -145,7 +145,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     if chat_template in BUILT_IN_TEMPLATES:
         if chat_template == "plain" and tokenizer.eos_token is None:
             raise DataError("chat_template='plain': expected a tokenizer with an eos_token, got None; set one")
-        return _beginning(tokenizer) + BUILT_IN_TEMPLATES[chat_template]
+        return ("{{ bos_token }}" if beginning(tokenizer) else "") + BUILT_IN_TEMPLATES[chat_template]
     if chat_template == NO_TEMPLATE:
         raise ArgumentError(
             "chat_template='none': expected a template, since a conversation is rendered here; none serves the "
@@ -155,7 +155,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         return chat_template
     if chat_template.endswith(".jinja"):
         try:
-            return Path(chat_template).read_text(encoding="utf-8")
+            return Path(chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"chat_template={chat_template!r}: cannot be read ({one_line(error)})") from error
     raise ArgumentError(
@@ -164,7 +164,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     )
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> str:
     """The bos_token where the tokenizer starts every text with it: the model has seen no text without."""
     bos = tokenizer.bos_token_id
-    return "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
+    return str(tokenizer.bos_token) if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""

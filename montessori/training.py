@@ -6,7 +6,6 @@ import copy
 import errno
 import json
 import math
-import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -21,9 +20,10 @@ from torch.utils.data import Dataset
 
 from montessori import processes
 from montessori.batching import IGNORE_INDEX, Example
-from montessori.data import one_line
+from montessori.checkpoints import list_checkpoints, step_of
 from montessori.errors import ArgumentError, ModelError, ResourceError
 from montessori.models import load_model
+from montessori.wording import one_line
 
 # What TrainingArguments need for an `example_trainer`.
 EXAMPLE_COLUMNS: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
@@ -175,11 +175,6 @@ def _is_failed_write(error: BaseException) -> bool:
     return "inline_container.cc" in str(error) or (isinstance(error, SafetensorError) and "I/O error" in str(error))
 
 
-def list_checkpoints(path: Path) -> list[Path]:
-    found = [entry for entry in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
-    return sorted(found, key=step_of)
-
-
 def last_complete(path: Path) -> Path | None:
     """The last checkpoint below `path` that a run can go on from; drops those it cannot."""
     complete = None
@@ -189,10 +184,6 @@ def last_complete(path: Path) -> Path | None:
         else:
             shutil.rmtree(checkpoint)
     return complete
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from montessori import processes
 from montessori.batching import Example
+from montessori.checkpoints import list_checkpoints, step_of
 from montessori.errors import ArgumentError, DataError, ResourceError
 from montessori.fingerprint import examples_digest
 from montessori.holdings import model_digest
@@ -29,11 +30,9 @@ from montessori.training import (
     example_trainer,
     is_complete,
     last_complete,
-    list_checkpoints,
     plan_batches,
     restore_weights,
     shared_arguments,
-    step_of,
     train,
 )
 from montessori.writing import write_json

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from support import CHATML, make_text_rows, options
+from test_loop_pairs import make_scores
 
 from montessori import Scores, ops, runs
 from montessori.errors import ArgumentError
@@ -34,6 +37,8 @@ def test_score_inspect_and_replay(run, student, files, tmp_path):
     status, _, _ = run("score", "--config", f"{out}.config.json", "--out", replay, "--quiet")
     assert status == 0
     assert replay.read_bytes() == out.read_bytes()
+    # Which has a setting more than an audit.
+    assert run("audit", "--config", f"{out}.config.json", "-k", 2, "--quiet")[0] == 0
 
 
 def test_what_the_template_is_told_is_kept_and_replayed(run, student, files, tmp_path):
@@ -73,7 +78,10 @@ def test_warmup_leaves_a_checkpoint_that_can_be_scored(run, student, files, tmp_
     status, shown, bars = run("warmup", *words, "--batch-size", 4, "--learning-rate", 1e-4, "--quiet")
     assert status == 0 and "%|" not in shown + bars
     checkpoint = tmp_path / "warm" / "checkpoint-2"
-    assert str(checkpoint) in shown.replace("\n", "")
+    assert str(checkpoint) in shown.replace("\n", "") and "--max-grad-norm" not in shown
+    words[5] = tmp_path / "clipped"
+    status, shown, _ = run("warmup", *words, "--batch-size", 4, "--max-grad-norm", 0.5, "--quiet")
+    assert status == 0 and f"--optimizer {tmp_path / 'clipped/checkpoint-2'} --max-grad-norm 0.5 …" in shown
     status, _, _ = run("score", *options(checkpoint, files), "--out", tmp_path / "s.parquet", "--quiet")
     assert status == 0
 
@@ -105,7 +113,7 @@ BAD = {
     "no name": (lambda tmp: {"reference": f"={tmp / 'reference.jsonl'}"}, ["--reference =", "name=path"]),
     "no optimizer state": (lambda tmp: {"optimizer": write(folder(tmp / "other") / "x", "").parent}, ["optimizer.pt"]),
     "budget too small": (lambda tmp: {"batch_tokens": 3}, ["batch_tokens=3"]),
-    "learning rate 0": (lambda tmp: {"lr": 0}, ["learning rate is 0"]),
+    "learning rate 0": (lambda tmp: {"lr": 0}, ["lr=0.0: expected a positive number", "leave it out"]),
 }
 
 
@@ -350,10 +358,30 @@ def test_inspect_refuses_what_is_not_a_scores_file(run, files):
     assert status == 2 and "expected a file, got a directory" in error
 
 
+def test_values_that_are_not_finite_are_counted_apart_and_in_no_picture(run, tmp_path):
+    scores = make_scores(np.array([0.1, np.inf, -0.3, 0.2]), np.ones(4))
+    some, none, png = tmp_path / "some.parquet", tmp_path / "none.parquet", tmp_path / "histogram.png"
+    scores.save(some)
+    replace(scores, drift=float("nan")).save(none)
+    status, shown, _ = run("inspect", some, "--png", png)
+    assert status == 0 and "not finite: 1\n" in shown and "█" in shown and png.is_file()
+    png.unlink()
+    assert run("inspect", none, "--png", png)[0] == 0
+    status, shown, error = run("inspect", none, "--quantity", "centred", "--png", tmp_path / "centred.png")
+    assert "not finite: 4\n" in shown and "█" not in shown
+    assert status == 2 and "expected a finite centred on reference of some candidate, got none" in error
+    assert error.count("\n") == 1 and not (tmp_path / "centred.png").exists()
+
+
 def test_interrupt_says_that_the_run_can_go_on(run, student, files, tmp_path, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("montessori.runs.open_workbench", interrupted)
     status, _, error = run("score", *options(student, files), "--out", tmp_path / "s.parquet", "--quiet")
-    assert status == 130 and "same command" in error
+    assert status == 130 and "interrupted; the same command goes on from here" in error
+    status, _, error = run("score", *options(student, files), "--out", tmp_path / "s.parquet", "--quiet", "--fresh")
+    assert status == 130 and "the same command, without --fresh, goes on" in error
+    monkeypatch.setattr("montessori.loop.report.run", interrupted)
+    status, _, error = run("report", tmp_path)
+    assert status == 130 and error.strip() == "interrupted"

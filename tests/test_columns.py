@@ -99,6 +99,26 @@ def test_two_systems_are_an_error():
     assert said.startswith("expected one message of the system, got column system and another in the first message")
 
 
+def test_columns_that_say_two_things_for_the_system_are_an_error():
+    row = {"instruction": "hi", "response": "hello", "system": "Be brief."}
+    said = malformed({**row, "system_prompt": "Be long."})
+    assert said.startswith("expected one message of the system, got column system and another in column system_prompt")
+    for same in ("Be brief.", " Be brief.\n", "", None):
+        assert chat({**row, "system_prompt": same}).messages == [SYSTEM, *TURNS]
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": TURNS}, {"conversations": TURNS}, {"prompt": [USER], "completion": [ASSISTANT]}]
+)
+def test_earlier_turns_beside_messages_are_an_error(row):
+    for history in ([["one", "two"]], "Physics"):
+        said = malformed({**row, "history": history})
+        assert said.startswith("expected earlier turns in one place, got column history beside column ")
+        assert said.endswith(f"write them into {next(iter(row))}, and remove history")
+    for history in (None, [], "[]", [["hi", "hello"]]):
+        assert chat({**row, "history": history}).messages == TURNS
+
+
 def test_earlier_turns_come_before_the_question_and_are_labelled():
     history = [["one", "two"], ("three", "four")]
     read = chat({"instruction": "hi", "output": "hello", "history": history, "system": "Be brief."})
@@ -127,8 +147,9 @@ def test_a_message_may_say_that_it_is_not_trained(key, no, yes):
     split = {"prompt": [*TURNS, USER], "completion": [{**ASSISTANT, key: yes}, USER, {**ASSISTANT, key: no}]}
     assert chat(split).labelled == (3,)
     for between in (0.5, 2, "1", [1]):
-        assert malformed({"messages": [USER, {**ASSISTANT, key: between}]}).startswith(
-            f"message 1: expected {key} of 0 or 1 (false or true), got "
+        row = {"messages": [USER, {**ASSISTANT, key: between}], "system": "Be brief."}
+        assert malformed(row).startswith(
+            f"message 1 of column messages: expected {key} of 0 or 1 (false or true), got "
         )
 
 

@@ -76,6 +76,14 @@ def test_the_library_loads_without_a_driver():
     assert cuda.built_archs() == tuple(setup_module_of_the_build().cuda_archs())
 
 
+def test_kernels_can_be_switched_off_at_any_time(monkeypatch):
+    before = cuda.load_error()
+    monkeypatch.setenv("MONTESSORI_NO_KERNELS", "1")
+    assert cuda.load_error() == "MONTESSORI_NO_KERNELS is set"
+    monkeypatch.delenv("MONTESSORI_NO_KERNELS")
+    assert cuda.load_error() == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA kernels were not built")
 def test_a_driver_that_does_not_run_the_library_is_named(monkeypatch):

@@ -199,6 +199,17 @@ def test_a_folder_of_parquet_counts_the_rows_of_each_file(tmp_path):
     assert rows.where(1) == f"{tmp_path.name}/train-00001-of-00002.parquet, row 0"
 
 
+def test_a_part_of_the_rows_keeps_their_addresses(tmp_path):
+    rows = load_rows(folder(tmp_path / "parts", a=ROWS, b=ROWS, c=ROWS))
+    assert len(ROWS) == 2
+    part = rows.part(1, 6).part(2, 4)
+    assert list(part) == list(rows)[3:5]
+    assert [part.where(index) for index in range(2)] == ["parts/b.jsonl, line 2", "parts/c.jsonl, line 1"]
+    assert list(rows.part(5)) == ROWS[1:] and list(rows.part(0, None)) == list(rows)
+    of_file = load_rows(written(tmp_path / "data.jsonl", LINES)).part(1)
+    assert list(of_file) == ROWS[1:] and of_file.where(0) == "data.jsonl, line 2"
+
+
 def test_a_folder_may_mix_the_forms_of_json_but_not_the_kinds(tmp_path):
     source = folder(tmp_path / "parts", b=ROWS)
     written(source / "a.json", ARRAY)

@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 from support import CHATML, make_text_rows, options
+from transformers.utils import logging
 
 from montessori import Scores, cli, runs
 from montessori.fingerprint import content_digest
+from montessori.loop import commands
 
 
 def write(path, text):
@@ -79,6 +82,7 @@ def test_an_adapter_is_another_one_once_its_local_base_has_changed(tmp_path):
         (["--sample", "0.5", "--backend", "reference"], "nothing else can sample"),
         (["--max-grad-norm", "nan"], "max_grad_norm=nan"),
         (["--lr", "-1"], "lr=-1.0: expected a positive number"),
+        (["--lr", "0"], "lr=0.0: expected a positive number"),
         (["--optimizer", "nowhere"], "nowhere: no such directory"),
         (["--optimizer", ""], "--optimizer: expected a path or a name, got an empty one"),
         (["--student", ""], "--student: expected a path or a name, got an empty one"),
@@ -119,6 +123,23 @@ def test_an_empty_name_is_not_the_directory_that_one_stands_in(run, student, fil
     status, _, error = run("warmup", "--student", student, "--data", files["candidates"], "--out", "")
     assert status == 2 and "expected a folder, got an empty name" in error
     assert not list(Path.cwd().glob("checkpoint-*"))
+    Path("round_1").mkdir()
+    for words in (["run", "--preset", "demo", "--fresh"], ["generate", "--preset", "demo"], ["demo"]):
+        status, _, error = run(*words, "--out", "")
+        assert status == 2 and "expected a folder, got an empty name" in error
+    assert Path("round_1").is_dir() and not Path("config.yaml").exists()
+
+
+def test_bars_of_the_libraries_come_back_after_a_command(run, tmp_path, monkeypatch):
+    def shown():
+        return logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+
+    seen = []
+    monkeypatch.setattr(commands, "run", lambda *_, **__: seen.append(shown()))
+    before = shown()
+    assert before == (True, True)
+    assert run("demo", "--out", tmp_path / "demo")[0] == 0
+    assert seen == [(False, False)] and shown() == before
 
 
 def test_reasons_of_many_invalid_rows_are_no_part_of_the_metadata(run, student, files, tmp_path):

@@ -107,9 +107,16 @@ def test_a_prompt_that_does_not_fit_takes_other_examples(tmp_path):
 
 def test_an_instruction_too_long_to_answer_is_rejected_and_counted(tmp_path):
     long = re.compile(r"\bw1\d\b")
-    engine = Speller(refuses=lambda prompt: not prompt.endswith(OPEN) and long.search(prompt) is not None)
-    made = write_final(recipe(), 20, engine, tmp_path, progress=False)
+    asked = []
+
+    def is_too_long(prompt):
+        asked.append(prompt)
+        return not prompt.endswith(OPEN) and long.search(prompt) is not None
+
+    made = write_final(recipe(), 20, Speller(refuses=is_too_long), tmp_path, progress=False)
     assert made.counts["too_long_to_answer"] > 0
+    # To ask takes the whole prompt to be cut into tokens.
+    assert len(asked) == len(set(asked))
     assert len(made.rows) >= 20 and not any(long.search(row["instruction"]) for row in made.rows)
 
 

@@ -15,8 +15,19 @@ from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.loop import round as loop
 from montessori.loop.preflight import check_config
 from montessori.loop.rows import length_limit
-from montessori.models import load_model
+from montessori.models import load_tokenizer
 from montessori.writing import write_jsonl
+
+
+def without_template(student, path: Path) -> str:
+    """A copy of the checkpoint whose tokenizer has no chat template."""
+    shutil.copytree(student, path)
+    tokenizer = load_tokenizer(student)
+    tokenizer.chat_template = None
+    for file in path.glob("*.jinja"):
+        file.unlink()
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +80,22 @@ def test_a_template_of_the_judge_is_named_before_the_first_stage(settings, tmp_p
     check_config(unused)
     with pytest.raises(DataError, match=r"judge\.chat_template, .*student: .*nowhere\.jinja"):
         check_config(make_config(settings, judge=judge, signal={"kind": "judge"}))
+
+
+def test_a_judge_of_nothing_is_not_looked_at(settings):
+    judge = {"model": settings["student"], "chat_template": "nowhere.jinja", "engine": {"device": "toaster"}}
+    check_config(make_config(settings, judge=judge, evaluate={"answers": {"questions": "question.jsonl"}}))
+    with pytest.raises(ArgumentError, match=r"judge\.engine\.device=toaster"):
+        check_config(make_config(settings, judge=judge, evaluate={"answers": {"count": 1}}))
+
+
+def test_an_opponent_without_a_chat_template_is_named_before_the_first_stage(settings, tmp_path):
+    opponent = without_template(settings["student"], tmp_path / "opponent")
+    with pytest.raises(
+        DataError, match=r"evaluate\.answers\.chat_template, .*opponent: the tokenizer has no chat temp"
+    ):
+        check_config(make_config(settings, evaluate={"answers": {"count": 1, "opponent": opponent}}))
+    check_config(make_config(settings, evaluate={"answers": {"opponent": opponent}}))
 
 
 @pytest.mark.parametrize("section", ["warmup", "train", "tune", "score"])
@@ -124,14 +151,23 @@ def test_evaluation_rows_that_do_not_fit_are_named_before_the_first_stage(settin
     assert not (tmp_path / "run").exists()
 
 
+def test_a_row_of_a_folder_that_does_not_fit_is_named_by_its_file(settings, tmp_path):
+    rows = [json.loads(line) for line in Path(settings["data"]["reference"]).read_text().splitlines()]
+    rows[7]["instruction"] = "a colour " * 60
+    for name, some in (("a", rows[:6]), ("b", rows[6:])):
+        write_jsonl(tmp_path / "reference" / f"{name}.jsonl", some)
+    data = {**settings["data"], "reference": str(tmp_path / "reference")}
+    score = {**settings["score"], "max_length": 100}
+    with pytest.raises(DataError, match=r"reference/b\.jsonl, line 2: no_label_tokens"):
+        loop.run(make_config(settings, data=data, score=score), tmp_path / "run", progress=False)
+    answers = {**settings["evaluate"], "answers": {"count": 3}}
+    engine = {**settings["engine"], "max_length": 100}
+    with pytest.raises(DataError, match=r"reference/b\.jsonl, line 2: the instruction leaves no room"):
+        loop.run(make_config(settings, data=data, evaluate=answers, engine=engine), tmp_path / "run", progress=False)
+
+
 def test_a_student_without_a_chat_template_is_found_before_the_first_stage(settings, tmp_path):
-    shutil.copytree(settings["student"], tmp_path / "base")
-    _model, tokenizer = load_model(settings["student"])
-    tokenizer.chat_template = None
-    for file in (tmp_path / "base").glob("*.jinja"):
-        file.unlink()
-    tokenizer.save_pretrained(tmp_path / "base")
-    given = {"student": str(tmp_path / "base")}
+    given = {"student": without_template(settings["student"], tmp_path / "base")}
     with pytest.raises(DataError, match=r"warmup\.chat_template, .*base: the tokenizer has no chat template; set"):
         loop.run(make_config(settings, **given), tmp_path / "run", progress=False)
     for template in ("plain", "none"):

@@ -206,6 +206,16 @@ def test_a_judge_of_the_win_rate_alone_does_not_undo_the_pairs(settings, finishe
     assert outputs(out / "round_1/tune") == outputs(path / "round_1/tune")
 
 
+def test_a_judge_that_is_not_asked_undoes_nothing(settings, finished, tmp_path):
+    path, _ = finished
+    shutil.copytree(path, tmp_path / "run")
+    loop.run(make_config(settings, judge={"model": settings["student"]}), tmp_path / "run", progress=False)
+    assert outputs(tmp_path / "run/round_1") == outputs(path / "round_1")
+    asked = {"judge": {"model": settings["student"]}, "evaluate": {**settings["evaluate"], "answers": {"count": 1}}}
+    with pytest.raises(ArgumentError, match=r"evaluate: was made with another evaluate\.answers\.count"):
+        loop.run(make_config(settings, **asked), tmp_path / "run", progress=False)
+
+
 def test_a_stage_can_be_started_where_those_before_it_are_done(settings, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)

@@ -12,6 +12,7 @@ from montessori.loop import round as loop
 from montessori.loop import rundir
 from montessori.loop.config import read_config
 from montessori.loop.rundir import RunDirectory
+from montessori.writing import write_json
 
 
 def work(path, inputs, tokens=0, fresh=False, fail=False):
@@ -97,10 +98,17 @@ def test_a_stage_cut_short_is_not_done_and_keeps_its_files_and_time(tmp_path):
 
 def test_time_is_kept_while_a_stage_works_so_that_a_kill_loses_little(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir, "_SECONDS_BETWEEN_COSTS", 0.01)
-    with RunDirectory(tmp_path) as run, run.stage("round_1/pairs", {}):
+    with RunDirectory(tmp_path / "run") as run, run.stage("round_1/pairs", {}):
         deadline = time.monotonic() + 60
         while not run.costs() or run.costs()["round_1/pairs"]["seconds"] < 0.05:
             assert time.monotonic() < deadline
+        before = run.costs()["round_1/pairs"]
+        assert before["seconds"] >= 0.05 and not run.is_done("round_1/pairs")
+    # As a kill at that moment would have left it.
+    write_json(tmp_path / "killed/round_1/pairs/cost.json", before)
+    assert work(tmp_path / "killed", {}, tokens=7)
+    after = RunDirectory(tmp_path / "killed").costs()["round_1/pairs"]
+    assert after["tokens"] == 7 and after["started"] == before["started"] and after["seconds"] >= before["seconds"]
 
 
 def test_digests_follow_inputs_alone(tmp_path):

@@ -7,6 +7,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -26,3 +28,15 @@ def test_a_source_distribution_has_all_that_a_build_needs(tmp_path):
     assert wanted <= held, sorted(wanted - held)
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= held
     assert not any(name.endswith(".so") for name in held)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_build_without_torch_fails_where_kernels_are_asked_for(required, monkeypatch, tmp_path):
+    monkeypatch.setenv("MONTESSORI_REQUIRE_KERNELS", "1" if required else "")
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None\n"
+        f"sys.argv = ['setup.py', '-q', 'egg_info', '--egg-base', {str(tmp_path)!r}]; runpy.run_path('setup.py')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert "torch is not installed here" in done.stderr
+    assert (done.returncode != 0) == required == ("--no-build-isolation" in done.stderr), done.stderr

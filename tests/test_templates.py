@@ -47,6 +47,12 @@ def test_a_template_is_a_name_a_text_or_a_file_and_comes_before_the_tokenizers_o
         assert text(one(ROW, other, chat_template=template), other) == TEXT
 
 
+def test_a_template_may_lie_in_the_home_of_the_user(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    assert text(one(ROW, tokenizer, chat_template="~/chat.jinja"), tokenizer) == TEXT
+
+
 def test_a_missing_or_unknown_template_is_an_error_that_helps(tmp_path, tokenizer):
     message = fault([ROW], byte_level(template=None))
     assert message.startswith("the tokenizer has no chat template; set chat_template (--chat-template) to plain")
@@ -70,7 +76,7 @@ def test_a_template_that_fails_names_the_row(tokenizer, body):
     [
         ("{{ messages[-1].content | length }}" + THOUGHTFUL, TURNS, "rewrites the turn or what comes before it"),
         (THOUGHTFUL.replace("m.content +", "m.content + m.content +"), TURNS, "rewrites the turn or what comes before"),
-        (OPEN_ENDED, TURNS, "ends a turn otherwise when another follows, and with no special token, at message 1"),
+        (OPEN_ENDED, TURNS, "ends a turn differently when a message follows, without a special token there, at"),
         (THOUGHTLESS, THOUGHTS[:2], "drops a part of the content at message 1"),
         (THOUGHTLESS, THOUGHTS, "drops a part of the content at message 3"),
         (CHATML.replace("['content']", "['content'][0]"), TURNS, "does not write the content"),

@@ -15,16 +15,15 @@ from montessori.loop import report
 from montessori.loop.config import PRESETS, Config, read_config
 from montessori.loop.round import STAGES, run
 from montessori.loop.rundir import RunDirectory
+from montessori.terminal import OutputFolder, bars_of_libraries
 
 CONFIG_OPTIONS = [
     click.argument("config", required=False, type=click.Path(path_type=Path)),
-    click.option("--preset", type=click.Choice(PRESETS), help="Settings below those of CONFIG."),
+    click.option("--preset", type=click.Choice(PRESETS), help="Settings to begin with; those of CONFIG go over them."),
     click.option(
         "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting over all others; repeatable."
     ),
-    click.option(
-        "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory of the run."
-    ),
+    click.option("--out", type=OutputFolder(), required=True, help="Directory of the run."),
     click.option("--resume/--fresh", default=True, show_default=True, help="Go on with what is there, or redo it."),
     click.option("--quiet", is_flag=True, help="No progress bars."),
 ]
@@ -66,7 +65,7 @@ def generate_command(config: Path | None, preset: str | None, assignments: tuple
 
 
 @click.command("demo")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out/demo"), show_default=True)
+@click.option("--out", type=OutputFolder(), default=Path("out/demo"), show_default=True)
 def demo_command(out: Path) -> None:
     """One small round with SmolLM2-135M as teacher and student."""
     carry_out(read_config(preset="demo"), out)
@@ -74,13 +73,10 @@ def demo_command(out: Path) -> None:
 
 def carry_out(settings: Config, out: Path, **options: Any) -> None:
     """`montessori.loop.round.run`, with what came out on the terminal."""
-    import datasets
-    import transformers
-
-    # Bars of loading weights and building datasets hide those of the stages.
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    show_run(out, run(settings, out, **options))
+    # They would hide those of the stages.
+    with bars_of_libraries(shown=False):
+        page = run(settings, out, **options)
+    show_run(out, page)
 
 
 def show_run(out: Path, page: Path | None) -> None:

@@ -26,6 +26,7 @@ from montessori.loop.train import TrainSettings
 from montessori.loop.tune import TuneSettings
 from montessori.loop.warmup import WarmupSettings
 from montessori.runs import check_audit
+from montessori.wording import one_line
 from montessori.writing import written_whole
 
 PRESETS = ("demo", "small", "paper")
@@ -162,7 +163,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ArgumentError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{path}: expected YAML ({' '.join(str(error).split())})") from error
+        raise ArgumentError(f"{path}: expected YAML ({one_line(error)})") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -177,7 +178,7 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ArgumentError(f"--set {assignment}: expected a YAML value ({' '.join(str(error).split())})") from error
+        raise ArgumentError(f"--set {assignment}: expected a YAML value ({one_line(error)})") from error
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

@@ -274,12 +274,13 @@ class _Writer:
 
     def _answer(self, accepted: list[tuple[Request, Sample, str]]) -> None:
         settings = self.recipe.responses
-        asked = [(entry, prompts.ask(self.engine.tokenizer, entry[2], **settings.chat)) for entry in accepted]
-        for (_, _, instruction), prompt in asked:
-            if not self.engine.fits(prompt):
-                self._reject("too_long_to_answer", instruction)
-        asked = [(entry, prompt) for entry, prompt in asked if self.engine.fits(prompt)]
-        accepted = [entry for entry, _ in asked]
+        asked = []
+        for entry in accepted:
+            prompt = prompts.ask(self.engine.tokenizer, entry[2], **settings.chat)
+            if self.engine.fits(prompt):
+                asked.append((entry, prompt))
+            else:
+                self._reject("too_long_to_answer", entry[2])
         requests = [
             self._request(f"{request.id}-{number}", prompt, "response")
             for (request, _, _), prompt in asked
@@ -287,7 +288,7 @@ class _Writer:
         ]
         answers = self._complete(requests, settings.sampling, ())
         for place, (question, answer) in enumerate(zip(requests, answers, strict=True)):
-            request, sample, instruction = accepted[place // settings.samples]
+            request, sample, instruction = asked[place // settings.samples][0]
             # Thoughts that the prompt has begun are the answer's, which a student learns with their mark.
             opened = prompts.opening_thought(question.prompt)
             if not prompts.outside_thoughts(opened + answer.text).strip():

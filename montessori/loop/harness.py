@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from montessori.errors import ArgumentError
+from montessori.wording import one_line
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -49,7 +50,7 @@ def _read(task: str) -> str | dict[str, Any]:
     except OSError as error:
         raise ArgumentError(f"evaluate.tasks: {task}: cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"evaluate.tasks: {task}: expected YAML ({' '.join(str(error).split())})") from error
+        raise ArgumentError(f"evaluate.tasks: {task}: expected YAML ({one_line(error)})") from error
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise ArgumentError(f"evaluate.tasks: {task}: expected a task of lm-evaluation-harness, with a key 'task'")
     return config

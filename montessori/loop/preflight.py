@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori import ops
-from montessori.data import Rows, one_line
+from montessori.data import Rows
 from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.fingerprint import check_outside
@@ -25,6 +25,7 @@ from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
 from montessori.options import default_max_length, resolve_device
 from montessori.templates import NO_TEMPLATE, resolve_template
 from montessori.training import check_batch_size, check_max_steps, count_devices
+from montessori.wording import one_line
 
 
 def check_config(config: Config) -> None:
@@ -68,7 +69,8 @@ def check_config(config: Config) -> None:
 
 
 def _is_judged(config: Config) -> bool:
-    return config.signal.kind == "judge" or bool(config.evaluate.answers.count or config.evaluate.answers.questions)
+    # Answers to questions are written for others to judge.
+    return config.signal.kind == "judge" or config.evaluate.answers.count > 0
 
 
 def _check_judge(judge: JudgeSettings) -> None:
@@ -98,7 +100,7 @@ def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:
         encode_rows(reference, tokenizer, max_length=limit, truncation="right", **config.score.chat)
     answers = config.evaluate.answers
     limit = context_length(own.get_text_config(), config.engine.max_length)
-    asked = Rows(evaluation.rows[: answers.count], evaluation.source, evaluation.unit, evaluation.first)
+    asked = evaluation.part(0, answers.count)
     for index, question in enumerate(instruction_text(asked)):
         if not leaves_room(tokenizer, prompts.ask(tokenizer, question, **answers.chat), limit):
             raise DataError(
@@ -131,6 +133,8 @@ def _chats(config: Config) -> Iterator[tuple[str, str, str | None]]:
     answers = config.evaluate.answers
     if answers.count or answers.questions:
         yield "evaluate.answers", config.student, answers.chat_template
+    if answers.count and answers.opponent is not None:
+        yield "evaluate.answers", answers.opponent, answers.chat_template
     if config.judge is not None and _is_judged(config):
         yield "judge", config.judge.model, config.judge.chat_template
 

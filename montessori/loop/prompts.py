@@ -9,7 +9,7 @@ from montessori.columns import column_set, read_chat, read_question
 from montessori.errors import DataError
 from montessori.files import Rows
 from montessori.messages import joined
-from montessori.templates import Template
+from montessori.templates import Template, beginning
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
 
@@ -70,12 +70,6 @@ def ask(tokenizer: Any, content: str, **chat: Any) -> str:
 def converse(tokenizer: Any, messages: list[dict[str, str]], **chat: Any) -> str:
     """The text after which the assistant answers the last of `messages`; errors as `ask`."""
     return Template.of(tokenizer, **chat).text(messages, "a generated instruction", add_generation_prompt=True)
-
-
-def beginning(tokenizer: Any) -> str:
-    """The token that starts every text, where the tokenizer puts one there."""
-    bos = tokenizer.bos_token_id
-    return tokenizer.bos_token if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
 
 
 def find_instruction(completion: str, style: str) -> str | None:

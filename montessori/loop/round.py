@@ -15,7 +15,7 @@ from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
 from montessori.loop.config import Config, data_path, write_config
-from montessori.loop.engines import UNSEEN, Engine, EngineSettings, open_engine
+from montessori.loop.engines import UNSEEN, Engine, open_engine
 from montessori.loop.generate import Recipe
 from montessori.loop.inputs import by_content, identity, text_digest
 from montessori.loop.judge import open_judge
@@ -142,21 +142,15 @@ class _Material:
         used = len(reference) if data.reference_rows is None else min(data.reference_rows, len(reference))
         if data.evaluation is not None:
             evaluation = load_rows(data_path(data.evaluation), name="evaluation")
-            rows = evaluation.rows
             check_apart(evaluation, reference.rows[:used], config.split.leakage)
         else:
-            evaluation, rows = reference, reference.rows[used:]
-        rows = rows[: data.evaluation_rows]
-        if not rows:
+            evaluation = reference.part(used)
+        if not evaluation:
             raise DataError(
                 f"{evaluation.source}: {len(reference)} rows and data.reference_rows={data.reference_rows} leave none "
                 "for evaluation: lower it, or give data.evaluation"
             )
-        material = cls(
-            seeds,
-            Rows(reference.rows[:used], reference.source, reference.unit, reference.first),
-            Rows(rows, evaluation.source, evaluation.unit, evaluation.first + (used if evaluation is reference else 0)),
-        )
+        material = cls(seeds, reference.part(0, used), evaluation.part(0, data.evaluation_rows))
         generate.check_leakage(seeds, material.held_out, config.split.leakage)
         return material
 
@@ -220,7 +214,8 @@ class Round:
         if "student" in settings:
             inputs["student"] = identity(self.config.student)
         judge = settings.get("judge")
-        if judge and stage == "pairs" and self.config.signal.kind != "judge":
+        asked = self.config.signal.kind == "judge" if stage == "pairs" else self.config.evaluate.answers.count > 0
+        if judge and not asked:
             inputs["judge"] = None
         elif judge:
             judge["engine"] = {key: value for key, value in judge["engine"].items() if key not in UNSEEN}
@@ -317,8 +312,7 @@ class Round:
             },
             out=out,
             seed=self.config.seed,
-            # A server has the teacher, not the student.
-            engine=open_engine(EngineSettings()) if self.config.engine.name == "endpoint" else self.engine,
+            engine=self.engine,
             judge=self.config.judge,
             progress=self.progress,
             max_length=self.config.score.max_length,

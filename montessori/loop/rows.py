@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def student_rows(path: Path) -> Rows:
         if not {"instruction", "response"} <= row.keys():
             raise DataError(f"{rows.where(index)}: expected the columns instruction and response, got {', '.join(row)}")
     plain = [{"instruction": row["instruction"], "response": row["response"]} for row in rows]
-    return Rows(plain, rows.source, rows.unit, rows.first)
+    return replace(rows, rows=plain)
 
 
 def length_limit(model: Any, max_length: int | None, section: str) -> int:

@@ -13,6 +13,7 @@ from montessori.errors import ArgumentError
 
 # Bounds the memory of one block of resamples: 64 MB of float64.
 _BLOCK = 8_000_000
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,20 @@ class Comparison:
         return {"difference": self.difference.to_dict(), "p": self.p}
 
 
-def bootstrap_mean(values: np.ndarray, *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95) -> Interval:
+def bootstrap_mean(values: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Interval:
     """The mean of `values`, float [n], and its interval. Raises ArgumentError without finite values."""
     values = _checked(values, "values")
     means = _resampled_means(values, np.random.default_rng(seed), resamples)
-    return _interval(float(values.mean()), means, tail_probability([values], confidence), len(values))
+    return _interval(float(values.mean()), means, tail_probability([values]), len(values))
 
 
-def compare_means(
-    a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
-) -> Comparison:
+def compare_means(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Comparison:
     """mean(a) − mean(b) of two independent samples. Raises ArgumentError when one has no finite values."""
     a, b = _checked(a, "a"), _checked(b, "b")
     rng = np.random.default_rng(seed)
     resampled = _resampled_means(a, rng, resamples) - _resampled_means(b, rng, resamples)
     seen = float(a.mean() - b.mean())
-    difference = _interval(seen, resampled, tail_probability([a, b], confidence), len(a) + len(b))
+    difference = _interval(seen, resampled, tail_probability([a, b]), len(a) + len(b))
     pooled = np.concatenate([a, b])
     # A rearrangement of the same values must not lose against itself by a rounding of its sums.
     slack = 1e-12 * float(np.abs(pooled).max())
@@ -72,7 +71,7 @@ def compare_means(
     return Comparison(difference, above / (resamples + 1))
 
 
-def tail_probability(samples: Sequence[np.ndarray], confidence: float = 0.95) -> float:
+def tail_probability(samples: Sequence[np.ndarray]) -> float:
     """Quantile of resampled sums of means where the interval begins; it ends at one minus it.
 
     Percentiles of resamples of few values are too close together: resampling underestimates the variance by
@@ -81,13 +80,13 @@ def tail_probability(samples: Sequence[np.ndarray], confidence: float = 0.95) ->
     """
     known = [sample for sample in samples if len(sample) > 1 and np.ptp(sample) > 0]
     if not known:
-        return (1 - confidence) / 2
+        return (1 - CONFIDENCE) / 2
     resampled = np.array([sample.var() / len(sample) for sample in known])
     free = np.array([len(sample) - 1 for sample in known])
     variance = resampled * (free + 1) / free
     freedom = variance.sum() ** 2 / (variance**2 / free).sum()
     ratio = np.sqrt(variance.sum() / resampled.sum())
-    return float(stats.norm.sf(ratio * stats.t.isf((1 - confidence) / 2, freedom)))
+    return float(stats.norm.sf(ratio * stats.t.isf((1 - CONFIDENCE) / 2, freedom)))
 
 
 def _checked(values: np.ndarray, name: str) -> np.ndarray:

@@ -12,11 +12,12 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from montessori import processes
+from montessori.checkpoints import list_checkpoints, step_of
 from montessori.encoding import encode_rows
 from montessori.loop.rows import check_learnable, length_limit, student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
-from montessori.training import check_batch_size, list_checkpoints, step_of, tokens_trained
+from montessori.training import check_batch_size, tokens_trained
 from montessori.warmup import warmup
 from montessori.writing import write_json
 
