@@ -18,6 +18,7 @@ from montessori.live import tensors_in
 from montessori.losses import LossFunction
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode, example_losses, gradients_aside
+from montessori.quantised_layers import multiplies_narrow, multiply_in_float32
 from montessori.strangers import strangers_aside
 from montessori.wording import first_line
 
@@ -31,11 +32,11 @@ def full_precision(model: nn.Module) -> nn.Module:
     """The model itself in float32 or float64, else a float32 copy.
 
     A step of 5e-6 on bfloat16 weights is mostly rounding, so everything about the reference loss is
-    computed on float32 weights. What hooks of parameters do to a gradient they do to the copy's, which deepcopy would
-    leave without them.
+    computed on float32 weights; quantised weights stay as they are and multiply in float32. What hooks of parameters
+    do to a gradient they do to the copy's, which deepcopy would leave without them.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if dtypes <= {torch.float32, torch.float64}:
+    if dtypes <= {torch.float32, torch.float64} and not multiplies_narrow(model):
         return model
     check_memory(model)
     # torch copies no tensor that a graph has made: states that a module keeps from its last forward pass.
@@ -46,6 +47,7 @@ def full_precision(model: nn.Module) -> nn.Module:
         if "forward" in vars(module):
             module.forward = _rebound(vars(module)["forward"], memo)  # type: ignore[method-assign]
     copied.float()
+    multiply_in_float32(copied)
     for parameter in trainable_parameters(model).values():
         for hook in (parameter._backward_hooks or {}).values():
             memo[id(parameter)].register_hook(partial(_of_one_dtype, _rebound(hook, memo)))

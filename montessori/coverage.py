@@ -29,6 +29,7 @@ from montessori.oracle import example_gradients, norm
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode
 from montessori.products import unrounded_products
+from montessori.quantised_layers import compute_dtypes
 from montessori.referenceset import PROOF_TOKENS
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import LOCAL, ModuleRule, Plan, make_plan
@@ -99,8 +100,10 @@ class _CompareSink:
 
 
 def widest(tolerances: Mapping[torch.dtype, float], model: nn.Module) -> float:
-    """That of the narrowest weights: float32 adapters on a narrow model get gradients through its rounding."""
-    return max(tolerances.get(parameter.dtype, 0.0) for parameter in model.parameters())
+    """That of the narrowest weights, or of what quantised ones multiply in: float32 adapters on a narrow model get
+    gradients through its rounding."""
+    dtypes = {parameter.dtype for parameter in model.parameters()} | compute_dtypes(model)
+    return max(tolerances.get(dtype, 0.0) for dtype in dtypes)
 
 
 @contextmanager

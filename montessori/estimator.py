@@ -94,7 +94,8 @@ class InfluenceEstimator:
         reference_dtype: of the reference gradient. "float32" takes it on a float32 copy of a narrower model; "model"
             makes no copy and needs method="first_order", which takes no step that the model's dtype could not hold.
         reference_batch_tokens: padded tokens per batch of the reference, at most 1,024 on a processor; same loss.
-        loss_fn, reference_loss_fn: (model, Batch) -> [B] mean token losses; see `montessori.losses`.
+        loss_fn, reference_loss_fn: (model, Batch) -> [B], by default mean token losses; others see whole rows and
+            are held to what docs/losses.md says.
 
     Raises ModelError, StateError, DataError or ArgumentError, each one line that says what to do.
     """

@@ -1,7 +1,8 @@
 """The loss of a training example and of a reference example: two functions a user may replace.
 
 Both have the signature `loss(model, batch: Batch) -> Tensor [B]`: the mean token loss over the labelled
-tokens of each example (ℓ_i and ℓ_r of docs/equations.md), connected to the graph.
+tokens of each example (ℓ_i and ℓ_r of docs/equations.md), connected to the graph. What is expected of others is in
+docs/losses.md.
 """
 
 from __future__ import annotations

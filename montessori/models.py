@@ -19,6 +19,7 @@ from torch import nn
 from montessori.batching import IGNORE_INDEX, Example
 from montessori.data import Rows
 from montessori.errors import DataError, ModelError
+from montessori.quantised_layers import check_trainable_form
 from montessori.wording import first_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -119,6 +120,7 @@ def validate_model(model: nn.Module) -> None:
                 "add LoRA adapters or dequantise"
             )
         raise ModelError("the model has no trainable parameter: set requires_grad on those that are trained")
+    check_trainable_form(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.sparse and module.weight.requires_grad:
             raise ModelError(f"{name}: expected dense gradients, got sparse=True; set {name}.sparse = False")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from montessori.batching import Batch
 from montessori.errors import ModelError, MontessoriError, UntrainedLossError
 from montessori.losses import LossFunction, response_loss
+from montessori.quantised_layers import quantised_layers
 from montessori.strangers import look_for_strangers
 from montessori.wording import clipped
 
@@ -45,14 +46,20 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off and the module's training flags put back afterwards, one by one."""
-    training = [module for module in model.modules() if module.training]
+    """Dropout off and the module's training flags put back afterwards, one by one.
+
+    Quantised layers of bitsandbytes stay in training mode, which has no other use for them: out of it the first pass
+    rewrites 4-bit weights on a processor into a form whose products have no derivative.
+    """
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
+    for _, module in quantised_layers(model):
+        module.training = True
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

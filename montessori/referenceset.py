@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from montessori.batching import BUSY_TOKENS, Batch, Example, collate, make_batches
-from montessori.errors import ArgumentError, NonFiniteLossError
+from montessori.errors import ArgumentError, ModelError, NonFiniteLossError
 from montessori.expandable import whole_derivative
 from montessori.head import ChunkedLoss
 from montessori.losses import LossFunction
@@ -87,7 +87,7 @@ class ReferenceSets:
                 for example in examples:
                     if any(example is one for one in checked):
                         batch = collate([example]).to(device)
-                        _check_finite(example_losses(model, batch, loss), batch, name)
+                        _check_values(example_losses(model, batch, loss), batch, name, model)
 
     @torch.no_grad()
     def loss(self, model: nn.Module, loss: LossFunction, require_finite: bool = True) -> Tensor:
@@ -101,7 +101,7 @@ class ReferenceSets:
                 for batch, weight in self._weighted_batches(model, name):
                     losses = example_losses(model, batch, loss)
                     if require_finite:
-                        _check_finite(losses, batch, name)
+                        _check_values(losses, batch, name, model)
                     totals[k] += (losses.double() * weight).sum().cpu()
         return totals
 
@@ -128,7 +128,7 @@ class ReferenceSets:
                 for batch, weight in self._weighted_batches(model, set_name):
                     weighted = partial(loss.weighted, weight=weight) if isinstance(loss, ChunkedLoss) else loss
                     losses = example_losses(model, batch, weighted)
-                    _check_finite(losses, batch, set_name)
+                    _check_values(losses, batch, set_name, model)
                     totals[position] += (losses.detach().double() * weight).sum().cpu()
                     (losses * weight.to(losses.dtype)).sum().backward()
                 for name, parameter in parameters.items():
@@ -149,7 +149,15 @@ class ReferenceSets:
             yield collate(group).to(device), torch.tensor(weight, dtype=torch.float64, device=device)
 
 
-def _check_finite(losses: Tensor, batch: Batch, name: str) -> None:
+def _check_values(losses: Tensor, batch: Batch, name: str, model: nn.Module) -> None:
+    """Raises ModelError where losses are narrower than the weights, whose small steps they would not show, and
+    NonFiniteLossError where one is not finite."""
+    finest = min(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())
+    if torch.finfo(losses.dtype).eps > finest:
+        raise ModelError(
+            f"reference_loss_fn returns losses in {losses.dtype}, whose rounding hides what a step changes; expected "
+            "float32 or float64: compute them from logits.float()"
+        )
     bad = (~losses.isfinite()).nonzero().flatten()
     if bad.numel():
         where = name if name == "reference" else f"reference {name}"

@@ -18,6 +18,7 @@ from benchmarks import gpu_models, gpu_sections
 from montessori import InfluenceEstimator, calibration, cuda, ops, tiles, trial
 from montessori.errors import FallbackWarning
 from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
+from montessori.losses import response_loss
 from montessori.models import load_model
 from montessori.spans import spans_on
 
@@ -29,16 +30,16 @@ ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
 ROUNDINGS = 100 * torch.finfo(torch.float32).eps
 
 
-def assert_equal_scores(name: str, reference=REFERENCES, **options) -> None:
+def assert_equal_scores(name: str, reference=REFERENCES, rows=ROWS, **options) -> None:
     """Scores by the kernels for a GPU are those of plain torch on the CPU."""
     settings = {"pilot": 1, "method": "first_order"} | options
     model = make_model(name, torch.float32)
-    want = InfluenceEstimator(model, warm_optimizer(model), reference, backend="reference", **settings).score(ROWS)
+    want = InfluenceEstimator(model, warm_optimizer(model), reference, backend="reference", **settings).score(rows)
     model = make_model(name, torch.float32)
     optimizer = warm_optimizer(model)
     with pretended_gpu():
         to_device(model, optimizer)
-        got = InfluenceEstimator(model, optimizer, reference, **settings).score(ROWS)
+        got = InfluenceEstimator(model, optimizer, reference, **settings).score(rows)
         assert all(parameter.device == DEVICE for parameter in model.parameters())
     losses = 0.0 if settings["method"] == "first_order" else abs(want.loss).max()
     assert abs(got.influence - want.influence).max() <= ROUNDINGS * (abs(want.influence).max() + losses)
@@ -65,6 +66,17 @@ def test_every_kind_of_model_is_scored(name):
 @pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
 def test_every_setting_is_scored(name, options):
     assert_equal_scores(name, **options)
+
+
+@pytest.mark.parametrize("method", ["anchored", "exact"])
+def test_a_loss_of_ones_own_is_scored(method):
+    def weighted(model, batch):
+        return torch.tensor([row["worth"] for row in batch.rows], device=batch.labels.device) * response_loss(
+            model, batch
+        )
+
+    rows = [{**row, "worth": 0.5 + number} for number, row in enumerate(ROWS)]
+    assert_equal_scores("llama_tied", rows=rows, method=method, loss_fn=weighted)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "llama_biases"])

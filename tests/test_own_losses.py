@@ -196,6 +196,19 @@ def test_a_loss_gets_the_rows_as_they_were_given():
     assert [seen["texts", number][0] for number in range(3)] == texts
 
 
+@pytest.mark.parametrize("method", ["exact", "anchored", "first_order"])
+def test_a_reference_loss_that_rounds_more_than_a_step_is_an_error(method):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+
+    def halved(model, batch):
+        return response_loss(model, batch).half()
+
+    with pytest.raises(ModelError, match=r"losses in torch.float16, .* expected float32 or float64"):
+        InfluenceEstimator(model, optimizer, REFERENCES, method, reference_loss_fn=halved).score(ROWS)
+    assert np.isfinite(InfluenceEstimator(model, optimizer, REFERENCES, method, loss_fn=halved).score(ROWS).loss).all()
+
+
 def test_labels_are_what_the_loss_of_their_rows_takes_them_for():
     model = make_model("llama_tied")
     optimizer = warm_optimizer(model)
