@@ -302,7 +302,7 @@ def _disagreeing(
         raise ModelError(
             f"{sorted(sink.wrong)[0]}: autograd gives two different gradients for the same example: a loss function "
             "draws random numbers or puts the model in train mode, the model's forward pass is not deterministic in "
-            "eval mode, or, in float64, computes in float32: load it in float32"
+            "eval mode or quantises what its layers are given, or, in float64, computes in float32: load it in float32"
         )
     return sink.wrong | capture.grown, False
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from montessori.batching import Example
 from montessori.errors import ArgumentError
 from montessori.holdings import tensor_digest, value_digest
+from montessori.quantised_layers import plain_tensors
 
 _EDGE = 64
 
@@ -52,9 +53,10 @@ def edges_digest(tensors: Mapping[str, Tensor]) -> str:
     """Hash of names and of the first and last values of each tensor: tells other weights apart in no time."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
-        edges = torch.cat([flat[:_EDGE], flat[-_EDGE:]])
-        digest.update(f"{name}|{list(tensor.shape)}".encode() + tensor_digest(edges))
+        for part in plain_tensors(tensor.detach()):
+            flat = part.reshape(-1)
+            edges = torch.cat([flat[:_EDGE], flat[-_EDGE:]])
+            digest.update(f"{name}|{list(part.shape)}".encode() + tensor_digest(edges))
     return digest.hexdigest()
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from montessori.live import module_numbers
+from montessori.quantised_layers import plain_tensors
 
 _LIBRARIES = frozenset({
     "accelerate", "datasets", "montessori", "numpy", "pandas", "peft", "pyarrow", "rich", "tokenizers", "torch", "tqdm",
@@ -68,9 +69,10 @@ def model_digest(model: nn.Module) -> str:
     """Hash of names, dtypes and values of all parameters and buffers, and of the numbers that modules hold."""
     digest = hashlib.blake2b(repr(module_numbers(model)).encode(), digest_size=32)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{value.dtype}|{list(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        for part in plain_tensors(tensor.detach()):
+            value = part.cpu().contiguous()
+            digest.update(f"{name}|{value.dtype}|{list(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

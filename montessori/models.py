@@ -19,7 +19,7 @@ from torch import nn
 from montessori.batching import IGNORE_INDEX, Example
 from montessori.data import Rows
 from montessori.errors import DataError, ModelError
-from montessori.quantised_layers import check_trainable_form
+from montessori.quantised_layers import check_trainable_form, plain_tensors
 from montessori.wording import first_line
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -162,9 +162,13 @@ def _is_quantised(model: nn.Module) -> bool:
 def _is_finite(weight: torch.Tensor) -> bool:
     if not weight.is_floating_point() or weight.numel() == 0:
         return True
-    # torch has no reduction for 8-bit floating point.
-    lowest, highest = torch.aminmax(weight.float() if weight.element_size() == 1 else weight)
-    return bool(torch.isfinite(lowest) and torch.isfinite(highest))
+    for part in plain_tensors(weight):
+        if part.is_floating_point():
+            # torch has no reduction for 8-bit floating point.
+            lowest, highest = torch.aminmax(part.float() if part.element_size() == 1 else part)
+            if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+                return False
+    return True
 
 
 def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from montessori.errors import ModelError
 
@@ -17,6 +18,14 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if type(module).__module__.startswith("bitsandbytes."):
             yield name, module
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensor itself; of one that wraps others, such as torchao's quantised weights, these."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_tensors(getattr(tensor, name))]
 
 
 def compute_dtypes(model: nn.Module) -> set[torch.dtype]:

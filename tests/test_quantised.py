@@ -13,7 +13,7 @@ import transformers
 from support import make_model, make_rows, plain_loss, reference_loss, warm_optimizer
 from torch import nn
 
-from montessori import AdamWState, InfluenceEstimator
+from montessori import AdamWState, InfluenceEstimator, ScoreJournal
 from montessori.checkpoints import read_state
 from montessori.errors import ModelError, StateError
 from montessori.optim_state import parameter_state
@@ -199,6 +199,17 @@ def quantised_student(tmp_path, bits, dtype):
     ).train()
 
 
+def torchao_student(dtype):
+    """The same on torchao's weights of 8 bits, which are tensors of a class of their own."""
+    peft, library = pytest.importorskip("peft"), pytest.importorskip("torchao.quantization")
+    model = make_model("llama_untied", dtype).requires_grad_(False)
+    library.quantize_(
+        model, library.Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "head" not in name
+    )
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, adapters).train()
+
+
 def real_influence(model, optimizer, candidates, references):
     """By steps of torch's own optimizer on a model in train mode; its losses by products in float32."""
     before, weights, moments = loss_in_float32(model, references), copy.deepcopy(trained(model)), optimizer.state_dict()
@@ -263,6 +274,21 @@ def test_adapters_on_quantised_weights_are_scored(tmp_path, bits, dtype, prepare
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.quantised
+@pytest.mark.parametrize("method", ["exact", "anchored", "first_order"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_on_weights_of_torchao_are_scored(dtype, method, tmp_path):
+    model = torchao_student(dtype)
+    optimizer = warm_optimizer(model, lr=1e-4)
+    candidates, references = make_rows(6, seed=1), make_rows(3, seed=2)
+    want = real_influence(model, optimizer, candidates, references)
+    for _ in range(2):
+        estimator = InfluenceEstimator(model, optimizer, references, method)
+        got = estimator.score(candidates, journal=ScoreJournal(tmp_path / "journal.jsonl")).influence
+        share = {torch.float32: 0.01, torch.bfloat16: 0.05}[dtype] + (0.02 if method == "first_order" else 0)
+        np.testing.assert_allclose(got, want, rtol=0, atol=share * np.ptp(want))
 
 
 @pytest.mark.quantised
