@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from montessori import cpu, ops
 from montessori import reference as equations
 from montessori.errors import ModelError
+from montessori.norms import squared_norms
 from montessori.optim_state import AdamWState
+from montessori.products import unrounded_products
 from montessori.steps import OptimizerStep
-from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, Stack, Use, example_gradient, scale
+from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, Stack, Use, scale
 
 # Of a tensor [..., *shape of the parameter] some rows, or one expert's matrix.
 _Select = Callable[[Tensor], Tensor]
@@ -166,12 +168,11 @@ class ClippingSink:
 
     def release(self, size: int) -> None:
         """Scale and forward everything held; call once after the backward pass."""
-        squares = torch.zeros(size, dtype=torch.float64)
-        for name, use in self.held.items():
-            shape = self.target.parameters[name].shape
-            for example in range(size):
-                squares[example] += example_gradient(use, example, shape).double().square().sum().cpu()
+        device = self.target.scores.device
+        squares = torch.zeros(size, dtype=torch.float64, device=device)
+        with unrounded_products():
+            for name, use in self.held.items():
+                squares += squared_norms(use, size, self.target.parameters[name].shape).to(device)
         factors = equations.clip_factor(squares.sqrt(), self.max_grad_norm)
         for name in list(self.held):
-            use = self.held.pop(name)
-            self.target.use(name, scale(use, factors.to(self.target.scores.device)))
+            self.target.use(name, scale(self.held.pop(name), factors))

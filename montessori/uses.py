@@ -176,7 +176,9 @@ def _scale_linear(use: LinearUse, factors: Tensor) -> LinearUse:
     use = use.packed()
     per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device))
     rows = _scale_rows(use.rows, factors) if use.rows is not None else None
-    return LinearUse(use.x, _wide(use.dy) * per_row.to(_wide(use.dy).dtype)[:, None], use.offsets, rows)
+    # Rounded as it came: a wider one would leave the products of narrow factors.
+    scaled = (_wide(use.dy) * per_row.to(_wide(use.dy).dtype)[:, None]).to(use.dy.dtype)
+    return LinearUse(use.x, scaled, use.offsets, rows)
 
 
 def _scale_rows(rows: SparseRows, factors: Tensor) -> SparseRows:
