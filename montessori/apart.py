@@ -24,7 +24,7 @@ from montessori.coverage import (
     widest,
     window,
 )
-from montessori.errors import FallbackWarning
+from montessori.errors import FallbackWarning, ModelError
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, response_loss
 from montessori.parameters import trainable_parameters
@@ -38,9 +38,8 @@ LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2
 LONG_TOKENS = 256
 # Of their losses: 30 layers of float32 show 4.7e-6, and what is found wrong by mistake costs all rows their batches.
 LONG_SLACK = 4
-# A loss function of the user's own sees whole rows: up to this many tokens of the reference, and of candidates whole
-# batches, since rows that meet in it (those of one prompt, say) need not be any three.
-WHOLE_TOKENS = 1024
+# Of a loss function of the user's own whole batches are compared: rows that meet in it, those of one prompt, say, need
+# not be any three.
 WHOLE_BATCHES = 4
 
 
@@ -60,9 +59,11 @@ def proved_rows(
     Raises ModelError for a forward pass that writes weights (RWKV's first in eval mode), or needs what no row has.
     """
     with undisturbed(trainable_parameters(full)):
-        for function, some in {loss: shortest(examples), reference_loss: references.shortest()}.items():
+        for function, some in ((loss, shortest(examples)), (reference_loss, references.shortest())):
             if full is not model:
                 check_copy(model, full, some[0], function)
+            if function is not response_loss:
+                check_repeats(full, some[0], function)
             prove_head(full, some, function)
         return proved_references(full, references, reference_loss)
 
@@ -70,15 +71,17 @@ def proved_rows(
 @unrounded_products()
 def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFunction) -> ReferenceSets:
     """`references`; one row at a time, with a FallbackWarning, where rows of a batch change each other's loss."""
-    examples = sorted((one for group in references.sets.values() for one in group), key=lambda one: one.num_tokens)
-    if loss is not response_loss:
-        examples = [one for one in examples if one.num_tokens <= WHOLE_TOKENS] or examples[:1]
-    some = examples[-1], examples[len(examples) // 2], examples[0]
     if references.batch_tokens is None:
         references.check_shortest(model, loss)
-    if references.batch_tokens is None or (
-        _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS)
-        and _rows_stand_alone(model, some, loss, LONG_TOKENS, LONG_SLACK)
+        return references
+    device = next(model.parameters()).device
+    if loss is response_loss:
+        examples = sorted((one for group in references.sets.values() for one in group), key=lambda one: one.num_tokens)
+        compared: Sequence[Sequence[Example]] = [(examples[-1], examples[len(examples) // 2], examples[0])]
+    else:
+        compared = _spread([batch for name in references.sets for batch in references.groups(name, device)])
+    if _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS) and all(
+        _rows_stand_alone(model, some, loss, LONG_TOKENS, LONG_SLACK) for some in compared
     ):
         return references
     warnings.warn(
@@ -128,13 +131,31 @@ class Apart:
         return True
 
     def _whole_alone(self, model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction) -> bool:
-        shared = [batch for batch in batches if len(batch) > 1]
-        count = min(len(shared), WHOLE_BATCHES - self.batches)
-        for batch in (shared[i * len(shared) // count] for i in range(count)):
-            if not _rows_stand_alone(model, batch, loss, batch[0].num_tokens, LONG_SLACK):
+        for batch in _spread(batches, WHOLE_BATCHES - self.batches):
+            if not _rows_stand_alone(model, batch, loss, LONG_TOKENS, LONG_SLACK):
                 return False
             self.batches += 1
         return True
+
+
+def _spread(batches: Sequence[Sequence[Example]], most: int = WHOLE_BATCHES) -> list[Sequence[Example]]:
+    """At most so many of the batches that several examples share."""
+    shared = [batch for batch in batches if len(batch) > 1]
+    count = min(len(shared), most)
+    return [shared[i * len(shared) // count] for i in range(count)]
+
+
+@torch.no_grad()
+def check_repeats(model: nn.Module, example: Example, loss: LossFunction) -> None:
+    """Raise ModelError for a loss function of the user's own that gives two values for one example."""
+    batch = collate([example]).to(next(model.parameters()).device)
+    with evaluation_mode(model):
+        first, second = (example_losses(model, batch, loss) for _ in range(2))
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise ModelError(
+            f"row {example.index}: the loss function gives {float(first)} and {float(second)}, expected the same value "
+            "again; it draws random numbers, or holds a module in train mode"
+        )
 
 
 @torch.no_grad()

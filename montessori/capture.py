@@ -91,7 +91,7 @@ class Capture:
         """Losses of the batch, float64 [B]; the sink has every parameter when this returns."""
         if self._plan.per_example and batch.size > 1:
             raise ModelError(f"this model is captured one example at a time, got a batch of {batch.size}")
-        self._rows, self._sink, self._batch = RowMap.of(batch), sink, batch
+        self._rows, self._sink, self._batch = RowMap.of(batch, self._labelled()), sink, batch
         self._expected.clear()
         self._received.clear()
         self._remaining = set(self._plan.trainable)
@@ -109,6 +109,13 @@ class Capture:
             for parameter in self._plan.trainable.values():
                 parameter.grad = None
         return losses.detach()
+
+    def _labelled(self) -> str | None:
+        """The module that labelled rows alone may reach, where a loss of the user's own may have other texts."""
+        if not self._rows_checked:
+            return None
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
+        return next((name for name, module in self._model.named_modules() if module is head), "no head")
 
     def _flush(self) -> None:
         for name in sorted(self._plan.fallback):
@@ -244,9 +251,12 @@ class Capture:
         chosen = chosen_by_expert(top_k_index, module.num_experts)
         stacks: dict[str, ExpertStack] = {}
         if torch.is_grad_enabled() and self._sink is not None:
-            rows = self._active_rows
-            if hidden_states.shape[0] != rows.size * rows.length:
-                raise UnmappableRowsError(rule.module_name, tuple(hidden_states.shape), rows.size)
+            rows, tokens = self._active_rows, hidden_states.shape[0]
+            if tokens != rows.size * rows.length:
+                if not (rows.size == 1 or rows.is_text(tokens)):
+                    raise UnmappableRowsError(rule.module_name, tuple(hidden_states.shape), rows.size)
+                # Another text than the rows themselves.
+                rows = rows.with_padding(tokens // rows.size)
             self._expected.update(rule.parameters.values())
             stacks = {
                 name: ExpertStack(rule, name, module, rows, len(chosen), self._deliver, self._impl)
@@ -286,22 +296,28 @@ class Capture:
     def _text_given(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Raises UnmappableRowsError where look-ups are not of the rows of the batch, or of them in another order."""
         batch, ids = self._batch, args[0] if args else None
+        # Of one example, rows are its own however they come.
         if batch is None or batch.size == 1 or not isinstance(ids, Tensor) or ids.dim() != 2:
             return
-        reason = None
+        text = batch.input_ids
         if ids.shape[0] != batch.size:
             reason = f"the loss function gives the model {ids.shape[0]} rows where a batch has {batch.size}"
-        elif ids.shape == batch.input_ids.shape and not torch.equal(ids, batch.input_ids):
-            there = (ids[:, None] == batch.input_ids).all(-1)
-            if bool(there.any(1).all()) and not bool(there.diagonal().all()):
-                reason = "the loss function gives the model the rows of a batch in another order"
-            # Other texts, such as rejected answers, with their padding elsewhere.
-            self._rows = self._active_rows.with_padding()
-        if reason is not None:
             raise UnmappableRowsError("", tuple(ids.shape), batch.size, reason)
+        if ids.shape == text.shape and torch.equal(ids, text):
+            return
+        # Without the last token, say, or with others before.
+        width = min(ids.shape[1], text.shape[1])
+        if _turned(ids[:, :width], text[:, :width]) or _turned(ids[:, -width:], text[:, -width:]):
+            reason = "the loss function gives the model the rows of a batch in another order"
+            raise UnmappableRowsError("", tuple(ids.shape), batch.size, reason)
+        self._active_rows.others.add(ids.shape[1])
+        if ids.shape == text.shape:
+            # Other texts, such as rejected answers, with their padding elsewhere.
+            self._rows = self._active_rows.with_padding(text.shape[1])
 
     def _embedding_called(self, rule: ModuleRule, ids: Tensor, padding_idx: int | None, output: Tensor) -> Tensor:
-        if self._sink is not None and ids.shape == (1, self._active_rows.length):
+        lengths = {self._active_rows.length} | self._active_rows.others if self._sink is not None else set()
+        if ids.dim() == 2 and ids.shape[0] == 1 and ids.shape[1] in lengths:
             # One look-up for the positions of all examples: each gets its own, so that gradients stay apart.
             ids = ids.expand(self._active_rows.size, -1)
             output = output.expand(*ids.shape, -1)
@@ -351,6 +367,12 @@ class Capture:
             yield
         finally:
             self._sink = sink
+
+
+def _turned(ids: Tensor, text: Tensor) -> bool:
+    """Whether all rows of ids [B, W] are rows of `text`, some of them others than their own."""
+    there = (ids[:, None] == text).all(-1)
+    return bool(there.any(1).all()) and not bool(there.diagonal().all())
 
 
 def _touched(batch: Batch) -> list[Tensor]:

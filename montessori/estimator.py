@@ -33,6 +33,7 @@ from montessori.optimizers import LiveOptimizer, trained_by
 from montessori.options import (
     Options,
     check_kinds,
+    check_losses,
     check_positions,
     check_sampling,
     default_max_length,
@@ -41,6 +42,7 @@ from montessori.options import (
 )
 from montessori.products import float32_precision
 from montessori.proofs import Proofs
+from montessori.quantised_layers import check_trainable_form
 from montessori.reading import RowReader
 from montessori.referenceset import ReferenceSets
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
@@ -53,8 +55,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Prepared:
-    """A scorer and what it found out about the reference before the first candidate."""
+    """A scorer and what it found out about the reference before the first candidate, on `full`, the model or a float32
+    copy of it."""
 
+    full: nn.Module
     scorer: LinearScorer | ExactScorer
     drift_delta: Tensor
     reference_loss: Tensor
@@ -125,6 +129,7 @@ class InfluenceEstimator:
         reference_loss_fn: LossFunction = response_loss,
     ) -> None:
         check_kinds(model, tokenizer, reference_batch_tokens, lr)
+        check_losses(loss_fn=loss_fn, reference_loss_fn=reference_loss_fn)
         self.model = model = unwrapped(model)
         validate_model(model)
         self.options = Options(
@@ -249,7 +254,13 @@ class InfluenceEstimator:
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Everything in the weights' own precision; what was computed before the owner trained on is forgotten."""
-        with borrowed(self.model), own_precision(self.model), strangers_aside(trained_by(self._optimizer)):
+        with (
+            borrowed(self.model),
+            own_precision(self.model),
+            self._proofs.companions_aside(),
+            strangers_aside(trained_by(self._optimizer)),
+        ):
+            check_trainable_form(self.model)
             fixed, moved = self._watch.changes()
             if fixed or moved:
                 validate_model(self.model)
@@ -267,10 +278,10 @@ class InfluenceEstimator:
                 self._watch.settle()
 
     def _read_optimizer(self) -> tuple[AdamWState, Idle]:
-        # The loss that this row is for.
-        loss = self._loss if self._reference_loss is response_loss else self._reference_loss
         example = self.references.shortest()[0]
-        return read_active(self._optimizer, self.model, self._lr, lambda: find_idle(self.model, example, loss))
+        return read_active(
+            self._optimizer, self.model, self._lr, lambda: find_idle(self.model, example, self._reference_loss)
+        )
 
     def _score(
         self,
@@ -305,6 +316,7 @@ class InfluenceEstimator:
             "columns": str(self._columns(encoded, pilot)),
             "reference": sets_digest(self.references.sets),
             "settings": repr((method, asdict(self.options))),
+            "loss": function_digest(self._loss) + function_digest(self._reference_loss),
             "model": edges_digest(dict(self.model.named_parameters())),
             "optimizer": repr([state.step for state in self.state.values()]) + edges_digest(moments),
         })  # fmt: skip
@@ -331,7 +343,7 @@ class InfluenceEstimator:
             prepared = self._prepare(method, pilot)
             if method != "exact":
                 # Judged on all batches, not on what is left: a resumed run decides as the first one did.
-                batches = self._proofs.batches(batches)
+                batches = self._proofs.batches(batches, prepared.full)
             summary = summary or _summary(prepared)
             if journal is not None and summary not in done:
                 journal.append(summary)
@@ -358,7 +370,7 @@ class InfluenceEstimator:
                 loss,
                 impl,
             )
-            return _Prepared(scorer, delta, loss, torch.zeros_like(loss))
+            return _Prepared(full, scorer, delta, loss, torch.zeros_like(loss))
         plan = self._proofs.plan()
         expansion = self._expand(full, method, pilot)
         linear = LinearScorer(
@@ -371,7 +383,7 @@ class InfluenceEstimator:
             self.options.max_grad_norm,
             self.options.sample,
         )
-        return _Prepared(linear, expansion.drift_delta, expansion.loss, expansion.curvature)
+        return _Prepared(full, linear, expansion.drift_delta, expansion.loss, expansion.curvature)
 
     def _expand(self, full: nn.Module, method: str, pilot: Sequence[Example]) -> Expansion:
         key = f"{method}:{examples_digest(pilot)}:{columns_digest(pilot)}"

@@ -1,7 +1,7 @@
 """Digests of values, functions and models by what they hold, the same in every process.
 
-What a library defines counts by its name, since it changes with the version alone; of its objects the attributes count
-whose names stand in the code that is looked at, such as `args.beta` of TRL's settings.
+What an installed package defines counts by its name, since it changes with the version alone; of its objects the
+attributes count whose names stand in the code that is looked at, such as `args.beta` of TRL's settings.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import enum
 import hashlib
 import inspect
 import numbers
+import re
 import sys
+import sysconfig
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -33,6 +35,7 @@ _LIBRARIES = frozenset({
     "accelerate", "datasets", "montessori", "numpy", "pandas", "peft", "pyarrow", "rich", "tokenizers", "torch", "tqdm",
     "transformers", "trl",
 })  # fmt: skip
+_INSTALLED = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 # Of these `repr` shows all.
 _SHOWN = (numbers.Number, datetime.date, datetime.time, datetime.timedelta, PurePath, enum.Enum, range, slice)
@@ -65,6 +68,14 @@ def value_digest(value: Any) -> bytes:
     return digest.digest()
 
 
+def held_modules(function: Callable[..., Any]) -> list[nn.Module]:
+    """The modules among all that a function holds, such as a teacher."""
+    walk = _Walk(set(), contents=False)
+    for _ in walk.held(function):
+        continue
+    return [value for value in walk.seen.values() if isinstance(value, nn.Module)]
+
+
 def model_digest(model: nn.Module) -> str:
     """Hash of names, dtypes and values of all parameters and buffers, and of the numbers that modules hold."""
     digest = hashlib.blake2b(repr(module_numbers(model)).encode(), digest_size=32)
@@ -79,9 +90,9 @@ def model_digest(model: nn.Module) -> str:
 def tensor_digest(tensor: Tensor) -> bytes:
     """Dtype, shape and a hash of the values."""
     described = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    # Tensors without memory of their own, or of a layout that is no array.
+    # Tensors without memory of their own.
     with suppress(RuntimeError, NotImplementedError, TypeError):
-        value = tensor.detach().cpu().contiguous().reshape(-1)
+        value = tensor.detach().to_dense().cpu().contiguous().reshape(-1)
         return described + hashlib.sha256(value.view(torch.uint8).numpy().data).digest()
     return described
 
@@ -95,27 +106,30 @@ class _Walk:
         self.seen: dict[int, Any] = {}
 
     def held(self, value: Any) -> Iterator[bytes]:
-        if isinstance(value, _PLAIN):
-            yield repr(value).encode()
-            return
-        if id(value) in self.seen:
-            return
-        # Kept alive, so that no other takes its place.
-        self.seen[id(value)] = value
-        yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
-        if isinstance(value, list | tuple) and {type(entry) for entry in value} <= {*_PLAIN}:
-            yield repr(value).encode()
-        elif isinstance(value, set | frozenset):
-            # A set's order changes from process to process.
-            yield from sorted(b"".join(self.held(entry)) for entry in value)
-        elif isinstance(value, Tensor):
-            yield tensor_digest(value) if self.contents else b""
-        else:
-            for part in self.parts(value):
-                yield from self.held(part)
+        """Bytes of the value and of all that it holds, without recursion: what a function holds may be deep."""
+        waiting = [iter([value])]
+        while waiting:
+            value = next(waiting[-1], waiting)
+            if value is waiting:
+                waiting.pop()
+            elif isinstance(value, _PLAIN):
+                yield repr(value).encode()
+            elif id(value) not in self.seen:
+                # Kept alive, so that no other takes its place.
+                self.seen[id(value)] = value
+                yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+                if isinstance(value, set | frozenset):
+                    # A set's order changes from process to process.
+                    yield from sorted(b"".join(self.held(entry)) for entry in value)
+                else:
+                    waiting.append(iter(self.parts(value)))
 
     def parts(self, value: Any) -> Iterable[Any]:
         """What a value is made of, as values."""
+        if isinstance(value, list | tuple) and {type(entry) for entry in value} <= {*_PLAIN}:
+            return [repr(value)]
+        if isinstance(value, Tensor):
+            return [tensor_digest(value)] if self.contents else []
         if isinstance(value, nn.Module):
             return self.of_module(value)
         if isinstance(value, numpy.ndarray):
@@ -134,6 +148,17 @@ class _Walk:
             return [value.__name__, *([] if isinstance(value.__self__, ModuleType) else [value.__self__])]
         if isinstance(value, FunctionType):
             return self.of_function(value)
+        if isinstance(value, staticmethod | classmethod):
+            return [value.__func__]
+        if isinstance(value, property):
+            return [value.fget]
+        if callable(value) and hasattr(value, "__wrapped__"):
+            # Of functools.lru_cache.
+            return [value.__wrapped__]
+        if isinstance(value, re.Pattern):
+            return [value.pattern, value.flags]
+        if _is_image(value):
+            return [value.mode, value.size, value.tobytes()]
         if isinstance(value, SimpleNamespace | Namespace):
             return chain.from_iterable(vars(value).items())
         if _is_table(value):
@@ -141,20 +166,23 @@ class _Walk:
         return self.of_object(value)
 
     def of_object(self, value: Any) -> Iterable[Any]:
+        if isinstance(value, type):
+            return [] if _is_of_library(value) else self.of_class(value)
         attributes = {**_of_slots(value), **getattr(value, "__dict__", {})}
-        named = isinstance(value, type | ModuleType)
-        if named and _is_of_library(value):
+        if isinstance(value, ModuleType) and _is_of_library(value):
             return []
-        if named or _is_of_library(type(value)):
+        if isinstance(value, ModuleType) or _is_of_library(type(value)):
             # Settings of a library, constants and helpers of a module: what the code reads of them.
             attributes = {name: attributes[name] for name in sorted(self.names & attributes.keys())}
             return chain.from_iterable(attributes.items())
-        return [*self.methods(value, "__call__"), *chain.from_iterable(attributes.items())]
+        return [*self.of_class(type(value)), *chain.from_iterable(attributes.items())]
 
-    def methods(self, value: Any, always: str) -> list[FunctionType]:
-        """Those of its class that the code met so far calls, and the one called `always`."""
-        found = [inspect.getattr_static(type(value), name, None) for name in sorted(self.names | {always})]
-        return [method for method in found if isinstance(method, FunctionType)]
+    def of_class(self, kind: type) -> list[Any]:
+        """What the code met so far reads of a class or of those that it inherits from, and what it is called by."""
+        own = [one for one in kind.__mro__ if not _is_of_library(one)]
+        called = {name for one in own for name, entry in vars(one).items() if _is_special(name, entry)}
+        names = sorted(name for name in self.names | called if any(name in vars(one) for one in own))
+        return [part for name in names for part in (name, inspect.getattr_static(kind, name))]
 
     def of_function(self, function: FunctionType) -> Iterable[Any]:
         parts: list[Any] = [*_code_parts(function.__code__), function.__defaults__, function.__kwdefaults__]
@@ -172,8 +200,18 @@ class _Walk:
         for module in value.modules():
             if not _is_of_library(type(module)):
                 held = {name: entry for name, entry in vars(module).items() if name not in _OF_MODULES}
-                parts += [*self.methods(module, "forward"), *chain.from_iterable(held.items())]
+                parts += [*self.of_class(type(module)), *chain.from_iterable(held.items())]
         return parts
+
+
+def _is_special(name: str, entry: Any) -> bool:
+    """Whether it is a method that nobody calls by its name."""
+    return name == "forward" or (name.startswith("__") and name.endswith("__") and isinstance(entry, FunctionType))
+
+
+def _is_image(value: Any) -> bool:
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def _is_table(value: Any) -> bool:
@@ -211,8 +249,15 @@ def _of_slots(value: Any) -> dict[str, Any]:
 
 def _is_of_library(kind: Any) -> bool:
     module = kind.__name__ if isinstance(kind, ModuleType) else (getattr(kind, "__module__", None) or "")
-    root = module.partition(".")[0]
-    return root in _LIBRARIES or (root in sys.stdlib_module_names and root != "__main__")
+    return _is_installed(module.partition(".")[0])
+
+
+@lru_cache(maxsize=1024)
+def _is_installed(root: str) -> bool:
+    if root in _LIBRARIES or (root in sys.stdlib_module_names and root != "__main__"):
+        return True
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return any(Path(file).is_relative_to(place) for place in _INSTALLED)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -22,6 +22,8 @@ from montessori.optimizers import moments_of, settings_of
 _COLUMNS, _ROWS = 256, 256
 # Attributes of a module that do not change what it computes here, where every module is in eval mode.
 _IDLE = {"training", "name_or_path", "warnings_issued"}
+# transformers notes here that a model has the hooks by which it collects hidden states.
+_HOOKS_INSTALLED = {"_output_capturing_hooks_installed"}
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _NEW_LOCK = threading.Lock()
 
@@ -48,12 +50,15 @@ def _arrangement(model: nn.Module) -> Callable[[], None]:
         attributes = vars(module)
         tables = [table for key, table in attributes.items() if "_hooks" in key and isinstance(table, dict)]
         hooks = [(table, dict(table)) for table in tables]
-        modules.append((module, module.training, attributes.get("forward"), hooks))
+        installed = {key: attributes[key] for key in _HOOKS_INSTALLED & attributes.keys()}
+        modules.append((module, module.training, attributes.get("forward"), hooks, installed))
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
 
     def put_back() -> None:
-        for module, training, forward, hooks in modules:
+        for module, training, forward, hooks, installed in modules:
             module.training = training
+            for key in _HOOKS_INSTALLED & vars(module).keys() - installed.keys():
+                del vars(module)[key]
             if forward is not None:
                 vars(module)["forward"] = forward
             else:

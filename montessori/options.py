@@ -74,6 +74,13 @@ def check_method(method: str, sample: float, reference_dtype: str, backend: str)
         )
 
 
+def check_losses(**losses: object) -> None:
+    """Raise ArgumentError for a loss that is no function."""
+    for name, loss in losses.items():
+        if not callable(loss):
+            raise ArgumentError(f"{name}={loss!r}: expected a function of a model and a batch, see docs/losses.md")
+
+
 def check_kinds(model: object, tokenizer: object, reference_batch_tokens: object, lr: object) -> None:
     """Raise ArgumentError for a name in the place of what it names, and for numbers that are none."""
     if not isinstance(model, nn.Module):

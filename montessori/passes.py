@@ -30,6 +30,8 @@ def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor
     if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ModelError(f"the loss function must return one value per example [{batch.size}], got {got}")
+    if not losses.is_floating_point():
+        raise ModelError(f"the loss function must return floating-point values, got {losses.dtype}")
     if torch.is_grad_enabled() and not losses.requires_grad:
         merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
         why = "; an adapter is merged into the weights, call model.unmerge_adapter()" if merged else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,9 +11,11 @@ from torch import nn
 from montessori.apart import Apart, proved_rows
 from montessori.batching import Example, spread
 from montessori.coverage import failures_named, prove_head, proved_loss, verified_plan, with_gradient
+from montessori.holdings import held_modules
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, response_loss
 from montessori.parameters import trainable_parameters
+from montessori.passes import evaluation_mode, gradients_aside
 from montessori.referenceset import ReferenceSets, shortest, telling
 from montessori.rules import Plan
 
@@ -34,6 +37,7 @@ class Proofs:
     _rows_proved: bool = False
     _has_gradient: bool = False
     _apart: Apart = field(default_factory=Apart)
+    _companions: list[nn.Module] | None = None
 
     @property
     def own_loss(self) -> bool:
@@ -80,9 +84,28 @@ class Proofs:
                 with_gradient(self.model, parameters, self._provers, self.loss)
             self._has_gradient = True
 
-    def batches(self, batches: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
-        """`Apart.apart` of the batches of one call."""
-        return self._apart.apart(self.model, batches, self.loss)
+    def batches(self, batches: Sequence[Sequence[Example]], full: nn.Module) -> Sequence[Sequence[Example]]:
+        """`Apart.apart` of the batches of one call. What rows do to each other in a loss of the user's own may be less
+        than a narrow model rounds."""
+        return self._apart.apart(full if self.own_loss else self.model, batches, self.loss)
+
+    @contextmanager
+    def companions_aside(self) -> Iterator[None]:
+        """Modules that the user's losses hold, such as a teacher, in eval mode, without gradients, and their owner's
+        again outside."""
+        if self._companions is None:
+            own = set(self.model.modules())
+            losses = [loss for loss in (self.loss, self.reference_loss) if loss is not response_loss]
+            held = [module for loss in losses for module in held_modules(loss)]
+            self._companions = [module for module in dict.fromkeys(held) if module not in own]
+        with ExitStack() as stack:
+            for module in self._companions:
+                stack.enter_context(evaluation_mode(module))
+            owned = {id(parameter) for parameter in self.model.parameters()}
+            parameters = (parameter for module in self._companions for parameter in module.parameters())
+            unique = {id(parameter): parameter for parameter in parameters if id(parameter) not in owned}
+            stack.enter_context(gradients_aside(unique.values()))
+            yield
 
     def chunked_reference_loss(self, full: nn.Module) -> LossFunction:
         """The reference's loss with the vocabulary head by chunks, where that is proved."""

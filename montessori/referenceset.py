@@ -136,24 +136,27 @@ class ReferenceSets:
                         q[name][position] = parameter.grad
         return q, totals
 
+    def groups(self, name: str, device: torch.device) -> list[list[Example]]:
+        """The batches of a set."""
+        examples = self.sets[name]
+        if self.batch_tokens is None:
+            return [[example] for example in examples]
+        most = min(self.batch_tokens, BUSY_TOKENS) if device.type == "cpu" else self.batch_tokens
+        return make_batches(examples, max(most, *(example.num_tokens for example in examples)), name)
+
     def _weighted_batches(self, model: nn.Module, name: str) -> Iterator[tuple[Batch, Tensor]]:
         device = next(model.parameters()).device
-        examples, weights = self.sets[name], self.weights(name)
-        if self.batch_tokens is None:
-            groups = [[example] for example in examples]
-        else:
-            most = min(self.batch_tokens, BUSY_TOKENS) if device.type == "cpu" else self.batch_tokens
-            groups = make_batches(examples, max(most, *(example.num_tokens for example in examples)), name)
-        for group in groups:
+        weights = self.weights(name)
+        for group in self.groups(name, device):
             weight = [weights[example.index] for example in group]
             yield collate(group).to(device), torch.tensor(weight, dtype=torch.float64, device=device)
 
 
 def _check_values(losses: Tensor, batch: Batch, name: str, model: nn.Module) -> None:
-    """Raises ModelError where losses are narrower than the weights, whose small steps they would not show, and
-    NonFiniteLossError where one is not finite."""
-    finest = min(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())
-    if torch.finfo(losses.dtype).eps > finest:
+    """Raises ModelError where losses are narrower than float32 and the weights, whose small steps they would not show,
+    and NonFiniteLossError where one is not finite."""
+    dtypes = {parameter.dtype for parameter in model.parameters()} & {torch.float32, torch.float64}
+    if dtypes and losses.dtype not in (torch.float32, torch.float64):
         raise ModelError(
             f"reference_loss_fn returns losses in {losses.dtype}, whose rounding hides what a step changes; expected "
             "float32 or float64: compute them from logits.float()"

@@ -40,7 +40,8 @@ class RowMap:
     """Maps activations of one batch to rows per example.
 
     `kept` and `dropped` are the flat positions b·T + t of real tokens and of padding, `offsets`
-    int64 [B+1] the bounds of the former, `label_offsets` the bounds of the rows that reach the vocabulary head.
+    int64 [B+1] the bounds of the former, `label_offsets` the bounds of the rows that reach the vocabulary head: the
+    module `labelled`, or any module that is given so many rows.
     """
 
     size: int
@@ -49,10 +50,13 @@ class RowMap:
     dropped: Tensor
     offsets: Tensor
     label_offsets: Tensor
+    labelled: str | None = None
+    # Lengths of further texts that a loss of the user's own gives the model for each example.
+    others: set[int] = field(default_factory=set)
     _suspects: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list, repr=False)
 
     @classmethod
-    def of(cls, batch: Batch) -> RowMap:
+    def of(cls, batch: Batch, labelled_module: str | None = None) -> RowMap:
         mask = batch.attention_mask.bool()
         size, length = mask.shape
         flat = mask.flatten()
@@ -64,12 +68,14 @@ class RowMap:
             (~flat).nonzero().flatten(),
             _offsets(mask.sum(1)),
             _offsets(labelled),
+            labelled_module,
         )
 
-    def with_padding(self) -> RowMap:
-        """The same with padding taken for tokens: where it has no gradient, no sum changes."""
-        positions = torch.arange(self.size * self.length, device=self.kept.device)
-        return replace(self, kept=positions, dropped=positions[:0], offsets=torch.arange(self.size + 1) * self.length)
+    def with_padding(self, length: int) -> RowMap:
+        """The map of texts of `length` tokens, padding among them: where it has no gradient, no sum changes."""
+        positions = torch.arange(self.size * length, device=self.kept.device)
+        offsets = torch.arange(self.size + 1) * length
+        return replace(self, length=length, kept=positions, dropped=positions[:0], offsets=offsets)
 
     def rows(self, activation: Tensor, module: str) -> Rows:
         """Rows of an activation [..., F], none of them copied.
@@ -84,12 +90,18 @@ class RowMap:
         if lead == (tokens,):
             return self._token_rows(activation.reshape(tokens, 1, features))
         labelled = int(self.label_offsets[-1])
-        if lead in {(1, labelled), (labelled,)}:
+        if lead in {(1, labelled), (labelled,)} and (self.labelled is None or module.startswith(self.labelled)):
             return Rows(activation.reshape(labelled, features), self.label_offsets)
+        if len(lead) == 1 and self.is_text(lead[0]):
+            return Rows(activation, torch.arange(self.size + 1) * (lead[0] // self.size))
         if self.size == 1 or (lead and lead[0] == self.size):
             rows = activation.reshape(self.size, -1, features)
             return Rows(rows.flatten(0, 1), torch.arange(self.size + 1) * rows.shape[1])
         raise UnmappableRowsError(module, tuple(activation.shape), self.size)
+
+    def is_text(self, count: int) -> bool:
+        """Whether so many rows are those of one of `others`, example by example."""
+        return count % self.size == 0 and count // self.size in self.others
 
     def gradient_rows(self, dy: Tensor, module: str) -> Rows:
         """`rows` of the gradient of an activation, which must be 0 wherever there is padding; `settle` says so."""

@@ -65,12 +65,14 @@ class Plan:
     def leave(self, names: Iterable[str], unmappable: bool) -> None:
         """Capture `names` in another way: by replayed calls where they are small, else by the fallback.
 
-        A local module that does run on its rows and still disagrees is one that rounds more than the model's dtype;
-        replayed calls would only round in another way.
+        Calls of experts are on tokens in an order of their own, which a replay would not tell apart. A local module
+        that does run on its rows and still disagrees is one that rounds more than the model's dtype; replayed calls
+        would only round in another way.
         """
         local = {name for rule in self.rules.values() if rule.kind == LOCAL for name in rule.parameters.values()}
+        experts = {name for rule in self.rules.values() if rule.kind == EXPERTS for name in rule.parameters.values()}
         for name in names:
-            tried = name in self.replayed or (name in local and not unmappable)
+            tried = name in self.replayed or name in experts or (name in local and not unmappable)
             if tried or self.trainable[name].numel() > MOST_VALUES:
                 self.fallback.add(name)
             else:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import decimal
+import re
 import subprocess
 import sys
 import textwrap
 import types
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas
+import PIL.Image
 import pyarrow
 import pytest
 import torch
@@ -65,7 +67,23 @@ def dpo(value):
     return trl.DPOConfig(output_dir="out", beta=value, use_cpu=True, bf16=False)
 
 
+def class_with(**parts):
+    """An object of a class that inherits, and is called by what its base defines."""
+    base = type("Base", (), {"beta": 0, "helper": lambda self: 0, **parts, "__module__": "mine"})
+    return type("Mine", (base,), {"__call__": lambda self: self.beta * self.helper() * self[0], "__module__": "mine"})()
+
+
 HELD = {
+    "class attribute": lambda x: class_with(beta=x),
+    "static method": lambda x: class_with(helper=staticmethod({0.5: lambda: 1, 0.25: lambda: 2}[x])),
+    "class method": lambda x: class_with(helper=classmethod({0.5: lambda cls: 1, 0.25: lambda cls: 2}[x])),
+    "property": lambda x: class_with(beta=property({0.5: lambda self: 1, 0.25: lambda self: 2}[x])),
+    "special method": lambda x: class_with(__getitem__={0.5: lambda self, i: 1, 0.25: lambda self, i: 2}[x]),
+    "cached helper": lambda x: lru_cache({0.5: lambda: 1, 0.25: lambda: 2}[x]),
+    "sparse tensor": lambda x: torch.eye(2).mul(x).to_sparse(),
+    "pattern": lambda x: re.compile(str(x)),
+    "image": lambda x: PIL.Image.new("L", (2, 2), int(100 * x)),
+    "deep": lambda x: reduce(lambda inner, _: [inner, {}], range(3000), x),
     "namespace": lambda x: types.SimpleNamespace(beta=x),
     "arguments": lambda x: argparse.Namespace(beta=x),
     "deque": lambda x: deque([x, [1, 2]]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch.nn.functional as F
 from support import make_model, make_rows, make_text_rows, make_tokenizer, warm_optimizer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from montessori import InfluenceEstimator
-from montessori.errors import DataError, FallbackWarning, ModelError
+from montessori.errors import ArgumentError, DataError, FallbackWarning, ModelError
 from montessori.losses import response_loss
 
 ROWS = [{**row, "prompt_id": number // 3, "reward": number**2 % 7} for number, row in enumerate(make_rows(9, seed=1))]
@@ -73,6 +76,49 @@ def test_rows_that_do_not_stand_alone_in_a_batch_are_scored_alone(loss, name, me
     exact = InfluenceEstimator(model, optimizer, REFERENCES, "exact", loss_fn=loss).score(rows).influence
     np.testing.assert_allclose(together, exact, rtol=0, atol=0.05 * np.ptp(exact))
     assert estimator.audit(rows, k=9).agreement["reference"].pearson > 0.99
+
+
+def first_first(model, batch, cut):
+    """The rows are sorted for the model, as a packing collator may do it."""
+    order = column(batch, "reward").argsort()
+    ids, targets = batch.input_ids[order][:, : batch.labels.shape[1] - cut], batch.labels[order, 1:]
+    logits = model(input_ids=ids).logits[:, : targets.shape[1]]
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return (losses.sum(1) / (targets != -100).sum(1))[order.argsort()]
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_rows_that_are_sorted_are_found_where_those_of_the_proof_were_in_order(cut):
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    rows = [{**row, "input_ids": row["input_ids"][:3] * 3} for row in make_rows(8, seed=1)]
+    rows = [{**row, "labels": [-100, *row["input_ids"][1:]], "reward": (5 * n) % 8} for n, row in enumerate(rows)]
+    proved = sorted(rows, key=lambda row: row["reward"])[::7]
+    estimator = InfluenceEstimator(model, optimizer, REFERENCES, "first_order", loss_fn=partial(first_first, cut=cut))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        estimator.score(proved)
+        together = estimator.score(rows, pilot_rows=proved).influence
+        alone = [estimator.score([row], pilot_rows=proved).influence[0] for row in rows]
+    np.testing.assert_allclose(together, alone, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("method", ["exact", "anchored", "first_order"])
+def test_references_that_meet_in_the_loss_are_taken_alone(method):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    references = [{**row, "prompt_id": n // 2, "reward": 1.0 + n} for n, row in enumerate(make_rows(8, seed=2))]
+
+    def weighted(model, batch):
+        reward, prompts = column(batch, "reward"), [row["prompt_id"] for row in batch.rows]
+        means = torch.stack([reward[[one == prompt for one in prompts]].mean() for prompt in prompts])
+        return reward / means * response_loss(model, batch)
+
+    with pytest.warns(FallbackWarning, match="the reference is taken one row at a time"):
+        got = InfluenceEstimator(model, optimizer, references, method, reference_loss_fn=weighted).score(ROWS).influence
+    plain = InfluenceEstimator(model, optimizer, references, method).score(ROWS).influence
+    # Alone, every reward is its own mean. Losses near 4 in float32.
+    np.testing.assert_allclose(got, plain, rtol=0, atol=1e-5 if method == "exact" else 1e-3 * np.abs(plain).max())
 
 
 def test_a_loss_without_any_gradient_is_an_error():
@@ -136,13 +182,15 @@ def test_gradients_of_what_a_loss_brings_along_are_left_as_they_were(method):
     assert fresh.weight.grad is None
 
 
-def test_other_texts_of_the_same_length_are_captured_in_batches():
-    """Rejected answers that are padded elsewhere than the rows themselves."""
-    model = make_model("llama_tied")
+@pytest.mark.parametrize("longer", [0, 2])
+@pytest.mark.parametrize("name", ["llama_tied", "mixtral", "gpt_oss", "opt", "gpt2", "falcon"])
+def test_further_texts_are_captured_in_batches(name, longer):
+    """Rejected answers, as long as the rows and padded elsewhere, or longer."""
+    model = make_model(name)
     optimizer = warm_optimizer(model)
     rows = make_rows(6, seed=1)
     rows = [
-        {**one, "rejected": [(token + 1) % 61 for token in other["input_ids"]]}
+        {**one, "rejected": [(token + 1) % 61 for token in other["input_ids"]] + [3] * longer}
         for one, other in zip(rows, reversed(rows), strict=True)
     ]
 
@@ -159,6 +207,85 @@ def test_other_texts_of_the_same_length_are_captured_in_batches():
         warnings.simplefilter("error", FallbackWarning)
         together = estimator.score(rows).influence
     np.testing.assert_allclose(together, one_by_one(estimator, rows), rtol=1e-9)
+
+
+class Dropped(nn.Module):
+    """A loss that is a module, in train mode, with a teacher under activation checkpointing whose gradients step it."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.dropout, self.teacher = nn.Dropout(0.5), teacher
+
+    def forward(self, model, batch):
+        hidden = self.teacher.model.embed_tokens(batch.input_ids).requires_grad_()
+        taught = checkpoint(self.teacher.model.layers[0].mlp, hidden, use_reentrant=True).mean((1, 2))
+        return response_loss(model, batch) + 0.01 * self.dropout(taught)
+
+
+@pytest.mark.parametrize("method", ["exact", "anchored"])
+def test_modules_that_a_loss_holds_are_in_eval_mode_and_left_as_they_were(method):
+    model, teacher = make_model("llama_tied"), make_model("llama_tied", seed=1).train()
+    optimizer = warm_optimizer(model)
+    loss, stepped = Dropped(teacher).train(), []
+    for parameter in teacher.parameters():
+        parameter.grad = torch.full_like(parameter, 0.25)
+        parameter.register_post_accumulate_grad_hook(lambda parameter: stepped.append(parameter))
+    scored = InfluenceEstimator(model, optimizer, REFERENCES, method, loss_fn=loss).score(ROWS)
+    again = InfluenceEstimator(model, optimizer, REFERENCES, method, loss_fn=loss).score(ROWS)
+    np.testing.assert_array_equal(scored.influence, again.influence)
+    assert not stepped and all((parameter.grad == 0.25).all() for parameter in teacher.parameters())
+    assert all(module.training for module in loss.modules())
+
+
+def test_a_loss_that_draws_random_numbers_is_an_error():
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+
+    def drawn(model, batch):
+        return response_loss(model, batch) * (1 + torch.rand(()))
+
+    for role in ("loss_fn", "reference_loss_fn"):
+        for method in ("exact", "first_order"):
+            with pytest.raises(ModelError, match=r"row \d: the loss function gives .* expected the same value again"):
+                InfluenceEstimator(model, optimizer, REFERENCES, method, **{role: drawn}).score(ROWS)
+
+
+def test_a_failing_loss_leaves_hidden_states_to_be_asked_for():
+    """transformers hangs hooks on a model that is first asked for them."""
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    ids = torch.tensor([[3, 4, 5]])
+
+    def failing(model, batch):
+        model(input_ids=batch.input_ids, output_hidden_states=True)
+        raise RuntimeError("no loss today")
+
+    with pytest.raises(ModelError, match="no loss today"):
+        InfluenceEstimator(model, optimizer, REFERENCES, loss_fn=failing).score(ROWS)
+    assert len(model(input_ids=ids, output_hidden_states=True).hidden_states) == 3
+
+
+@dataclass
+class Weighted:
+    """Callable, and not hashable."""
+
+    factor: float
+
+    def __call__(self, model, batch):
+        return self.factor * response_loss(model, batch)
+
+
+def test_any_callable_is_a_loss_and_nothing_else():
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    scores = [
+        InfluenceEstimator(model, optimizer, REFERENCES, loss_fn=loss, reference_loss_fn=loss).score(ROWS).loss
+        for loss in (Weighted(1.0), response_loss)
+    ]
+    np.testing.assert_allclose(*scores, rtol=1e-12)
+    for wrong in (None, "dpo"):
+        with pytest.raises(ArgumentError, match=r"loss_fn=.*: expected a function of a model and a batch"):
+            InfluenceEstimator(model, optimizer, REFERENCES, loss_fn=wrong)
 
 
 def test_a_loss_gets_the_rows_as_they_were_given():

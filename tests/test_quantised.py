@@ -295,8 +295,12 @@ def test_adapters_on_weights_of_torchao_are_scored(dtype, method, tmp_path):
 def test_weights_packed_for_inference_are_refused(tmp_path):
     model = quantised_student(tmp_path, 4, torch.float32)
     optimizer = warm_optimizer(model)
+    earlier = InfluenceEstimator(model, optimizer, make_rows(2))
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
             module.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ModelError, match="its 4-bit weight is packed for inference"):
         InfluenceEstimator(model, optimizer, make_rows(2))
+    # By what its owner does between two calls.
+    with pytest.raises(ModelError, match="its 4-bit weight is packed for inference"):
+        earlier.score(make_rows(2))
