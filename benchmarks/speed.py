@@ -5,8 +5,8 @@
 Two yardsticks. Plain: what training does without its optimizer step, the ordinary Hugging Face forward on the padded
 batch, loss over the response, `backward()` with all weight gradients. Trimmed: the same with the head on the labelled
 positions alone, as scoring has it. Scoring adds the Adam map and the dot product with q and leaves out autograd's
-weight gradients; `sampled` does so for a quarter of each weight. What is computed once for all candidates (reference
-gradient, anchor, proof of the capture) is timed apart.
+weight gradients; `sampled` does so for a quarter of each weight, `clipped` with the norms that clipping needs first.
+What is computed once for all candidates (reference gradient, anchor, proof of the capture) is timed apart.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from montessori.models import load_model
 from montessori.runs import DTYPES
 
 SAMPLE = 0.25
+# Trainer's default.
+MAX_GRAD_NORM = 1.0
 # As `score` has it; larger batches have a result file of their own.
 BATCH_TOKENS = 4096
 
@@ -93,8 +95,12 @@ def main() -> None:
         sampled = copy.copy(estimator)
         sampled.options = replace(estimator.options, sample=SAMPLE)
         arms["sampled"] = lambda: score(sampled, "sampled")
+    clipped = copy.copy(estimator)
+    clipped.options = replace(estimator.options, max_grad_norm=MAX_GRAD_NORM)
+    arms["clipped"] = lambda: score(clipped, "clipped")
     times = interleaved(arms, arguments.repeats)
     compared = [(of, to) for of in ("score", "sampled") for to in ("plain", "trimmed") if of in times]
+    compared.append(("clipped", "score"))
     result = {
         "seconds": {**times, "once": once},
         "speed": {f"{of}/{to}": ratios(times, of, to) for of, to in compared},
