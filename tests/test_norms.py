@@ -63,11 +63,16 @@ def test_norms_are_those_of_the_gradients(lengths, shape, layout, tied, held, mo
     assert_norms(RowsUse(table(lengths, shape)), len(lengths), shape)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float16, 1e-5), (torch.bfloat16, 2**-6)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_narrow_factors_are_multiplied_in_float32(shape, dtype):
-    # Sums of some 10^3 products in float32, of gradients that are sums themselves.
-    assert_norms(linear_use((5, 0, 7, 1), shape, "padded", True, dtype), 4, shape, rtol=1e-5)
+def test_norms_of_narrow_factors(shape, dtype, rtol):
+    # Sums of some 10^3 products in float32; two factors of each of some ten are rounded to 8 bits in bfloat16.
+    assert_norms(linear_use((5, 0, 7, 1), shape, "padded", True, dtype), 4, shape, rtol)
+
+
+def test_activations_of_float16_that_are_large_do_not_overflow():
+    use = linear_use((5, 3), (48, 40), dtype=torch.float16)
+    assert_norms(LinearUse(300 * use.x, use.dy, use.offsets), 2, (48, 40), rtol=1e-5)
 
 
 def test_norms_of_ready_gradients_and_of_experts():
