@@ -104,6 +104,6 @@ def _is_real(counts: Tensor, length: int) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """float16 would overflow. Of bfloat16, rounded products of tokens with tokens say a norm to better than its gradient
-    is known: they are many, and rounded apart."""
+    """float16 would overflow. Of bfloat16, rounded products of tokens with tokens say a norm to better than its
+    gradient is known: they are many, and rounded apart."""
     return tensor.float() if tensor.dtype is torch.float16 else tensor
