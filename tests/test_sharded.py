@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import distributed_save
 import pytest
@@ -22,6 +23,7 @@ from state_support import (
 )
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
+from montessori import sharded
 from montessori.checkpoints import read_state
 from montessori.optim_state import AdamWState
 
@@ -119,3 +121,10 @@ def test_no_file_outside_of_the_directory_is_read(tmp_path, trained):
     (directory / ".metadata").write_bytes(pickle.dumps(index))
     (tmp_path / "elsewhere").write_bytes(b"")
     assert "outside of the checkpoint" in refusal(directory, model)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_any_python_are_read(module):
+    """Python 3.13 has moved them, for readers and writers."""
+    pickled = f"c{module}\nPosixPath\n(Va\nVb\ntR.".encode()
+    assert sharded._Unpickler(io.BytesIO(pickled)).load() == PurePosixPath("a/b")
