@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from montessori import calibration, cpu, ops, processes
+from montessori import calibration, ops, processes
 from montessori.batching import Example, make_batches, one_by_one_beyond, spread
 from montessori.collecting import collect
 from montessori.copies import full_precision
@@ -21,8 +20,7 @@ from montessori.encoding import Encoded
 from montessori.errors import ArgumentError
 from montessori.expandable import check_memory
 from montessori.expansion import Expansion, expand_at_anchor, expand_at_theta, real_drift
-from montessori.fingerprint import columns_digest, edges_digest, examples_digest, sets_digest
-from montessori.holdings import function_digest, model_digest
+from montessori.fingerprint import columns_digest, examples_digest
 from montessori.idle import Idle, find_idle, read_active
 from montessori.journal import ScoreJournal
 from montessori.live import Watch, borrowed, own_precision, unwrapped
@@ -40,11 +38,11 @@ from montessori.options import (
     floating_dtype,
     steady_length,
 )
-from montessori.products import float32_precision
 from montessori.proofs import Proofs
 from montessori.quantised_layers import check_trainable_form
 from montessori.reading import RowReader
 from montessori.referenceset import ReferenceSets
+from montessori.sameness import Call
 from montessori.scorers import ExactScorer, LinearScorer, score_batches
 from montessori.scores import Audit, Scores
 from montessori.strangers import strangers_aside
@@ -79,7 +77,7 @@ class InfluenceEstimator:
             sets: influence then has a column for each.
         method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
         backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`. The first
-            "auto" on a GPU measures which is fastest there, which takes minutes once (`montessori.calibration`).
+            "auto" on a GPU measures which is fastest there, once (`montessori.calibration`).
         lr: takes the place of the optimizer's own in every group.
         tokenizer: needed for rows of text; rows with `input_ids` and `labels` do without.
         max_length: tokens an example may have; by default 2048 or the model's own limit if smaller.
@@ -295,31 +293,22 @@ class InfluenceEstimator:
     ) -> Scores:
         if distributed:
             if processes.world_size() > 1:
-                self._check_alike(encoded, pilot, method)
+                self._call(encoded, pilot).check_alike(method)
             # The longest stand first, so that every process gets long and short ones.
             batches = batches[processes.rank() :: processes.world_size()]
         if journal is None:
             records, summary = self._pending(batches, method, progress, None, pilot)
         else:
-            with journal.opened(self._fingerprint(encoded, batches, pilot, distributed)):
+            num_processes = processes.world_size() if distributed else 1
+            with journal.opened(self._call(encoded, pilot).fingerprint(batches, num_processes)):
                 records, summary = self._pending(batches, method, progress, journal, pilot)
         if distributed:
             records = [record for part in processes.from_all(records) for record in part]
         return collect(encoded, records, summary, method, self.options, self.references.names, self._named)
 
-    def _check_alike(self, encoded: Encoded, pilot: Sequence[Example], method: str) -> None:
-        """Raise ArgumentError where a process was given other rows, or holds another model or optimizer."""
-        moments = {f"{name} {label}": held for name in self.state for label, held in self.state[name].tensors()}
-        processes.check_same({
-            "candidates": f"{encoded.num_rows} {examples_digest(encoded.examples)}",
-            "pilot_rows": examples_digest(pilot),
-            "columns": str(self._columns(encoded, pilot)),
-            "reference": sets_digest(self.references.sets),
-            "settings": repr((method, asdict(self.options))),
-            "loss": function_digest(self._loss) + function_digest(self._reference_loss),
-            "model": edges_digest(dict(self.model.named_parameters())),
-            "optimizer": repr([state.step for state in self.state.values()]) + edges_digest(moments),
-        })  # fmt: skip
+    def _call(self, encoded: Encoded, pilot: Sequence[Example]) -> Call:
+        losses = self._loss, self._reference_loss
+        return Call(self.options, self.model, self.state, self.references, *losses, encoded, pilot)
 
     def _pending(
         self,
@@ -396,31 +385,6 @@ class InfluenceEstimator:
                 else expand_at_anchor(*common, pilot, self._loss, self.options.max_grad_norm)
             )
         return self._expansions[key]
-
-    def _fingerprint(
-        self, encoded: Encoded, batches: Sequence[Sequence[Example]], pilot: Sequence[Example], distributed: bool
-    ) -> dict[str, Any]:
-        return {
-            "options": asdict(self.options),
-            "model": model_digest(self.model),
-            "optimizer state": self.state.digest(),
-            "reference": sets_digest(self.references.sets),
-            "candidates": examples_digest(encoded.examples),
-            "pilot": examples_digest(pilot),
-            "columns": self._columns(encoded, pilot),
-            "number of processes": processes.world_size() if distributed else 1,
-            "batches": [[example.index for example in batch] for batch in batches],
-            "loss": function_digest(self._loss),
-            "reference loss": function_digest(self._reference_loss),
-            "torch": torch.__version__,
-            "float32 products": float32_precision(),
-            "kernels": [*ops.available_impls(), *calibration.fastest(next(self.model.parameters()).device)],
-            # A sample is of this machine's tiles; other machines cut, and so draw, others.
-            "tiles": cpu.tiling() if self.options.sample < 1 else None,
-        }
-
-    def _columns(self, encoded: Encoded, pilot: Sequence[Example]) -> str | None:
-        return columns_digest(chain(encoded.examples, pilot, *self.references.sets.values()))
 
     def _chosen(self, encoded: Encoded) -> list[Example]:
         """The pilot examples."""

@@ -169,7 +169,7 @@ def test_processes_that_were_given_other_rows_are_told(monkeypatch):
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     seen = []
     monkeypatch.setattr(processes, "from_all", lambda value: seen.append(value) or [value, seen[0]])
-    estimator._check_alike(estimator._reader.read(make_rows(4, seed=1), "candidates"), [], "anchored")
+    estimator._call(estimator._reader.read(make_rows(4, seed=1), "candidates"), []).check_alike("anchored")
     with pytest.raises(
         ArgumentError, match="expected the same on every process, got candidates, pilot_rows on process 0"
     ):
