@@ -252,7 +252,7 @@ def window(example: Example, most: int) -> Example:
 
 
 def _are_finite(grads: Mapping[str, Tensor | None], example: Example, loss: LossFunction) -> bool:
-    """Whether a window's gradients say something; a loss of the user's own need not take windows.
+    """Whether the gradients say something; those of a loss of the user's own need not, where no row has better ones.
 
     Raises ModelError where those of the ordinary loss are not finite.
     """

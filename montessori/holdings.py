@@ -39,7 +39,7 @@ _INSTALLED = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 # Of these `repr` shows all.
 _SHOWN = (numbers.Number, datetime.date, datetime.time, datetime.timedelta, PurePath, enum.Enum, range, slice)
-_OF_MODULES = frozenset(vars(nn.Module())) | {"training"}
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def function_digest(function: Callable[..., Any]) -> str:
@@ -99,7 +99,7 @@ def tensor_digest(tensor: Tensor) -> bytes:
 
 class _Walk:
     """One way through all that a value holds, each object once. `names` are those of the code met so far; without
-    `contents` tensors, models and tables are left out."""
+    `contents` tensors, arrays, images, models and tables are left out."""
 
     def __init__(self, names: set[str], contents: bool) -> None:
         self.names, self.contents = names, contents
@@ -133,7 +133,9 @@ class _Walk:
         if isinstance(value, nn.Module):
             return self.of_module(value)
         if isinstance(value, numpy.ndarray):
-            return [str(value.dtype), value.shape, value.tobytes() if value.dtype != object else value.tolist()]
+            if value.dtype == object:
+                return value.tolist()
+            return [str(value.dtype), value.shape, value.tobytes()] if self.contents else []
         if isinstance(value, Mapping):
             return chain.from_iterable(value.items())
         if isinstance(value, tuple | list | deque):
@@ -158,7 +160,7 @@ class _Walk:
         if isinstance(value, re.Pattern):
             return [value.pattern, value.flags]
         if _is_image(value):
-            return [value.mode, value.size, value.tobytes()]
+            return [value.mode, value.size, value.tobytes()] if self.contents else []
         if isinstance(value, SimpleNamespace | Namespace):
             return chain.from_iterable(vars(value).items())
         if _is_table(value):

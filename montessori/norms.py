@@ -6,12 +6,14 @@ all examples in one call. Dimensions: B examples, L rows of the longest, a weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from montessori.ops import SparseRows
+from montessori.oracle import norm
 from montessori.uses import DenseUse, ExpertsUse, LinearUse, RowsUse, Use, example_gradient
 
 # Values of [examples, L, L] at a time.
@@ -58,34 +60,41 @@ class _Padded:
 
 
 def _of_matrix(use: LinearUse, size: int) -> Tensor:
-    counts = use.offsets.diff()
-    longest, (num_in, num_out) = int(counts.max()), (use.x.shape[1], use.dy.shape[1])
+    longest, (num_in, num_out) = int(use.offsets.diff().max()), (use.x.shape[1], use.dy.shape[1])
     if longest * (num_in + num_out) > num_in * num_out:
         shape = torch.Size((num_out, num_in))
-        grads = (example_gradient(use, example, shape) for example in range(size))
-        return torch.stack([torch.linalg.vector_norm(grad, dim=1).double().square().sum() for grad in grads])
-    x, dy = _Padded.of(use.x, use.offsets, use.starts), _Padded.of(use.dy, use.offsets, use.starts)
-    step = max(1, _HELD // max(1, longest) ** 2)
-    total = torch.cat([
-        _sum(x.part(some).dot(x.part(some)), dy.part(some).dot(dy.part(some)), x.part(some), x.part(some))
-        for some in (slice(first, first + step) for first in range(0, size, step))
-    ])  # fmt: skip
-    if use.rows is None:
+        return torch.stack([norm(example_gradient(use, example, shape)).square() for example in range(size)])
+    whole_x, whole_dy = (_Padded.of(rows, use.offsets, use.starts) for rows in (use.x, use.dy))
+    tied = None if use.rows is None else _padded_rows(use.rows)
+
+    def of(some: slice) -> Tensor:
+        x, dy = whole_x.part(some), whole_dy.part(some)
+        total = _sum(x.dot(x), dy.dot(dy), x, x)
+        if tied is not None:
+            # Of the embedding's rows, dY would have a 1 at the token's id.
+            ids, rows = tied[0][some], tied[1].part(some)
+            at_ids = dy.rows.gather(2, ids[:, None, :].expand(-1, dy.rows.shape[1], -1))
+            total = total + 2 * _sum(x.dot(rows), at_ids, x, rows)
         return total
-    ids, rows = _padded_rows(use.rows)
-    # Of the embedding's rows, dY would have a 1 at the token's id.
-    at_ids = dy.rows.gather(2, ids[:, None, :].expand(-1, dy.rows.shape[1], -1))
-    return total + 2 * _sum(x.dot(rows), at_ids, x, rows) + _of_rows(use.rows, size)
+
+    total = _by_parts(of, size, longest)
+    return total if use.rows is None else total + _of_rows(use.rows, size)
 
 
 def _of_rows(table: SparseRows, size: int) -> Tensor:
-    ids, rows = _padded_rows(table)
-    step = max(1, _HELD // rows.rows.shape[1] ** 2)
-    return torch.cat([
-        _sum(one.dot(one), (ids[some, :, None] == ids[some, None, :]).to(one.rows.dtype), one, one)
-        for some in (slice(first, first + step) for first in range(0, size, step))
-        for one in [rows.part(some)]
-    ])  # fmt: skip
+    whole_ids, whole = _padded_rows(table)
+
+    def of(some: slice) -> Tensor:
+        ids, rows = whole_ids[some], whole.part(some)
+        return _sum(rows.dot(rows), (ids[:, :, None] == ids[:, None, :]).to(rows.rows.dtype), rows, rows)
+
+    return _by_parts(of, size, whole.rows.shape[1])
+
+
+def _by_parts(of: Callable[[slice], Tensor], size: int, longest: int) -> Tensor:
+    """What `of` gives for all examples, for as many at a time as _HELD allows."""
+    step = max(1, _HELD // max(1, longest) ** 2)
+    return torch.cat([of(slice(first, first + step)) for first in range(0, size, step)])
 
 
 def _padded_rows(table: SparseRows) -> tuple[Tensor, _Padded]:

@@ -1,4 +1,4 @@
-"""Layers of bitsandbytes with frozen weights of 4 or 8 bits, below adapters that are trained (QLoRA)."""
+"""Frozen weights of 4 or 8 bits below adapters that are trained (QLoRA): layers of bitsandbytes, tensors of torchao."""
 
 from __future__ import annotations
 
