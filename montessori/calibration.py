@@ -78,7 +78,8 @@ def _ensure(device: str) -> None:
         with _one_at_a_time():
             _kept.cache_clear()
             if not _is_measured(device):
-                LOGGER.warning("%s: measuring which kernel is fastest here; once, a few minutes", device)
+                most = LIMIT_S * len(kernels()) // 60
+                LOGGER.warning("%s: measuring which kernel is fastest here; once, at most %d minutes", device, most)
                 calibrate()
     except MontessoriError as error:
         warnings.warn(f"{device}: backend 'auto' takes Triton ({error})", FallbackWarning, stacklevel=2)

@@ -64,6 +64,7 @@ def test_the_python_of_losses(place):
         ("by_worth", "worth", "weighted"),
         ("by_advantage", "written", "clipped_policy_gradient"),
         ("by_pair", "pairs", "dpo"),
+        ("by_teacher", "candidates", "distilled"),
     ):
         exact = InfluenceEstimator(
             names["model"], "runs/warm/checkpoint-12", method="exact", loss_fn=names[loss], **names["settings"]
