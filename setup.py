@@ -22,7 +22,7 @@ from setuptools import setup
 # Lowest torch whose stable interface the library uses: one binary serves it and every later one.
 TORCH_FLOOR = "0x020b000000000000"
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
-SOURCES = ["register", "tiles", "packing", "kernel_baseline"]
+SOURCES = ["register", "tiles", "squares", "packing", "kernel_baseline"]
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES += ["kernel_avx2", "kernel_avx512", "kernel_avx512bf16"]
 DEVICE_SOURCES = ["linear_mma", "partials"]

@@ -23,6 +23,7 @@ KINDS = {
     "attention": ("aten::_scaled_dot_product",),
     "cross-entropy of the head": ("montessori::cross_entropy_",),
     "scores of ready gradients": ("montessori::dense_scores",),
+    "norms, for clipping": ("montessori::example_squares",),
     "gathers: padding out, labelled rows, embedding": ("aten::index", "aten::cat", "aten::embedding", "aten::gather"),
 }
 OTHER = "element by element: norms, activations, rotary, the rest"

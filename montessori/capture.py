@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ from montessori.products import fast_products, forward_replaced, linear
 from montessori.replay import ReplayedCalls
 from montessori.rowmap import RowMap, Rows, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
-from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, TouchedRows, Use, merge
+from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, Use, merge
 
 
 class Sink(Protocol):
@@ -59,7 +60,7 @@ class Capture:
         self._impl = impl
         self._rows_checked = rows_checked
         self._batch: Batch | None = None
-        self._parts: dict[str, list[TouchedRows]] = {}
+        self._parts: dict[str, RestUse] = {}
         self.grown: set[str] = set()
         self.held = 0
         self._rows: RowMap | None = None
@@ -155,7 +156,7 @@ class Capture:
         if use is not None and not isinstance(use, RowsUse):
             raise ModelError(f"{name}: the vocabulary head's weight is also used as a matrix elsewhere")
         self._remaining.discard(name)
-        self._active_sink.use(name, RestUse(use.rows if use is not None else None, self._parts.pop(name)))
+        self._active_sink.use(name, replace(self._parts.pop(name), rows=use.rows if use is not None else None))
 
     def _chunked_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """`response_loss` with the head by chunks, whose gradients go to the sink at once."""
@@ -173,7 +174,8 @@ class Capture:
         chunks.wants_bias = "bias" in names
         losses = chunks.losses(hidden)
         if "weight" in names:
-            self._parts[names["weight"]] = chunks.touched_rows
+            again = partial(chunks.again, hidden.detach())
+            self._parts[names["weight"]] = RestUse(None, chunks.touched_rows, again)
         if chunks.bias_grad is not None:
             self._expected[names["bias"]] += 1
             self._deliver(names["bias"], DenseUse(chunks.bias_grad))

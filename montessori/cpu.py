@@ -51,6 +51,7 @@ def load_error() -> str | None:
     except OSError as error:
         return f"{LIBRARY.name} cannot be loaded ({error})"
     torch.library.register_fake("montessori::linear_scores", _fake_linear_scores)
+    torch.library.register_fake("montessori::example_squares", _fake_example_squares)
     torch.library.register_fake("montessori::dense_scores", _fake_dense_scores)
     torch.library.register_fake("montessori::cross_entropy_", _fake_cross_entropy)
     torch.library.register_fake("montessori::step_", _fake_step)
@@ -169,6 +170,11 @@ def sampled_linear_influence(
     return scores * call.scale, variance * call.scale**2
 
 
+def example_squares(x: Tensor, dy: Tensor, spans: Spans) -> Tensor:
+    """‖dYᵀX‖² of each example, float64 [B], by the products of its tokens with each other in float32."""
+    return torch.ops.montessori.example_squares(x.contiguous(), dy.contiguous(), *packed_layout(spans, x.shape[0]))
+
+
 def adam_influence(
     grad: Tensor | None,
     q: Tensor,
@@ -258,6 +264,10 @@ def _fake_linear_scores(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (offsets.shape[0] - 1, q.shape[0])
     return q.new_empty(shape, dtype=torch.float64), q.new_empty(shape, dtype=torch.float64)
+
+
+def _fake_example_squares(x: Tensor, dy: Tensor, offsets: Tensor, positions: Tensor | None) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
 
 
 def _fake_dense_scores(

@@ -9,8 +9,8 @@ Dimensions: B examples, n labelled tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,7 +25,7 @@ from montessori.losses import label_rows, model_inputs
 from montessori.products import forward_replaced, is_plain_linear, product
 from montessori.rowmap import RowMap
 from montessori.rules import LINEAR, ModuleRule
-from montessori.uses import LinearUse, TouchedRows
+from montessori.uses import LinearUse, ReceivePart, TouchedRows
 
 # Fewest bytes of logits alive at a time: near the caches on a processor, enough work for one launch on a GPU.
 LOGITS_BYTES = 64 << 20
@@ -35,10 +35,6 @@ BLOCK_WORDS = 128
 
 class HeadError(ModelError):
     """The model does not use its vocabulary head in the way that chunks need."""
-
-
-# Receives (first example, gradient of these rows of the weight for the examples from there on, rows).
-ReceivePart = Callable[[int, LinearUse, slice], None]
 
 
 def chunkable_head(model: nn.Module, rules: dict[nn.Module, ModuleRule]) -> nn.Linear | None:
@@ -132,11 +128,27 @@ class ChunkedHead:
 
     def run(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(losses float64 [B], gradient of their scaled sum with respect to `hidden` [n, H])."""
+        token_losses = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+        grad = torch.zeros_like(hidden)
+        for span, rows, losses, dlogits in self._gradients(hidden):
+            token_losses[span] = losses
+            grad[span] += product(dlogits, self.head.weight[rows].t())
+        return self._means(token_losses), grad
+
+    @torch.no_grad()
+    def again(self, hidden: Tensor, scale: Tensor, receive: ReceivePart) -> list[TouchedRows]:
+        """The parts once more, of the losses times `scale` [B], to `receive`; the touched rows of them."""
+        repeated = replace(self, scale=scale, receive=receive, wants_bias=False)
+        for _ in repeated._gradients(hidden):
+            pass
+        return repeated.touched_rows
+
+    def _gradients(self, hidden: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """(rows of `hidden`, rows of the weight, token losses [n], logits' gradient [n, rows]) part by part, each
+        handed on when it comes."""
         counts = self._counts(hidden)
         weights = 1.0 / counts.double() if self.scale is None else self.scale.double() / counts
         weights = weights.repeat_interleave(counts).to(_wide(hidden.dtype))
-        token_losses = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
-        grad = torch.zeros_like(hidden)
         self.touched_rows = [TouchedRows(ids, hidden.new_zeros(len(ids), hidden.shape[1], dtype=weights.dtype))
                              for ids in self.touched]  # fmt: skip
         if self.wants_bias:
@@ -144,11 +156,9 @@ class ChunkedHead:
         for first, last in self._groups(hidden):
             span = slice(self.offsets[first], self.offsets[last])
             for rows, losses, dlogits in self._blocks(hidden[span], span, weights[span]):
-                token_losses[span] = losses
                 dlogits = dlogits.to(hidden.dtype)
-                grad[span] += product(dlogits, self.head.weight[rows].t())
                 self._hand_on(first, last, hidden[span], dlogits, rows)
-        return self._means(token_losses), grad
+                yield span, rows, losses, dlogits
 
     def _counts(self, like: Tensor) -> Tensor:
         return torch.tensor(self.offsets).diff().to(like.device)

@@ -8,29 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from montessori import cpu
 from montessori.ops import SparseRows
 from montessori.oracle import norm
-from montessori.uses import DenseUse, ExpertsUse, LinearUse, RowsUse, Use, example_gradient
+from montessori.spans import spans_of
+from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, Use, example_gradient
 
 # Values of [examples, L, L] at a time.
 _HELD = 1 << 24
 
 
-def squared_norms(use: Use, size: int, shape: torch.Size) -> Tensor:
-    """‖g_b‖² of a parameter of this `shape` for each of `size` examples, float64 [B] on the parameter's device."""
+def squared_norms(use: Use | RestUse, size: int, impl: str = "auto") -> Tensor:
+    """‖g_b‖² of a parameter for each of `size` examples, float64 [B] on the parameter's device; of a rest, what it adds
+    to that of the parts. `impl` as in `montessori.ops`; kernels of a GPU there are none."""
     if isinstance(use, DenseUse):
         # Rows first, in the gradient's precision: a float32 sum over a large matrix is off by per cents.
         rows = torch.linalg.vector_norm(use.grad.reshape(size, -1, use.grad.shape[-1]), dim=-1)
         return rows.double().square().sum(1)
     if isinstance(use, ExpertsUse):
-        return torch.stack([_of_matrix(part, size) for part in use.parts.values()]).sum(0)
+        return torch.stack([_of_matrix(part, size, impl) for part in use.parts.values()]).sum(0)
     if isinstance(use, RowsUse):
         return _of_rows(use.rows, size)
-    return _of_matrix(use, size)
+    if isinstance(use, RestUse):
+        return _of_rest(use, size)
+    return _of_matrix(use, size, impl)
 
 
 @dataclass(frozen=True)
@@ -59,26 +65,43 @@ class _Padded:
         return self.rows @ other.rows.mT
 
 
-def _of_matrix(use: LinearUse, size: int) -> Tensor:
+def _of_matrix(use: LinearUse, size: int, impl: str) -> Tensor:
     longest, (num_in, num_out) = int(use.offsets.diff().max()), (use.x.shape[1], use.dy.shape[1])
-    if longest * (num_in + num_out) > num_in * num_out:
+    compiled = impl in ("auto", "cpu") and cpu.unsupported(use.x, use.dy) is None
+    # Of two tokens the kernel takes one product, where torch takes both.
+    if longest * (num_in + num_out) > (2 if compiled else 1) * num_in * num_out:
         shape = torch.Size((num_out, num_in))
         return torch.stack([norm(example_gradient(use, example, shape)).square() for example in range(size)])
-    whole_x, whole_dy = (_Padded.of(rows, use.offsets, use.starts) for rows in (use.x, use.dy))
-    tied = None if use.rows is None else _padded_rows(use.rows)
+    if compiled:
+        total = cpu.example_squares(use.x, use.dy, spans_of(use.offsets, use.starts))
+    else:
+        x, dy = _padded(use)
+        total = _by_parts(lambda some: _of_products(x.part(some), dy.part(some)), size, longest)
+    if use.rows is None:
+        return total
+    return total + 2 * _with_rows(use, use.rows, size) + _of_rows(use.rows, size)
+
+
+def _of_products(x: _Padded, dy: _Padded) -> Tensor:
+    return _sum(x.dot(x), dy.dot(dy), x, x)
+
+
+def _with_rows(use: LinearUse, table: SparseRows, size: int) -> Tensor:
+    """⟨dYᵀX, G⟩ with the gradient G of an embedding's rows: dY of which would have a 1 at the token's id."""
+    whole_x, whole_dy = _padded(use)
+    whole_ids, whole_rows = _padded_rows(table)
 
     def of(some: slice) -> Tensor:
-        x, dy = whole_x.part(some), whole_dy.part(some)
-        total = _sum(x.dot(x), dy.dot(dy), x, x)
-        if tied is not None:
-            # Of the embedding's rows, dY would have a 1 at the token's id.
-            ids, rows = tied[0][some], tied[1].part(some)
-            at_ids = dy.rows.gather(2, ids[:, None, :].expand(-1, dy.rows.shape[1], -1))
-            total = total + 2 * _sum(x.dot(rows), at_ids, x, rows)
-        return total
+        x, ids, rows = whole_x.part(some), whole_ids[some], whole_rows.part(some)
+        dy = whole_dy.rows[some]
+        at_ids = dy.gather(2, ids[:, None, :].expand(-1, dy.shape[1], -1))
+        return _sum(x.dot(rows), at_ids, x, rows)
 
-    total = _by_parts(of, size, longest)
-    return total if use.rows is None else total + _of_rows(use.rows, size)
+    return _by_parts(of, size, whole_x.rows.shape[1])
+
+
+def _padded(use: LinearUse) -> tuple[_Padded, _Padded]:
+    return _Padded.of(use.x, use.offsets, use.starts), _Padded.of(use.dy, use.offsets, use.starts)
 
 
 def _of_rows(table: SparseRows, size: int) -> Tensor:
@@ -89,6 +112,18 @@ def _of_rows(table: SparseRows, size: int) -> Tensor:
         return _sum(rows.dot(rows), (ids[:, :, None] == ids[:, None, :]).to(rows.rows.dtype), rows, rows)
 
     return _by_parts(of, size, whole.rows.shape[1])
+
+
+def _of_rest(use: RestUse, size: int) -> Tensor:
+    table = use.rows
+    if table is None:
+        return torch.zeros(size, dtype=torch.float64)
+    total = _of_rows(table, size)
+    for example, (low, high) in enumerate(pairwise(table.offsets.tolist())):
+        part = use.parts[example]
+        of_parts = part.grad[torch.searchsorted(part.ids, table.ids[low:high])]
+        total[example] += 2 * (of_parts.double() * table.grad[low:high].double()).sum()
+    return total
 
 
 def _by_parts(of: Callable[[slice], Tensor], size: int, longest: int) -> Tensor:

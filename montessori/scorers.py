@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,9 +77,7 @@ class LinearScorer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        # Clipping needs every gradient whole before the first score.
-        plan = self.plan if self.max_grad_norm is None else replace(self.plan, head=None)
-        self._capture = Capture(self.model, plan, self.impl, rows_checked=self.loss is not response_loss)
+        self._capture = Capture(self.model, self.plan, self.impl, rows_checked=self.loss is not response_loss)
         self._draws: dict[str, TileSample] = {}
         self._unreached: set[str] = set()
         self._device = next(iter(self.plan.trainable.values())).device
@@ -125,7 +123,7 @@ class LinearScorer:
         )
         sink.start(len(group))
         batch = collate(group).to(self._device)
-        clipping = None if self.max_grad_norm is None else ClippingSink(sink, self.max_grad_norm)
+        clipping = None if self.max_grad_norm is None else ClippingSink.before(sink, self.max_grad_norm)
         try:
             losses = self._capture.run(batch, self.loss, clipping or sink)
         except UntrainedLossError:
@@ -137,7 +135,7 @@ class LinearScorer:
             with torch.no_grad():
                 losses = example_losses(self.model, batch, self.loss)
         if clipping is not None:
-            clipping.release(len(group))
+            clipping.release()
         variance = sink.variance.cpu() if self.sample < 1 else None
         return Scored(expansion.constant + sink.scores.cpu(), losses.double().cpu(), variance)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from montessori import cpu, ops
 from montessori import reference as equations
-from montessori.errors import ModelError
 from montessori.norms import squared_norms
 from montessori.optim_state import AdamWState
 from montessori.products import unrounded_products
@@ -148,31 +148,37 @@ class ClippingSink:
     """Holds a batch's gradients until their global norms are known, then passes them on scaled by c.
 
     Clipping (Eq. 1) needs ‖g_i‖ over all parameters before the first Δ, so dY of every layer stays in
-    memory for the length of one batch.
+    memory for the length of one batch; the head's, of all the vocabulary, is computed a second time.
+    `squares` are ‖g_i‖² of what has come, float64 [B].
     """
 
     target: InfluenceSink
     max_grad_norm: float
-    held: dict[str, Use] = field(default_factory=dict)
+    squares: Tensor
+    held: dict[str, Use | RestUse] = field(default_factory=dict)
+
+    @classmethod
+    def before(cls, target: InfluenceSink, max_grad_norm: float) -> ClippingSink:
+        return cls(target, max_grad_norm, target.scores.new_zeros(target.scores.shape[0]))
 
     def use(self, name: str, use: Use | RestUse) -> None:
-        if isinstance(use, RestUse):
-            raise ModelError(f"{name}: gradients that are to be clipped must come whole")
         self.held[name] = use
 
-    def part(self, name: str, _first: int, _use: LinearUse, _rows: slice) -> None:
-        raise ModelError(f"{name}: gradients that are to be clipped must come whole")
+    def part(self, _name: str, first: int, use: LinearUse, _rows: slice) -> None:
+        self._add(use, slice(first, first + use.offsets.numel() - 1))
 
     def absent(self, name: str) -> None:
         self.target.absent(name)
 
-    def release(self, size: int) -> None:
+    def release(self) -> None:
         """Scale and forward everything held; call once after the backward pass."""
-        device = self.target.scores.device
-        squares = torch.zeros(size, dtype=torch.float64, device=device)
-        with unrounded_products():
-            for name, use in self.held.items():
-                squares += squared_norms(use, size, self.target.parameters[name].shape).to(device)
-        factors = equations.clip_factor(squares.sqrt(), self.max_grad_norm)
+        for use in self.held.values():
+            self._add(use, slice(None))
+        factors = equations.clip_factor(self.squares.sqrt(), self.max_grad_norm)
         for name in list(self.held):
-            self.target.use(name, scale(self.held.pop(name), factors))
+            self.target.use(name, scale(self.held.pop(name), factors, partial(self.target.part, name)))
+
+    def _add(self, use: Use | RestUse, examples: slice) -> None:
+        here = self.squares[examples]
+        with unrounded_products():
+            here += squared_norms(use, len(here), self.target.impl).to(here.device)

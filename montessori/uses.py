@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,15 +93,21 @@ class TouchedRows:
         self.grad[here] += dy[:, self.ids[here] - low].to(self.grad.dtype).T @ x.to(self.grad.dtype)
 
 
+# Receives (first example, gradient of these rows of the weight for the examples from there on, rows).
+ReceivePart = Callable[[int, LinearUse, slice], None]
+
+
 @dataclass(frozen=True)
 class RestUse:
     """What remains of a matrix's gradient after its parts: `rows` [B examples] added to it, or nothing.
 
-    `parts` holds, per example, the gradient of the rows in question from the parts already handed on.
+    `parts` holds, per example, the gradient of the rows in question from the parts already handed on. `again` hands
+    them on once more, those of example b times factor b of its first argument, and returns their `parts`.
     """
 
     rows: SparseRows | None
     parts: Sequence[TouchedRows]
+    again: Callable[[Tensor, ReceivePart], Sequence[TouchedRows]]
 
 
 Use = LinearUse | RowsUse | DenseUse | ExpertsUse
@@ -161,8 +167,11 @@ def _interleave(offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return example.argsort(stable=True), torch.stack(list(offsets)).sum(0)
 
 
-def scale(use: Use, factors: Tensor) -> Use:
-    """The use of gradients scaled per example, `factors` [B]."""
+def scale(use: Use | RestUse, factors: Tensor, receive: ReceivePart) -> Use | RestUse:
+    """The use of gradients scaled per example, `factors` [B]; parts before a rest go to `receive`."""
+    if isinstance(use, RestUse):
+        rows = _scale_rows(use.rows, factors) if use.rows is not None else None
+        return replace(use, rows=rows, parts=use.again(factors, receive))
     if isinstance(use, DenseUse):
         return DenseUse(use.grad * factors.to(use.grad.dtype).view(-1, *[1] * (use.grad.dim() - 1)))
     if isinstance(use, RowsUse):
@@ -173,12 +182,14 @@ def scale(use: Use, factors: Tensor) -> Use:
 
 
 def _scale_linear(use: LinearUse, factors: Tensor) -> LinearUse:
-    use = use.packed()
-    per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device))
-    rows = _scale_rows(use.rows, factors) if use.rows is not None else None
+    per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device)).to(_wide(use.dy).dtype)
+    _, positions = packed_layout(spans_of(use.offsets, use.starts), use.x.shape[0])
+    if positions is not None:
+        of_all = per_row.new_zeros(use.dy.shape[0])
+        per_row = of_all.index_copy_(0, positions.to(of_all.device), per_row)
     # Rounded as it came: a wider one would leave the products of narrow factors.
-    scaled = (_wide(use.dy) * per_row.to(_wide(use.dy).dtype)[:, None]).to(use.dy.dtype)
-    return LinearUse(use.x, scaled, use.offsets, rows)
+    scaled = (_wide(use.dy) * per_row[:, None]).to(use.dy.dtype)
+    return replace(use, dy=scaled, rows=_scale_rows(use.rows, factors) if use.rows is not None else None)
 
 
 def _scale_rows(rows: SparseRows, factors: Tensor) -> SparseRows:

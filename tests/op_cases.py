@@ -37,6 +37,12 @@ every_impl = pytest.mark.parametrize("impl", ops.available_impls())
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 
 
+def simd_levels() -> list[str]:
+    """Instruction sets of this processor that a CPU kernel exists for."""
+    levels = {"AVX512": ["avx512", "avx2", "baseline"], "AVX2": ["avx2", "baseline"]}
+    return levels.get(torch.backends.cpu.get_cpu_capability(), ["baseline"])
+
+
 def bounds(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import linear_case, with_padding
+from op_cases import linear_case, simd_levels, with_padding
 
 from montessori import AdamWStep, SGDStep, cpu, ops
 from montessori.errors import ArgumentError, FallbackWarning
@@ -18,12 +18,6 @@ from montessori.ops import SparseRows
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{cpu.unavailable()}")
 
 STEP = AdamWStep(lr=1e-3, eps=1e-6, step=5, weight_decay=0.1)
-
-
-def simd_levels() -> list[str]:
-    """Instruction sets of this processor that a kernel exists for."""
-    levels = {"AVX512": ["avx512", "avx2", "baseline"], "AVX2": ["avx2", "baseline"]}
-    return levels.get(torch.backends.cpu.get_cpu_capability(), ["baseline"])
 
 
 def problem(num_out=203, num_in=211, lengths=(37, 0, 1, 64), sets=2, tied=True, seed=0):
@@ -158,10 +152,12 @@ def test_the_operator_passes_opcheck():
 def test_the_other_operators_pass_opcheck():
     library, constants = torch.ops.montessori, (0.9, 0.1, 0.9, 0.1, 1e-8, 0.0, 0.0, 0.0)
     q, grad, exp_avg, param = torch.randn(2, 9), torch.randn(3, 9), torch.randn(9), torch.randn(9)
+    offsets = torch.tensor([0, 2, 3])
     exp_avg_sq = exp_avg.square()
     torch.library.opcheck(library.dense_scores.default, (grad, q, exp_avg, exp_avg_sq, param, *constants))
     torch.library.opcheck(library.dense_scores.default, (None, q, exp_avg, exp_avg_sq, param, *constants))
     torch.library.opcheck(library.step_.default, (param, param.clone(), grad[0], exp_avg, exp_avg_sq, 0.1, *constants))
+    torch.library.opcheck(library.example_squares.default, (torch.randn(3, 5), torch.randn(3, 4), offsets, None))
     torch.library.opcheck(library.cross_entropy_.default, (torch.randn(3, 5), torch.tensor([0, 4, 2]), torch.rand(3)))
 
 

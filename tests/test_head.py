@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import CONFIGS, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
+from support import CONFIGS, VOCABULARY, clip_loop, make_model, make_rows, slow_influence, warm_optimizer
 
 from montessori import InfluenceEstimator, head, ops
 from montessori.batching import collate, examples_from_tokens
@@ -41,13 +41,15 @@ def examples(count=4):
     return list(examples_from_tokens(make_rows(count, seed=3), "rows"))
 
 
+@pytest.mark.parametrize("clipping", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
-def test_chunks_of_any_size_give_the_scores_of_single_examples(monkeypatch, name, size):
+def test_chunks_of_any_size_give_the_scores_of_single_examples(monkeypatch, name, size, clipping):
     monkeypatch.setattr(head, "most_logits", lambda hidden, weight: size // 8)
     model = MODELS[name]()
     optimizer, candidates, references = warm_optimizer(model), make_rows(6, seed=1), make_rows(3, seed=2)
-    got = InfluenceEstimator(model, optimizer, references, method="first_order").score(candidates)
+    limit = clip_loop(monkeypatch, model, candidates) if clipping else None
+    got = InfluenceEstimator(model, optimizer, references, method="first_order", max_grad_norm=limit).score(candidates)
     want = slow_influence(model, optimizer, candidates, references, "first_order")
     np.testing.assert_allclose(got.influence, want, rtol=RTOL)
 

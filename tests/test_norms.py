@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_cases import simd_levels
 
-from montessori import norms
+from montessori import cpu, norms
 from montessori.norms import squared_norms
 from montessori.ops import SparseRows
 from montessori.uses import DenseUse, ExpertsUse, LinearUse, RowsUse, Stack, example_gradient
 
+compiled = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{cpu.unavailable()}")
+EXAMPLE_SQUARES = cpu.example_squares
 # An empty example in the midst, at the beginning, at the end; one alone.
 LENGTHS = [(5, 0, 7, 1), (0, 3), (4, 0), (6,), (3, 3, 3)]
 # As wide as the texts are short, and the other way round.
@@ -48,7 +51,7 @@ def table(lengths, shape, dtype=torch.float64):
 
 def assert_norms(use, size, shape, rtol=1e-12):
     want = [example_gradient(use, example, torch.Size(shape)).double().square().sum() for example in range(size)]
-    torch.testing.assert_close(squared_norms(use, size, torch.Size(shape)), torch.stack(want), rtol=rtol, atol=0)
+    torch.testing.assert_close(squared_norms(use, size), torch.stack(want), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("held", [1 << 24, 1])
@@ -84,9 +87,43 @@ def test_norms_of_ready_gradients_and_of_experts():
         assert_norms(ExpertsUse(parts, stack), 3, shape)
 
 
+@compiled
+@pytest.mark.parametrize("simd", ["", *simd_levels()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [(5, 0, 7, 1), (47, 97, 0, 48)])
+@pytest.mark.parametrize("layout", ["packed", "apart"])
+def test_the_kernels_norms_are_those_of_the_gradients(monkeypatch, simd, dtype, lengths, layout):
+    """Widths beyond what goes at a time, and no multiple of any vector; every element of the factors as it stands."""
+    monkeypatch.setenv("MONTESSORI_SIMD", simd)
+    use, calls = linear_use(lengths, (703, 517), layout, dtype=dtype), []
+    monkeypatch.setattr(cpu, "example_squares", lambda *given: calls.append(EXAMPLE_SQUARES(*given)) or calls[-1])
+    wide = LinearUse(use.x.double(), use.dy.double(), use.offsets, starts=use.starts)
+    want = squared_norms(wide, len(lengths), "reference")
+    # The largest terms, of a token with itself, are sums of 703 squares in float32: sqrt(703) roundings of 2^-24.
+    torch.testing.assert_close(squared_norms(use, len(lengths)), want, rtol=2e-6, atol=0)
+    assert len(calls) == 1
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_the_batch_change_a_bit_of_the_kernels_norms(dtype):
+    use, threads = linear_use((60, 1, 97), (80, 70), dtype=dtype), torch.get_num_threads()
+    spans = [(0, 60), (60, 61), (61, 158)]
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(cpu.example_squares(use.x, use.dy, spans))
+    finally:
+        torch.set_num_threads(threads)
+    alone = torch.cat([cpu.example_squares(use.x, use.dy, [span]) for span in spans])
+    assert all(torch.equal(result, alone) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_example_that_is_not_finite_keeps_that_to_itself(shape):
-    use = linear_use((5, 4, 7), shape, "padded")
+def test_an_example_that_is_not_finite_keeps_that_to_itself(shape, dtype):
+    use = linear_use((5, 4, 7), shape, "padded", dtype=dtype)
     use.dy[2] = torch.inf
-    found = squared_norms(use, 3, torch.Size(shape))
+    found = squared_norms(use, 3)
     assert not found[0].isfinite() and found[1:].isfinite().all()

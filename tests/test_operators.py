@@ -32,6 +32,9 @@ def right(operator: str) -> dict:
         return batch | state(OUT, IN) | dict.fromkeys(optional) | CONSTANTS | {"round_products": False}
     if operator == "tile_norms":
         return {"q": torch.ones(SETS, OUT, IN)}
+    if operator == "example_squares":
+        batch = {"x": torch.ones(TOKENS, IN), "dy": torch.ones(TOKENS, OUT), "offsets": numbers(0, 3, 3, 5)}
+        return batch | {"positions": None}
     if operator == "dense_scores":
         return {"grad": torch.ones(3, OUT * IN)} | state(OUT * IN) | CONSTANTS
     if operator == "step_":
@@ -89,6 +92,12 @@ WRONG = [
     ("linear_scores", SAMPLE | {"population": numbers(0)}, "population: .* at least the 1 tiles drawn from stratum 0"),
     ("linear_scores", SAMPLE | {"population": numbers(2)}, "population: expected a sum of 1, .*, got 2"),
     ("tile_norms", {"q": torch.ones(OUT, IN)}, r"q: .*\[K, O, I\] = \[any, any, any\], got \[6, 4\]"),
+    ("example_squares", {"x": torch.ones(TOKENS)}, r"x: .*\[T, I\] = \[any, any\], got \[5\]"),
+    ("example_squares", {"dy": torch.ones(TOKENS - 1, OUT)}, r"dy: .*\[T, O\] = \[5, 6\], got \[4, 6\]"),
+    ("example_squares", {"dy": torch.ones(TOKENS, OUT).double()}, "dy: expected float32, .*, got Double"),
+    ("example_squares", {"x": torch.ones(IN, TOKENS).mT}, "x: expected a contiguous CPU tensor"),
+    ("example_squares", {"offsets": numbers(0, 6)}, r"offsets: .* 0 to 5 \(the rows of x\), got 0 to 6"),
+    ("example_squares", {"positions": numbers(0, 1, 2, 3, 5)}, r"positions: .* below 5 \(the rows of x\), got 5"),
     ("dense_scores", {"q": torch.ones(SETS, OUT, IN)}, r"q: .*\[K, n\] = \[any, any\], got \[2, 6, 4\]"),
     ("dense_scores", {"grad": torch.ones(3, 23)}, r"grad: .*\[B, n\] = \[any, 24\], got \[3, 23\]"),
     ("dense_scores", {"grad": torch.ones(24)}, r"grad: .*\[B, n\] = \[any, 24\], got \[24\]"),
@@ -168,5 +177,8 @@ def test_nothing_is_right_for_the_other_operators_too():
         call("dense_scores", grad=torch.ones(3, 0), **state(0)), torch.zeros(3, SETS, dtype=torch.float64)
     )
     assert call("tile_norms", q=torch.ones(SETS, 0, IN)).shape == (SETS, 0)
+    assert call("example_squares").tolist() == [9 * IN * OUT, 0, 4 * IN * OUT]
+    assert call("example_squares", x=torch.ones(0, IN), dy=torch.ones(0, OUT), offsets=numbers(0)).shape == (0,)
+    assert call("example_squares", x=torch.ones(TOKENS, 0)).tolist() == [0, 0, 0]
     assert call("cross_entropy_", logits=torch.ones(0, 7), targets=numbers(), weights=none).shape == (0,)
     call("step_", param=none, source=none, grad=none, exp_avg=none, exp_avg_sq=none)

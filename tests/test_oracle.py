@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import support
 import torch
-from support import gradients, make_model, make_rows, plain_loss, slow_influence, warm_optimizer
+from support import VOCABULARY, clip_loop, gradients, make_model, make_rows, plain_loss, slow_influence, warm_optimizer
 from torch import nn
 
 from montessori import AdamWState, InfluenceEstimator, naive
@@ -317,8 +316,8 @@ class Branching(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.extra = nn.Embedding(support.VOCABULARY, 8), nn.Linear(8, 8)
-        self.head = nn.Linear(8, support.VOCABULARY)
+        self.embed, self.extra = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, VOCABULARY)
 
     def forward(self, input_ids):
         h, reached = self.embed(input_ids), (input_ids >= 40).any(1)
@@ -338,21 +337,7 @@ def test_clipped_scores_are_those_of_a_loop_with_clipping(monkeypatch, name, met
         candidates = [{key: [min(token, 39) for token in ids] for key, ids in row.items()} for row in candidates]
         references = [{key: [*ids, 50] for key, ids in row.items()} for row in references]
     unclipped = slow_influence(model, optimizer, candidates, references, method, pilot=range(5))
-    norms = [global_norm(gradients(model, plain_loss(model, row))) for row in candidates]
-    # Between the second and the third: three of the five are clipped.
-    limit = float(np.sort(norms)[1:3].mean())
-
-    def clipped(model, loss):
-        grads = gradients(model, loss)
-        return {key: grad * min(1.0, limit / global_norm(grads)) for key, grad in grads.items()}
-
-    def clipped_deltas(model, optimizer, row):
-        with monkeypatch.context() as patch:
-            patch.setattr(support, "gradients", clipped)
-            return plain_deltas(model, optimizer, row)
-
-    plain_deltas = support.slow_deltas
-    monkeypatch.setattr(support, "slow_deltas", clipped_deltas)
+    limit = clip_loop(monkeypatch, model, candidates)
     want = np.array(slow_influence(model, optimizer, candidates, references, method, pilot=range(5)))
     got = InfluenceEstimator(model, optimizer, references, method=method, pilot=5, max_grad_norm=limit).score(
         candidates, batch_tokens=40
@@ -360,7 +345,3 @@ def test_clipped_scores_are_those_of_a_loop_with_clipping(monkeypatch, name, met
     # As tests/test_estimator.py: two orders of summation in float64.
     np.testing.assert_allclose(got.influence, want, rtol=1e-9)
     assert np.abs(want - unclipped).max() > 1e-3 * np.abs(want).max()
-
-
-def global_norm(grads: dict[str, torch.Tensor]) -> float:
-    return float(torch.stack([grad.norm() for grad in grads.values()]).norm())

@@ -37,6 +37,16 @@ using StepRow = void (*)(const TileJob& job, const float* grad, const float* bas
 // Cross-entropy of one row of logits [columns], which it replaces by their gradient times `weight`.
 using CrossEntropy = double (*)(float* logits, int64_t columns, int64_t target, float weight);
 
+// Rows a[0..rows) and b[0..before+rows) of one matrix, a[i] the same as b[before + i].
+struct RowPairs {
+  const char* const* a;
+  const char* const* b;
+  int64_t rows, before, stride;
+};
+
+// Adds the products of `bytes` of a[i] and b[j] to dots[i · stride + j], of those with j <= before + i at least.
+using AddDots = void (*)(const RowPairs& pairs, int64_t bytes, float* dots);
+
 struct Kernel {
   int64_t rows;     // of a register tile
   int64_t columns;  // of a weight tile
@@ -46,6 +56,8 @@ struct Kernel {
   ScoreDense dense_adamw, dense_sgd;
   StepRow step_adamw, step_sgd;
   CrossEntropy cross_entropy;
+  AddDots dots;           // of float32
+  AddDots dots_of_pairs;  // of bfloat16, or null
 };
 
 const Kernel& kernel_avx512bf16();

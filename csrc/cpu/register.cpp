@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "squares.h"
 #include "tiles.h"
 
 namespace {
@@ -193,6 +194,19 @@ std::tuple<Tensor, Tensor> linear_scores(const Tensor& x, const Tensor& dy, cons
   return {scores, variance};
 }
 
+Tensor example_squares(const Tensor& x, const Tensor& dy, const Tensor& offsets, const MaybeTensor& positions) {
+  montessori::LinearProblem p{};
+  check_shape(x, "x", "[T, I]", {kAny, kAny});
+  check_shape(dy, "dy", "[T, O]", {kAny, kAny});
+  p.in = x.size(1);
+  p.out = dy.size(1);
+  set_batch(p, x, dy, offsets, positions);
+  Tensor squares = torch::stable::new_zeros(x, {p.examples}, ScalarType::Double);
+  montessori::example_squares({p.x, p.positions}, p.in, {p.dy, p.positions}, p.out, p.offsets, p.examples, kernel(),
+                              parallel, static_cast<double*>(squares.mutable_data_ptr()));
+  return squares;
+}
+
 Tensor tile_norms(const Tensor& q) {
   check_shape(q, "q", "[K, O, I]", {kAny, kAny, kAny});
   const int64_t sets = q.size(0), out = q.size(1), in = q.size(2);
@@ -276,6 +290,7 @@ STABLE_TORCH_LIBRARY(montessori, library) {
       "Tensor? param, Tensor? row_ids, Tensor? row_grad, Tensor? row_offsets, Tensor? tiles, Tensor? bounds, "
       "Tensor? population, float a1, float a2, float s1, float s2, float eps, float decay, float on_param, float "
       "on_exp_avg, bool round_products) -> (Tensor, Tensor)");
+  library.def("example_squares(Tensor x, Tensor dy, Tensor offsets, Tensor? positions) -> Tensor");
   library.def("tile_norms(Tensor q) -> Tensor");
   library.def(
       "dense_scores(Tensor? grad, Tensor q, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? param, float a1, float a2, "
@@ -288,6 +303,7 @@ STABLE_TORCH_LIBRARY(montessori, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(montessori, CPU, library) {
   library.impl("linear_scores", TORCH_BOX(&linear_scores));
+  library.impl("example_squares", TORCH_BOX(&example_squares));
   library.impl("tile_norms", TORCH_BOX(&tile_norms));
   library.impl("dense_scores", TORCH_BOX(&dense_scores));
   library.impl("step_", TORCH_BOX(&step_));

@@ -1,6 +1,7 @@
 // Kernels over contiguous rows: ready gradients, and the cross-entropy of logits. Included as simd.h is.
 #pragma once
 
+#include "dots_kernel.h"
 #include "kernel.h"
 #include "simd.h"
 #include "tile_kernel.h"
@@ -106,6 +107,8 @@ constexpr montessori::Kernel kKernel{kRows,
                                      score_dense<Step::kSgd>,
                                      take_step<Step::kAdamW>,
                                      take_step<Step::kSgd>,
-                                     cross_entropy};
+                                     cross_entropy,
+                                     add_dots<FloatDots>,
+                                     kDotsOfPairs};
 
 }  // namespace
