@@ -100,7 +100,16 @@ def test_baselines_are_switches():
 
 
 @pytest.mark.parametrize(
-    "content", ["- a\n", "a: [\n", "!!python/object:os.system x\n", "tune: {beta: !!binary abc}\n"]
+    "content",
+    [
+        "- a\n",
+        "a: [\n",
+        "!!python/object:os.system x\n",
+        "tune: {beta: !!binary abc}\n",
+        "tune: &own {beta: *own}\n",
+        "seed: 1\nseed: 2\n",
+        "tune: {beta: 0.1}\nseed: 1\ntune: {beta: 0.2}\n",
+    ],
 )
 def test_a_file_that_is_no_config_is_one_line(content, tmp_path):
     file = tmp_path / "bad.yaml"

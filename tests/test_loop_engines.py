@@ -286,3 +286,31 @@ def test_endpoint_failures_are_one_line(teacher):
         endpoint(teacher, server, api_key_env="NO_SUCH_KEY")
     with pytest.raises(ArgumentError, match=r"engine\.base_url"):
         EngineSettings.read({"name": "endpoint"}, "x")
+    for url in ("", "foo", "localhost:8000/v1", "http://"):
+        with pytest.raises(ArgumentError, match="expected http:// or https:// and a host"):
+            EngineSettings.read({"name": "endpoint", "model": "m", "base_url": url}, "x")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"text": None, "finish_reason": "stop"}]},
+        {"choices": [{"text": 5}]},
+        {"choices": [{"text": "half \ud83d of it"}]},
+        {"choices": [{"text": "say"}], "usage": [1]},
+        {"choices": [{"text": "say"}], "usage": {"completion_tokens": "3"}},
+        {"choices": []},
+        ["say"],
+    ],
+)
+def test_an_answer_of_another_form_is_one_line(answer, teacher):
+    with Server(answer=answer) as server, pytest.raises(ResourceError, match="expected choices with a text and a num"):
+        endpoint(teacher, server).generate(requests(["say"]), Sampling(), stop=("</x>",))
+
+
+def test_a_key_that_no_header_may_hold_is_refused_and_not_shown(teacher, monkeypatch):
+    for key in ("sk-secret\n", "sk-sécret"):
+        monkeypatch.setenv("LOOP_TEST_KEY", key)
+        with pytest.raises(ModelError, match="LOOP_TEST_KEY holds a character that no header may have") as caught:
+            endpoint(teacher, Server(), api_key_env="LOOP_TEST_KEY")
+        assert "sk-" not in str(caught.value)

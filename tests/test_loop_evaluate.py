@@ -18,15 +18,16 @@ from montessori.checkpoints import read_state
 from montessori.data import Rows
 from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError, StateError
-from montessori.loop import evaluate, heldout
+from montessori.loop import evaluate, heldout, winrate
 from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_mt_bench
 from montessori.loop.config import read_config
-from montessori.loop.engines import EngineSettings, Sampling, open_engine
+from montessori.loop.engines import EngineSettings, Sampling, open_engine, tokens_written
 from montessori.loop.evaluate import EvaluateSettings
 from montessori.loop.harness import check_tasks, harness
 from montessori.loop.judge import JudgeSettings
 from montessori.loop.round import run as run_loop
 from montessori.loop.rows import student_rows
+from montessori.loop.statistics import bootstrap_mean
 from montessori.models import load_model
 from montessori.naive import make_adamw
 from montessori.passes import example_losses
@@ -169,15 +170,23 @@ class Judge:
         self.server.server_close()
 
 
-def test_a_judge_behind_an_endpoint_gives_a_win_rate_over_the_base(student, tmp_path):
+def test_a_judge_behind_an_endpoint_gives_a_win_rate_over_the_base(student, tmp_path, monkeypatch):
     settings = AnswerSettings(count=3, sampling=Sampling(max_new_tokens=4))
     engine = open_engine(EngineSettings(batch_size=4, device="cpu"))
     with Judge(" A") as url:
         judge = JudgeSettings(model=str(student), engine=EngineSettings(name="endpoint", base_url=url, model="judge"))
         students = {"student": student, "base": student}
-        found = evaluate.win_rates(
-            settings, judge, engine, students, ["what is red", "add two", "say hello"], tmp_path, 0
-        )
+        asked, seen = ["what is red", "add two", "say hello"], []
+
+        def watched(values, **options):
+            seen.append(options)
+            return bootstrap_mean(values, **options)
+
+        monkeypatch.setattr(winrate, "bootstrap_mean", watched)
+        found = evaluate.win_rates(settings, judge, engine, students, asked, tmp_path, seed=0, resamples=123)
+    assert seen == [{"seed": 0, "resamples": 123}]
+    # Three answers of at most four tokens of each student, and six verdicts of one.
+    assert 6 + 6 <= tokens_written(tmp_path.glob("[aj]*.jsonl")) <= 6 + 24
     # It always takes the answer shown first, which both orders cancel.
     assert found["base"]["win_rate"]["mean"] == 0.5 and found["base"]["first_position"] == 1.0
     assert found["base"]["unread"] == 0

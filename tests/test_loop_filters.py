@@ -45,6 +45,30 @@ def test_filters_are_settings():
     assert FilterSettings(blocked_words=("c++",), min_characters=1).rejection("see x") is None
 
 
+@pytest.mark.parametrize(
+    ("word", "instruction", "blocked"),
+    [
+        ("c++", "Write a c++ program", True),
+        ("C#", "Write it in c#, please", True),
+        ("C#", "Write it in abc#", False),
+        ("$5", "Give me $5 now", True),
+        ("$5", "Give me $50 now", False),
+        ("go to", "Now go  to the shop", True),
+        ("go to", "Now go\nto the shop", True),
+        ("图片", "请描述这张图片里的内容", True),
+        ("karte", "Beschreibe die Landkarte", False),
+    ],
+)
+def test_a_blocked_word_is_whole_where_its_ends_can_be_seen(word, instruction, blocked):
+    settings = FilterSettings(blocked_words=(word,), no_leading_non_ascii=False)
+    assert settings.rejection(instruction) == ("blocked_word" if blocked else None)
+
+
+def test_an_empty_word_blocks_nothing_and_is_refused():
+    with pytest.raises(ArgumentError, match="blocked_words: expected words, got an empty one"):
+        FilterSettings.read({"blocked_words": ["map", " "]}, "x")
+
+
 def slow_rouge(a: str, b: str) -> float:
     """ROUGE-L F by the textbook recursion."""
     x, y = a.lower().split(), b.lower().split()

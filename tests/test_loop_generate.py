@@ -266,9 +266,11 @@ def test_too_few_instructions_say_what_was_rejected(tmp_path):
 
 
 def test_too_few_seeds(tmp_path):
-    with pytest.raises(DataError, match="expected at least 12 instructions that pass the filters, got 10 of 10"):
+    with pytest.raises(
+        DataError, match=r"expected at least 12 instructions that pass generate\.filters, got 10 of 10: g"
+    ):
         write_final(recipe(seed_examples=10), 8, Speller(), tmp_path, progress=False)
-    with pytest.raises(DataError, match="got 0 of 1"):
+    with pytest.raises(DataError, match=r"got 0 of 1 \(blocked_word 1\)"):
         write_final(replace(recipe(), seeds=["Draw a map."]), 8, Speller(), tmp_path, progress=False)
 
 

@@ -25,6 +25,9 @@ class Replies:
     def release(self):
         pass
 
+    def fits(self, prompt):
+        return len(prompt) < 2000
+
     def batches(self, requests):
         return [list(requests)]
 
@@ -54,6 +57,9 @@ def test_grades_are_read_from_replies(tmp_path):
         ("It has 2 mistakes in 3 lines.", np.nan),
         ("-3", np.nan),
         ("42", np.nan),
+        ("4-5", np.nan),
+        ("3. 8", 8),
+        ("8. It is clear.", 8),
     ],
 )
 def test_a_scale_is_no_grade(reply, grade):
@@ -74,6 +80,20 @@ def test_a_scale_is_no_grade(reply, grade):
         ("Both A and B are equal: tie", 0.5),
         ("A and B are equal", np.nan),
         ("A nice question", np.nan),
+        ("A. B is wrong.", np.nan),
+        ("B is worse than A.", np.nan),
+        ("A is wrong; B is correct.", np.nan),
+        ("A is incorrect.", np.nan),
+        ("Answer A is wrong", np.nan),
+        ("Answer A is not better than Answer B", np.nan),
+        ("B has an error, so A is better", np.nan),
+        ("B gives wrong facts. A is right", np.nan),
+        ("A isn't as good as B", np.nan),
+        ("It is not a tie. B.", np.nan),
+        ("tie-breaker: A", 1),
+        ("Answer B has an error.\n\nVerdict: A", 1),
+        ("Both have flaws.\n**Better answer: B**", 0),
+        ("Worse answer: A", np.nan),
     ],
 )
 def test_an_article_is_no_verdict(reply, value):
@@ -97,6 +117,12 @@ def test_replies_without_a_verdict_count_as_ties_unless_all_are(tmp_path):
     assert one.prefer(["?"], ["x"], ["y"]) == ([0.5], [1]) and one.unread == 1
     with pytest.raises(DataError, match="judge m: expected a grade from 1 to 10 in a reply, got none"):
         judge(lambda _: "fine", tmp_path).grade([{"instruction": "?", "response": "x"}])
+
+
+def test_what_is_too_long_to_be_judged_counts_as_unread(tmp_path):
+    one = judge(lambda _: "A", tmp_path)
+    assert one.prefer(["?", "?"], ["x", "x" * 2000], ["y", "y"]) == ([1, 0.5], [0, 0.5])
+    assert one.unread == 2
 
 
 def test_replies_on_disk_are_not_asked_for_again(tmp_path):

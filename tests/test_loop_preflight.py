@@ -89,6 +89,25 @@ def test_a_judge_of_nothing_is_not_looked_at(settings):
         check_config(make_config(settings, judge=judge, evaluate={"answers": {"count": 1}}))
 
 
+@pytest.mark.parametrize("section", ["warmup", "score", "train", "generate", "responses", "judge"])
+def test_a_template_that_fails_on_every_chat_is_named_before_the_first_stage(section, settings):
+    broken = "{% for m in messages %}{{ m.content }}{% endif %}"
+    changes = {section: {**settings.get(section, {}), "chat_template": broken}}
+    if section == "judge":
+        changes = {"judge": {"model": settings["student"], "chat_template": broken}, "signal": {"kind": "judge"}}
+    if section == "generate":
+        changes["generate"]["style"] = "chat"
+    with pytest.raises(DataError, match=rf"^{section}\.chat_template, .*the chat template fails on it .*endif"):
+        check_config(make_config(settings, **changes))
+
+
+def test_a_question_that_does_not_fit_is_named_before_the_first_stage(settings, tmp_path):
+    write_jsonl(tmp_path / "question.jsonl", [{"question_id": 1, "turns": ["what " * 300]}])
+    evaluate = {**settings["evaluate"], "answers": {"questions": str(tmp_path / "question.jsonl")}}
+    with pytest.raises(DataError, match=r"question\.jsonl, line 1: the question leaves no room"):
+        loop.run(make_config(settings, evaluate=evaluate), tmp_path / "run", progress=False)
+
+
 def test_an_opponent_without_a_chat_template_is_named_before_the_first_stage(settings, tmp_path):
     opponent = without_template(settings["student"], tmp_path / "opponent")
     with pytest.raises(
@@ -177,8 +196,30 @@ def test_a_student_without_a_chat_template_is_found_before_the_first_stage(setti
 
 def test_evaluation_rows_in_the_reference_are_refused(settings, tmp_path):
     data = {**settings["data"], "evaluation": settings["data"]["reference"]}
-    with pytest.raises(DataError, match=r"5 of 9 evaluation rows are also in the reference"):
+    with pytest.raises(DataError, match=r"5 of 9 evaluation rows have an instruction of the reference"):
         loop.run(make_config(settings, data=data), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["columns", "messages", "part"])
+def test_the_same_rows_in_other_columns_are_told(kind, settings, tmp_path):
+    rows = [json.loads(line) for line in Path(settings["data"]["reference"]).read_text().splitlines()][:5]
+    if kind == "messages":
+        rows = [
+            {"messages": [{"role": "user", "content": f" {row['instruction'].upper()}"},
+                          {"role": "assistant", "content": row["response"]}]}
+            for row in rows
+        ]  # fmt: skip
+    elif kind == "columns":
+        rows = [{**row, "id": number} for number, row in enumerate(rows)]
+    # In one file, the rows after those of the reference are held out.
+    data = {**settings["data"], "evaluation": str(tmp_path / "more.jsonl")}
+    if kind == "part":
+        rows, data = [*rows, *rows[:4]], {**settings["data"], "reference": str(tmp_path / "more.jsonl")}
+    write_jsonl(tmp_path / "more.jsonl", rows)
+    with pytest.raises(DataError, match=r"more\.jsonl, line \d: [45] of [45] evaluation rows have an instruction of"):
+        loop.run(make_config(settings, data=data), tmp_path / "run", progress=False)
+    allowed = make_config(settings, data=data, split={**settings["split"], "leakage": "allow"})
+    assert loop._Material.read(allowed).evaluation
 
 
 def test_seeds_in_the_evaluation_set_are_refused(settings, tmp_path):

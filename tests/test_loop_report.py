@@ -86,6 +86,14 @@ def test_the_extremes_stand_as_the_teacher_wrote_them_and_cannot_run(finished):
     assert "r1-000000-2" not in page
 
 
+def test_a_tuned_answer_stands_below_what_it_answers(finished):
+    rows = [{**row, "completion": row["response"]} for row in make_generated(2)]
+    write_jsonl(finished / "round_1/generate/probe.jsonl", rows)
+    page = report.run(finished, COSTS).read_text(encoding="utf-8")
+    best = rows[3]
+    assert f'<pre>{best["instruction"]}</pre><pre class="note">{best["response"]}</pre>' in page
+
+
 def test_the_numbers_of_the_round_and_the_costs(finished):
     page = report.run(finished, COSTS).read_text(encoding="utf-8")
     numbers = dict(report.headline(finished))

@@ -282,6 +282,9 @@ def test_the_untuned_baseline_has_no_tuning_stages(settings, tmp_path):
     assert sorted(folder.name for folder in (tmp_path / "round_1").iterdir()) == sorted(loop.UNTUNED_STAGES)
     with pytest.raises(ArgumentError, match="--until tune: expected one of regenerate, train, evaluate"):
         loop.run(plain, tmp_path, until="tune")
+    # Its rows are those of the other setting.
+    with pytest.raises(ArgumentError, match="optimise"):
+        loop.run(make_config(settings, teacher_mode="untuned", optimise="response"), tmp_path)
 
 
 def test_a_second_round_goes_on_from_the_teacher_of_the_first(settings, finished, tmp_path):
@@ -295,6 +298,17 @@ def test_a_second_round_goes_on_from_the_teacher_of_the_first(settings, finished
     assert not texts[0] & texts[1]
     given = json.loads((path / "round_2/generate/inputs.json").read_text())["teacher"]
     assert given == RunDirectory(path).digest("round_1/tune")
+
+
+def test_a_random_signal_is_another_one_in_every_round(settings, finished, tmp_path, monkeypatch):
+    path, seen = tmp_path / "random", []
+    for number in (1, 2):
+        shutil.copytree(finished[0] / "round_1", path / f"round_{number}")
+    monkeypatch.setattr(loop.pairs, "run", lambda *given: seen.append(given[2]) or {"num_pairs": 0})
+    random = make_config(settings, signal={"kind": "random"})
+    for number in (1, 2):
+        loop.Round(random, RunDirectory(path), None, number, None, False).pairs(tmp_path)
+    assert len(seen[0].values) == len(seen[1].values) and not (seen[0].values == seen[1].values).any()
 
 
 def test_responses_can_be_optimised(settings, tmp_path):

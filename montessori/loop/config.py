@@ -143,7 +143,15 @@ def data_path(name: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with numbers as people write them (5e-6) and without dates."""
+    """YAML with numbers as people write them (5e-6), without dates, and each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")]
+        names = [key.value for key in keys]
+        twice = next((name for position, name in enumerate(names) if name in names[:position]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -37,6 +37,11 @@ class EndpointEngine:
             self._key = os.environ.get(settings.api_key_env)
             if not self._key:
                 raise ModelError(f"engine.api_key_env: the environment variable {settings.api_key_env} is not set")
+            if not (self._key.isascii() and self._key.isprintable()):
+                raise ModelError(
+                    f"engine.api_key_env: the environment variable {settings.api_key_env} holds a character that no "
+                    "header may have, such as the end of a line: set it without"
+                )
 
     def load(self, model: str | os.PathLike[str]) -> None:
         self.tokenizer = load_tokenizer(checkpoint_name(model))
@@ -105,19 +110,23 @@ class EndpointEngine:
 
     def _sample(self, answer: dict[str, Any], stop: Sequence[str]) -> Sample:
         try:
-            choice = answer["choices"][0]
-            text, finish = choice["text"], choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError) as error:
+            choice, usage = answer["choices"][0], answer.get("usage") or {}
+            text, finish, counted = choice["text"], choice.get("finish_reason"), usage.get("completion_tokens")
+            # Half a character cannot be written to a file, or read by a tokenizer.
+            text.encode()
+            if not isinstance(counted, int | None):
+                raise TypeError
+        except (AttributeError, KeyError, IndexError, TypeError, UnicodeEncodeError) as error:
             raise ResourceError(
-                f"{self.settings.base_url}: expected choices with a text, got {json.dumps(answer)[:200]}"
+                f"{self.settings.base_url}: expected choices with a text and a number of tokens, got "
+                f"{json.dumps(answer)[:200]}"
             ) from error
         # Servers leave the stop string out. Those that tell an end of text from a stop string do so in
         # stop_reason, which the others do not have.
         if finish == "stop" and stop and not any(mark in text for mark in stop):
             reason = choice.get("stop_reason", stop[0])
             text += reason if reason in stop else ""
-        usage = answer.get("usage") or {}
-        tokens = usage.get("completion_tokens") or len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokens = counted or len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return Sample(cut_at_stop(text, stop), tokens, "length" if finish == "length" else "stop")
 
 

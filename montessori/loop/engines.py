@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
@@ -41,7 +44,8 @@ class EngineSettings(Section):
     simultaneous requests (`endpoint`). `dtype`: of the weights; a teacher tuned with a small learning rate
     differs from its base by less than bfloat16 can hold, hence float32. `max_length`: tokens of prompt and
     output together, by default the model's own limit. `base_url` and `model`: of an OpenAI-compatible
-    server; the key, if it needs one, is read from the environment variable `api_key_env`.
+    server; the key, if it needs one, is read from the environment variable `api_key_env`; `timeout` seconds without a
+    byte of its answer are a failed try.
     """
 
     name: Literal["transformers", "vllm", "endpoint"] = "transformers"
@@ -61,6 +65,8 @@ class EngineSettings(Section):
     def _check(self) -> Self:
         if self.name == "endpoint" and (self.base_url is None or self.model is None):
             raise ValueError("engine.name=endpoint: expected engine.base_url and engine.model as well")
+        if self.base_url is not None and not re.match(r"https?://[^/\s]+", self.base_url):
+            raise ValueError(f"engine.base_url={self.base_url!r}: expected http:// or https:// and a host")
         return self
 
 
@@ -156,6 +162,12 @@ class SampleMemory:
             self.samples[row["id"]] = Sample(**{name: value for name, value in row.items() if name != "id"})
 
 
+def tokens_written(files: Iterable[Path]) -> int:
+    """Tokens of all samples in journals of finished `SampleMemory`s."""
+    records = (json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines())
+    return sum(row["num_tokens"] for record in records for row in record.get("samples", ()))
+
+
 def derive_seed(*parts: object) -> int:
     """63 bits that depend on `parts` alone, for the randomness of one request or one draw."""
     text = "\x1f".join(map(str, parts))
@@ -171,8 +183,9 @@ def prompt_ids(tokenizer: Any, requests: Sequence[Request], limit: int) -> list[
     for request, ids in zip(requests, encoded, strict=True):
         if not 0 < len(ids) < limit:
             raise DataError(
-                f"prompt {request.id}: expected 1 to {limit - 1} tokens, got {len(ids)}; the model and its output "
-                f"share {limit}: use fewer or shorter examples, or raise engine.max_length"
+                f"prompt {request.id}: expected 1 to {limit - 1} tokens, got {len(ids)}; prompt and output share "
+                f"{limit}, the lower of the model's own limit and its engine.max_length: shorten what the prompt holds "
+                "(of a teacher's, use fewer or shorter examples)"
             )
     return encoded
 

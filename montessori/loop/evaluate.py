@@ -163,6 +163,7 @@ def win_rates(
     instructions: Sequence[str],
     out: Path,
     seed: int,
+    resamples: int = 10_000,
 ) -> dict[str, Any]:
     """Answers of all `students` in AlpacaEval's format and, with a judge, the win rate of the first over each other.
 
@@ -182,7 +183,8 @@ def win_rates(
     for name, theirs in others:
         with open_judge(judge, out) as judging:
             preferences = judging.prefer(chosen, ours, theirs, f"against_{name}")
-            rate = win_rate(*preferences, list(map(len, ours)), list(map(len, theirs)), seed=seed)
+            lengths = list(map(len, ours)), list(map(len, theirs))
+            rate = win_rate(*preferences, *lengths, seed=seed, resamples=resamples)
             found[name] = {**rate.to_dict(), "unread": judging.unread}
     return found
 
@@ -220,9 +222,8 @@ def run(
         )
     if settings.answers.count and engine is not None:
         others = {"opponent" if settings.answers.opponent else "base": settings.answers.opponent or base}
-        content["win_rate"] = win_rates(
-            settings.answers, judge, engine, {"student": student, **others}, instruction_text(evaluation), out, seed
-        )
+        asked, students = instruction_text(evaluation), {"student": student, **others}
+        content["win_rate"] = win_rates(settings.answers, judge, engine, students, asked, out, **repeat)
     if settings.answers.questions is not None and engine is not None:
         questions = load_rows(settings.answers.questions, name="questions")
         answers = answer(settings.answers, engine, student, read_mt_bench(questions), out, "mt_bench")

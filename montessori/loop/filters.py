@@ -44,6 +44,8 @@ class FilterSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not all(word.strip() for word in self.blocked_words):
+            raise ValueError("blocked_words: expected words, got an empty one")
         if self.min_characters > self.max_characters:
             raise ValueError(
                 f"min_characters={self.min_characters}: expected at most max_characters={self.max_characters}"
@@ -52,8 +54,8 @@ class FilterSettings(Section):
 
     @cached_property
     def _blocked(self) -> re.Pattern[str] | None:
-        words = "|".join(re.escape(word) for word in self.blocked_words)
-        return re.compile(rf"\b(?:{words})\b", re.IGNORECASE) if words else None
+        words = "|".join(map(_whole_word, self.blocked_words))
+        return re.compile(words, re.IGNORECASE) if words else None
 
     def rejection(self, instruction: str | None) -> str | None:
         """Why `instruction` cannot be used, whatever else was written: a name for the counts; None if it can."""
@@ -72,6 +74,19 @@ class FilterSettings(Section):
         if self.no_leading_punctuation and unicodedata.category(instruction[0])[0] in "PS":
             return "leading_punctuation"
         return None
+
+
+def _whole_word(word: str) -> str:
+    """A pattern for `word` that no letter or digit goes on with, where it begins or ends with one itself ("c++" does
+    not) and its script puts blanks between words; any blanks stand for its own."""
+    parts = word.split()
+    inner = r"\s+".join(map(re.escape, parts))
+    before, behind = (_is_spaced(parts[place][place]) for place in (0, -1))
+    return (r"\b" if before else "") + inner + (r"\b" if behind else "")
+
+
+def _is_spaced(character: str) -> bool:
+    return bool(re.match(rf"[^\W{_UNSPACED}]", character))
 
 
 class RougeIndex:

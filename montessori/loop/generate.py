@@ -145,8 +145,8 @@ def divide(rows: Sequence[dict[str, Any]], size: int, seed: int) -> tuple[list[d
 
 def check_leakage(seeds: Sequence[str], held_out: Sequence[str], leakage: str) -> None:
     """Raise DataError when seeds are also in the reference or evaluation set, unless that is allowed."""
-    plain = {_plain(text) for text in held_out}
-    shared = [text for text in seeds if _plain(text) in plain]
+    known = {prompts.plain(text) for text in held_out}
+    shared = [text for text in seeds if prompts.plain(text) in known]
     if shared and leakage == "refuse":
         raise DataError(
             f"{len(shared)} of {len(seeds)} seeds are also in the reference or evaluation set, such as "
@@ -159,17 +159,17 @@ def _origin(row: dict[str, Any]) -> str:
     return "-".join(row["id"].split("-")[:2])
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def _write(recipe: Recipe, engine: Engine, needed: int, out: Path, progress: bool) -> Generated:
-    usable = [seed for seed in recipe.seeds if recipe.generate.filters.rejection(seed) is None]
+    reasons = [recipe.generate.filters.rejection(seed) for seed in recipe.seeds]
+    usable = [seed for seed, reason in zip(recipe.seeds, reasons, strict=True) if reason is None]
     examples = recipe.generate.seed_examples + recipe.generate.own_examples
     if len(usable) < examples:
+        dropped = Counter(reason for reason in reasons if reason is not None)
+        why = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
         raise DataError(
-            f"seeds: expected at least {examples} instructions that pass the filters, got {len(usable)} of "
-            f"{len(recipe.seeds)}: give more seeds, or use fewer examples in a prompt"
+            f"seeds: expected at least {examples} instructions that pass generate.filters, got {len(usable)} of "
+            f"{len(recipe.seeds)}{f' ({why})' if why else ''}: give more seeds, change the filters, or use fewer "
+            "examples in a prompt"
         )
     journal = ScoreJournal(out / SAMPLES_FILE)
     with (

@@ -28,16 +28,28 @@ CHOICE_REQUEST = (
     "correct, more helpful, clearer? Do not prefer an answer for its place or its length. Reply with A, B or tie and "
     "nothing else.\n\nInstruction:\n{instruction}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nBetter answer:"
 )
-_NUMBER = r"(10(?:\.0+)?|[1-9](?:\.\d+)?)(?!\.?\d|\w)"
+# Not one end of a range, nor the number of a line: "4-5", "3. 8".
+_NUMBER = r"(10(?:\.0+)?|[1-9](?:\.\d+)?)(?!\.?\d|\w|\s*[-–.]\s*\d)"
 _FIRST_GRADE = re.compile(r"^[\s*_#\"'(]*(?:(?:grade|score|rating)\b[\s*_:]*)?" + _NUMBER, re.IGNORECASE)
 _GRADE = re.compile(r"(?<![\w.-])" + _NUMBER)
 _SCALE = re.compile(r"\b1\s*(?:to|-|–)\s*10\b|(?:/|\bout of)\s*10\b")
 _VERB = r"(?:is|was|wins|follows|gives|has|because|as|since)\b"
-_FIRST_CHOICE = re.compile(rf"^\W*(?:[Aa]nswer\W+|[Rr]esponse\W+)?(A|B|(?i:tie))\b(?:\W*$|[^\w\n]*\n|\W+{_VERB})")
+_NAME = r"(?:[Aa]nswer\W+|[Rr]esponse\W+)?(A|B|(?i:tie))\b"
+# A verdict alone in the first line; in the last one, after what it is the verdict of or without.
+_ALONE_FIRST = re.compile(rf"^\W*{_NAME}[^\w\n]*(?:\n|$)")
+_ALONE_LAST = re.compile(rf"(?:^|\n)\W*(?:([\w '-]+)\W*:)?\W*{_NAME}\W*$")
+_FIRST_CHOICE = re.compile(rf"^\W*{_NAME}\W+{_VERB}")
 _NAMED_CHOICE = re.compile(
     r"(?:answer|better|prefer|choose|choice|verdict|winner)\b(?:\W+is)?\W+(A|B)\b", re.IGNORECASE
 )
-_TIE = re.compile(r"\btie\b", re.IGNORECASE)
+_TIE = re.compile(r"\btie\b(?!-)", re.IGNORECASE)
+# With one of these a sentence may say which answer is the worse one.
+_AGAINST = re.compile(
+    r"n't\b|\b(?:not|no|never|neither|nor|cannot|without|less|least|worse|worst|weaker|poorer|wrong\w*|incorrect\w*|"
+    r"inaccurate\w*|errors?|mistakes?|mistaken|flaws?|fails?|failed|lacks?|loses?|lost|missing|misses|missed|ignores?|"
+    r"ignored|false|bad|poor|inferior|unhelpful)\b",
+    re.IGNORECASE,
+)
 # An article is no verdict: the letter before a word in small letters is one.
 _CHOICE = re.compile(r"\b(A(?! (?!and\b|or\b)[a-z])|B)\b")
 _PREFERENCE = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -52,7 +64,14 @@ def read_grade(reply: str) -> float:
 
 
 def read_choice(reply: str) -> float:
-    """1 for A, 0 for B, 0.5 for a tie, NaN where the reply has no verdict or several."""
+    """1 for A, 0 for B, 0.5 for a tie; NaN where the reply has no verdict or several, or says what is wrong."""
+    first, last = _ALONE_FIRST.match(reply), _ALONE_LAST.search(reply)
+    if first:
+        return _PREFERENCE[first[1].lower()]
+    if last and not _AGAINST.search(last[1] or ""):
+        return _PREFERENCE[last[2].lower()]
+    if _AGAINST.search(reply):
+        return np.nan
     first = _FIRST_CHOICE.match(reply)
     if first:
         return _PREFERENCE[first[1].lower()]
@@ -87,7 +106,7 @@ def open_judge(settings: JudgeSettings, folder: Path) -> Iterator[Judge]:
 class Judge:
     """A loaded judge; replies are kept in `folder` as they come, so that a killed run goes on.
 
-    `unread` counts replies without a verdict in them, `tokens` what the judge wrote.
+    `unread` counts replies without a verdict in them, and answers too long to be judged; `tokens` what the judge wrote.
     """
 
     settings: JudgeSettings
@@ -137,11 +156,16 @@ class Judge:
         ]
         journal = ScoreJournal(self.folder / f"judge.{part}.jsonl")
         with journal.opened({"judge": self.settings.model, "requests": str(derive_seed(*contents))}):
-            samples = SampleMemory(journal).complete(self.engine, requests, self.settings.sampling)
+            fitting = [request for request in requests if self.engine.fits(request.prompt)]
+            samples = SampleMemory(journal).complete(self.engine, fitting, self.settings.sampling)
         self.tokens += sum(sample.num_tokens for sample in samples)
-        return [sample.text for sample in samples]
+        replies = {request.id: sample.text for request, sample in zip(fitting, samples, strict=True)}
+        return [replies.get(request.id, "") for request in requests]
 
     def _check(self, values: np.ndarray, expected: str) -> None:
         self.unread += int(np.isnan(values).sum())
         if np.isnan(values).all():
-            raise DataError(f"judge {self.settings.model}: expected {expected} in a reply, got none: use another judge")
+            raise DataError(
+                f"judge {self.settings.model}: expected {expected} in a reply, got none: use another judge, or, once "
+                "this one is mended, begin the stage anew (--from), since its replies are kept"
+            )

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from montessori import ops
-from montessori.data import Rows
+from montessori.data import Rows, load_rows
 from montessori.encoding import encode_rows
 from montessori.errors import ArgumentError, DataError, ModelError
 from montessori.fingerprint import check_outside
 from montessori.loop import prompts
+from montessori.loop.answers import read_mt_bench
 from montessori.loop.config import Config
 from montessori.loop.engines import context_length, leaves_room, open_engine
 from montessori.loop.fit import FitSettings, check_reports
 from montessori.loop.heldout import encode_heldout
 from montessori.loop.judge import JudgeSettings
-from montessori.loop.prompts import instruction_text
+from montessori.loop.prompts import instruction_text, plain
 from montessori.loop.warmup import WarmupSettings
 from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
 from montessori.options import default_max_length, resolve_device
-from montessori.templates import NO_TEMPLATE, resolve_template
+from montessori.templates import NO_TEMPLATE, Template
 from montessori.training import check_batch_size, check_max_steps, count_devices
 from montessori.wording import one_line
 
@@ -52,14 +52,13 @@ def check_config(config: Config) -> None:
         except ArgumentError as error:
             raise ArgumentError(f"{key}.{error}") from error
     tokenizer = cache(_tokenizer)
-    for key, name, template in _chats(config):
-        loaded = tokenizer(name)
-        # These encode texts, which do without a template; the others render conversations.
-        if template == NO_TEMPLATE and key in ("warmup", "score", "train"):
+    for key, name, chat in _chats(config):
+        loaded, reads = tokenizer(name), key in ("warmup", "score", "train")
+        # Texts that are read do without a template; a question is rendered.
+        if loaded is None or (chat["chat_template"] == NO_TEMPLATE and reads):
             continue
         try:
-            if loaded is not None:
-                resolve_template(loaded, template)
+            _try_template(loaded, chat, reads)
         except (ArgumentError, DataError) as error:
             raise type(error)(f"{key}.chat_template, {name}: {error}") from error
     for name in (config.teacher, config.student):
@@ -101,42 +100,57 @@ def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:
     answers = config.evaluate.answers
     limit = context_length(own.get_text_config(), config.engine.max_length)
     asked = evaluation.part(0, answers.count)
-    for index, question in enumerate(instruction_text(asked)):
+    questions = [
+        (f"{asked.where(index)}: the instruction", "remove the row, or lower evaluate.answers.count", text)
+        for index, text in enumerate(instruction_text(asked))
+    ]
+    if answers.questions is not None:
+        more = load_rows(answers.questions, name="questions")
+        turns = read_mt_bench(more)
+        questions += [
+            (f"{more.where(index)}: the question", "remove it", texts[0]) for index, texts in enumerate(turns)
+        ]
+    for what, advice, question in questions:
         if not leaves_room(tokenizer, prompts.ask(tokenizer, question, **answers.chat), limit):
-            raise DataError(
-                f"{asked.where(index)}: the instruction leaves no room for an answer within {limit} tokens: remove the "
-                "row, or lower evaluate.answers.count"
-            )
+            raise DataError(f"{what} leaves no room for an answer within {limit} tokens: {advice}")
 
 
-def check_apart(evaluation: Rows, reference: Sequence[dict[str, Any]], leakage: str) -> None:
-    """Raise DataError when evaluation rows are also reference rows, which the teacher is tuned for, unless allowed."""
-    known = {json.dumps(row, sort_keys=True, default=str) for row in reference}
-    shared = [i for i, row in enumerate(evaluation) if json.dumps(row, sort_keys=True, default=str) in known]
+def check_apart(evaluation: Rows, reference: Rows, leakage: str) -> None:
+    """Raise DataError when evaluation rows ask what reference rows ask, which the teacher is tuned for, unless allowed:
+    in other columns they are the same rows."""
+    known = {plain(text) for text in instruction_text(reference)}
+    shared = [i for i, text in enumerate(instruction_text(evaluation)) if plain(text) in known]
     if shared and leakage == "refuse":
         raise DataError(
-            f"{evaluation.where(shared[0])}: {len(shared)} of {len(evaluation)} evaluation rows are also in the "
-            "reference, which the teacher is tuned for: use other rows, or set split.leakage=allow"
+            f"{evaluation.where(shared[0])}: {len(shared)} of {len(evaluation)} evaluation rows have an instruction of "
+            "the reference, which the teacher is tuned for: use other rows, or set split.leakage=allow"
         )
 
 
-def _chats(config: Config) -> Iterator[tuple[str, str, str | None]]:
-    """Section, checkpoint and template of every use of a chat template in this run."""
+def _chats(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Section, checkpoint, and template with its variables, of every use of a chat template in this run."""
     if config.generate.style == "chat":
-        yield "generate", config.teacher, config.generate.chat_template
-    yield "responses", config.teacher, config.responses.chat_template
+        yield "generate", config.teacher, config.generate.chat
+    yield "responses", config.teacher, config.responses.chat
     if config.teacher_mode == "tuned":
-        yield "warmup", config.student, config.warmup.chat_template
+        yield "warmup", config.student, config.warmup.chat
     # The held-out losses are read by it in every run.
-    yield "score", config.student, config.score.chat_template
-    yield "train", config.student, config.train.chat_template
+    yield "score", config.student, config.score.chat
+    yield "train", config.student, config.train.chat
     answers = config.evaluate.answers
     if answers.count or answers.questions:
-        yield "evaluate.answers", config.student, answers.chat_template
+        yield "evaluate.answers", config.student, answers.chat
     if answers.count and answers.opponent is not None:
-        yield "evaluate.answers", answers.opponent, answers.chat_template
+        yield "evaluate.answers", answers.opponent, answers.chat
     if config.judge is not None and _is_judged(config):
-        yield "judge", config.judge.model, config.judge.chat_template
+        yield "judge", config.judge.model, config.judge.chat
+
+
+def _try_template(tokenizer: Any, chat: dict[str, Any], answered: bool) -> None:
+    """Render a question, with its answer or for one, as later stages will; errors as `Template.text`."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    asked = messages if answered else messages[:1]
+    Template.of(tokenizer, **chat).text(asked, "a question of one word", add_generation_prompt=not answered)
 
 
 def _trained(config: Config) -> Iterator[tuple[str, WarmupSettings | FitSettings]]:

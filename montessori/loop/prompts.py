@@ -26,6 +26,11 @@ COMPLETION_HEADER = (
 )
 
 
+def plain(text: str) -> str:
+    """What is the same in two texts that differ in case and in blanks alone."""
+    return " ".join(text.casefold().split())
+
+
 def instruction_text(rows: Rows) -> list[str]:
     """The instruction of every row of a seed, reference or evaluation set, with its input where it has one.
 

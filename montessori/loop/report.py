@@ -182,7 +182,7 @@ def _extremes(
                 "id": rows[i]["id"],
                 "influence": f"{values[i]:+.3e}",
                 "centred": f"{centred[i]:+.3e}",
-                "completion": rows[i]["completion"],
+                "written": _written(rows[i]),
                 "response": rows[i]["response"],
             }
             for i in map(int, indices)
@@ -192,6 +192,11 @@ def _extremes(
         ("highest influence", shown(ranked[::-1][:EXTREMES])),
         ("lowest influence", shown(ranked[:EXTREMES])),
     ]
+
+
+def _written(row: Mapping[str, Any]) -> str:
+    """What was written before the answer; of a tuned answer, which is the completion itself, what it answers."""
+    return row["instruction" if row["response"].endswith(row["completion"]) else "completion"]
 
 
 def _json(path: Path) -> Any:

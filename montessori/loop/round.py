@@ -15,7 +15,7 @@ from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
 from montessori.loop.config import Config, data_path, write_config
-from montessori.loop.engines import UNSEEN, Engine, open_engine
+from montessori.loop.engines import UNSEEN, Engine, derive_seed, open_engine, tokens_written
 from montessori.loop.generate import Recipe
 from montessori.loop.inputs import by_content, identity, text_digest
 from montessori.loop.judge import open_judge
@@ -140,17 +140,16 @@ class _Material:
         seeds = instruction_text(load_rows(data_path(data.seeds), name="seeds"))
         reference = load_rows(data_path(data.reference), name="reference")
         used = len(reference) if data.reference_rows is None else min(data.reference_rows, len(reference))
+        evaluation = reference.part(used)
         if data.evaluation is not None:
             evaluation = load_rows(data_path(data.evaluation), name="evaluation")
-            check_apart(evaluation, reference.rows[:used], config.split.leakage)
-        else:
-            evaluation = reference.part(used)
         if not evaluation:
             raise DataError(
                 f"{evaluation.source}: {len(reference)} rows and data.reference_rows={data.reference_rows} leave none "
                 "for evaluation: lower it, or give data.evaluation"
             )
         material = cls(seeds, reference.part(0, used), evaluation.part(0, data.evaluation_rows))
+        check_apart(material.evaluation, material.reference, config.split.leakage)
         generate.check_leakage(seeds, material.held_out, config.split.leakage)
         return material
 
@@ -207,6 +206,8 @@ class Round:
         settings = by_content(self.config.model_dump(mode="json", include={"seed", *_READS[stage]}))
         before = [name for name in _AFTER[stage] if name in stages_of(self.config)]
         inputs: dict[str, Any] = {**settings, **{name: self.run.digest(f"{self.name}/{name}") for name in before}}
+        if stage == "regenerate" and not before:
+            inputs["optimise"] = self.config.optimise
         if not before:
             inputs["teacher"] = identity(self.config.teacher)
             if self.number > 1:
@@ -271,7 +272,7 @@ class Round:
                 tokens = judge.tokens
         else:
             scores = Scores.load(self._folder("score") / score.SCORES_FILE)
-            signal = from_scores(self.config.signal, scores, self.config.seed)
+            signal = from_scores(self.config.signal, scores, derive_seed(self.config.seed, self.name, "signal"))
         summary = pairs.run(self.config.pairs, rows, signal, out)
         return {"tokens": tokens, "num_pairs": summary["num_pairs"]}
 
@@ -319,7 +320,8 @@ class Round:
             **self.config.score.chat,
             max_grad_norm=self.config.warmup.max_grad_norm,
         )
-        return {}
+        # Of answers and of verdicts.
+        return {"tokens": tokens_written([*out.glob("answers.*.jsonl"), *out.glob("judge.*.jsonl")])}
 
     def _folder(self, stage: str) -> Path:
         return self.run.path / self.name / stage

@@ -30,7 +30,7 @@ class Section(BaseModel):
             return cls.model_validate_json(json.dumps(values))
         except ValidationError as error:
             raise ArgumentError(f"{where}: {_describe(cls, error)}") from None
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ArgumentError(f"{where}: expected plain values ({error})") from None
 
 

@@ -41,11 +41,13 @@ def win_rate(
     other_lengths: Sequence[int],
     *,
     seed: int = 0,
+    resamples: int = 10_000,
 ) -> WinRate:
     """Win rate from the judge's preference for our answer, in [0, 1], per prompt and order.
 
     `shown_first[i]` is the preference for our answer to prompt i when it stands first, `shown_second[i]`
     when it stands second. `lengths`, `other_lengths`: characters of both answers.
+    `seed` and `resamples` are those of the bootstrap.
     Raises ArgumentError for unequal lengths of the lists or preferences outside [0, 1].
     """
     first, second = np.asarray(shown_first, dtype=np.float64), np.asarray(shown_second, dtype=np.float64)
@@ -59,7 +61,7 @@ def win_rate(
     if not all((side >= 0).all() and (side <= 1).all() for side in (first, second)):
         raise ArgumentError("expected preferences between 0 and 1: 1 for a win, 0.5 for a tie, 0 for a loss")
     return WinRate(
-        win_rate=bootstrap_mean(preference, seed=seed),
+        win_rate=bootstrap_mean(preference, seed=seed, resamples=resamples),
         length_controlled=_at_equal_length(preference, ours - theirs),
         first_position=float((first.mean() + 1 - second.mean()) / 2),
         mean_length=(float(ours.mean()), float(theirs.mean())),
