@@ -186,6 +186,8 @@ def examples_from_tokens(rows: Sequence[Mapping[str, object]], name: str) -> Ite
                 raise DataError(f"{where}: expected integer {key}, got {ids.dtype}")
         for key, marks in masks.items() if "labels" not in row else ():
             labels = _where_marked(labels, marks, f"{where}: expected {key}")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise DataError(f"{where}: expected attention_mask of 0 and 1, got other values")
         kept = mask.to(torch.bool).nonzero().flatten()
         if kept.numel() == 0:
             raise DataError(f"{where}: no token (input_ids is empty or attention_mask is all 0)")

@@ -13,7 +13,9 @@ cannot be told apart from the file: pass the live optimizer to `AdamWState.from_
 from __future__ import annotations
 
 import os
+import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,8 @@ def read_state(directory: str | os.PathLike[str], model: nn.Module, idle: Collec
     `AdamWState.validate`, so that a learning rate of 0 can still be overridden.
     """
     path = Path(directory).expanduser()
+    if path.is_file():
+        raise StateError(f"{path}: expected a checkpoint directory, got a file: give the directory that it lies in")
     if not path.is_dir():
         raise StateError(f"{path}: expected a checkpoint directory, none is there: check the path")
     if (path / JSON_FILE).exists() or (path / TENSOR_FILE).exists():
@@ -191,13 +195,18 @@ def _load(file: Path) -> dict:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            raise StateError(
+                f"{file}: expected tensors and plain values, got objects, which are not unpickled since that runs "
+                "code: save the optimizer's state_dict() alone"
+            ) from error
         raise StateError(f"{file}: cannot be read as plain tensors ({first_line(error)}): save it again") from error
     fits = (
         isinstance(saved, dict)
         and isinstance(saved.get("state"), Mapping)
         and all(isinstance(entry, Mapping) for entry in saved["state"].values())
         and isinstance(saved.get("param_groups"), Sequence)
-        and all(isinstance(group, Mapping) and "params" in group for group in saved["param_groups"])
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in saved["param_groups"])
     )
     if not fits:
         got = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved).__name__
@@ -208,9 +217,9 @@ def _load(file: Path) -> dict:
 def _parameter_names(file: Path, groups: Sequence[Mapping], model: nn.Module, idle: Collection[str]) -> list[list[str]]:
     """Names of the parameters of each group, in the order of its `params`."""
     if all(isinstance(key, str) for group in groups for key in group["params"]):
-        return [list(group["params"]) for group in groups]
+        return _own_names(file, [list(group["params"]) for group in groups], model)
     if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
-        return [list(group.get("param_names", ())) for group in groups]
+        return _own_names(file, [list(group.get("param_names", ())) for group in groups], model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sizes = [len(group["params"]) for group in groups]
     # As the model is; as it was before what is idle was set aside; with what has been frozen since.
@@ -222,8 +231,30 @@ def _parameter_names(file: Path, groups: Sequence[Mapping], model: nn.Module, id
     one, two = _layouts(sorted(trainable), decayed)
     raise StateError(
         f"{file}: expected param groups of [{len(one[0])}] parameters, or of [{len(two[0])}, {len(two[1])}] with and "
-        f"without decay, as the model has them; got {sizes}: the state of another model, or other groups; {_LIVE}"
+        f"without decay, as the model has them; got {sizes}: the state of another model, or other groups (where layers "
+        f"were frozen in training, freeze them here before); {_LIVE}"
     )
+
+
+def _own_names(file: Path, names_by_group: list[list[str]], model: nn.Module) -> list[list[str]]:
+    """Names as the model has them: without what DistributedDataParallel and torch.compile put before them, and of a
+    shared parameter the first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+    def plain(name: str) -> str:
+        bare = name if name in own else re.sub(r"^(?:module\.)+", "", name.replace("_orig_mod.", ""))
+        return own.get(bare, name)
+
+    plain_by_group = [[plain(name) for name in names] for names in names_by_group]
+    counts = Counter(name for names in plain_by_group for name in names)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise StateError(
+            f"{file}: expected {twice} once, got it {counts[twice]} times, as where a shared weight was given by each "
+            "of its names: torch steps it as often"
+        )
+    return plain_by_group
 
 
 def _layouts(names: list[str], decayed: Collection[str]) -> tuple[list[list[str]], list[list[str]]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
@@ -157,6 +159,8 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     check_positions(model, text["max_length"] or 1)
     text["max_length"] = text["max_length"] or default_max_length(model)
     encoded = encode_rows(rows, tokenizer, name="data", **text)
+    for reason, count in sorted(Counter(encoded.skipped.values()).items()):
+        click.echo(f"left out ({reason}): {count} of {len(rows)} rows", err=True)
     check_token_ids(model, encoded.examples, rows)
     return run_warmup(model, tokenizer, encoded.examples, out, **training)
 
@@ -182,7 +186,12 @@ def cli() -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option("--per-device-train-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--epochs", type=POSITIVE, default=1.0, show_default=True)
-@click.option("--max-steps", type=int, default=-1, help="Steps, in the place of --epochs. [default: as --epochs says]")
+@click.option(
+    "--max-steps",
+    type=click.IntRange(max=2**31 - 1),
+    default=-1,
+    help="Steps, in the place of --epochs. [default: as --epochs says]",
+)
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--max-grad-norm", type=POSITIVE, help="Clip by global norm; score with the same. [default: no clipping]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True)
@@ -264,6 +273,8 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
     rows = load_rows(candidates, split=split) if candidates else None
     if rows is not None and len(rows) != len(scores):
         raise MontessoriError(f"{candidates}: expected the {len(scores)} scored rows, got {len(rows)}")
+    if rows is not None:
+        runs.check_scored(Path(scores_file), rows)
     console = Console()
     _show(console, scores, rows, quantity, name, top)
     if png is not None:
@@ -311,4 +322,11 @@ def main() -> None:
         sys.exit(130)
     except MontessoriError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        # Of output that nothing takes; what remains of it is not written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        click.echo(f"error: the output cannot be written ({error.strerror})", err=True)
         sys.exit(2)

@@ -114,10 +114,20 @@ def failures_named() -> Iterator[None]:
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, MontessoriError | torch.OutOfMemoryError):
             raise
+        check_one_dtype(error)
         raise ModelError(
             "a forward and backward pass in the weights' own dtypes cannot be made or captured "
             f"({type(error).__name__}: {clipped(error)}); a loss function calls the model for all rows of a batch at "
             "once, of different lengths, alone and together; method='exact' does not need that"
+        ) from error
+
+
+def check_one_dtype(error: Exception) -> None:
+    """Raises ModelError where `error` is that of a product of two dtypes."""
+    if isinstance(error, RuntimeError) and "dtype" in str(error):
+        raise ModelError(
+            f"a forward pass in the weights' own dtypes cannot be made ({type(error).__name__}: {clipped(error)}): "
+            "cast the model to one dtype, as with model.to(torch.float32); under autocast it may have had several"
         ) from error
 
 
@@ -126,6 +136,9 @@ def missing_inputs_named() -> Iterator[None]:
     """Raises ModelError where the model stops a forward pass, as for want of an argument that a row does not have."""
     try:
         yield
+    except RuntimeError as error:
+        check_one_dtype(error)
+        raise
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, MontessoriError):
             raise

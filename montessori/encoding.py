@@ -185,7 +185,7 @@ def _limit(
             raise DataError(
                 f"{table.where(index)}: expected at most {max_length} tokens, got "
                 f"{example.num_tokens}; raise max_length (--max-length), or cut the end with truncation='right' "
-                "(--truncation right), or leave the row out with 'skip'"
+                "(--truncation right), or leave a candidate out with 'skip'"
             )
         kept = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
         if example.num_label_tokens and too_long and truncation == "skip":

@@ -235,8 +235,8 @@ class InfluenceEstimator:
 
         The sample is spread evenly over the candidates in an order given by their content.
         """
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise ArgumentError(f"k={k!r}: expected a number of candidates")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 2:
+            raise ArgumentError(f"k={k!r}: expected a number of candidates, 2 at least")
         encoded = self._reader.read(candidates, "candidates")
         sample = spread(encoded.examples, k)
         if len(sample) < 2:

@@ -184,6 +184,12 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
+        wrapped = next((key for key in report["unexpected_keys"] if key.startswith(("module.", "_orig_mod."))), None)
+        if wrapped is not None:
+            raise ModelError(
+                f"{name}: the checkpoint holds {wrapped} and others of a wrapped model: save the model within "
+                "(accelerator.unwrap_model(model), model.module, model._orig_mod)"
+            )
         raise ModelError(f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}: save it whole")
     return model.eval(), load_tokenizer(name)
 

@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from montessori import quantised
 from montessori.errors import ArgumentError, StateError
-from montessori.optimizers import live_states
+from montessori.optimizers import check_once, live_states
 from montessori.parameters import trainable_parameters
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.wording import one_line
@@ -66,6 +67,8 @@ class AdamWState(Mapping[str, ParameterState]):
     """
 
     def __init__(self, states: Mapping[str, ParameterState]) -> None:
+        if not isinstance(states, Mapping):
+            raise ArgumentError(f"states: expected a mapping from parameter name to state, got {type(states).__name__}")
         for name, state in states.items():
             if not isinstance(name, str) or not isinstance(state, ParameterState):
                 raise ArgumentError(
@@ -101,6 +104,7 @@ class AdamWState(Mapping[str, ParameterState]):
         """
         found = live_states(optimizer)
         trainable = trainable_parameters(model)
+        check_once(optimizer, trainable)
         foreign = len(found.keys() - {id(parameter) for parameter in model.parameters()})
         # A head that the loss of text does not have (a value head) may be stepped beside the model.
         if foreign and any(id(parameter) not in found for parameter in trainable.values()):
@@ -171,12 +175,12 @@ class AdamWState(Mapping[str, ParameterState]):
         Tensors are shared with this state. `weight_decay` also reaches the groups without decay.
         Raises ArgumentError for a value out of range, and for betas or eps of an SGD state.
         """
-        if betas is not None and len(betas) != 2:
+        if betas is not None and not (isinstance(betas, Sequence) and len(betas) == 2):
             raise ArgumentError(f"betas={betas!r}: expected two numbers")
         given = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         if betas is not None:
             given |= {"beta1": betas[0], "beta2": betas[1]}
-        changes = {key: float(value) for key, value in given.items() if value is not None}
+        changes = {key: _number(key, value) for key, value in given.items() if value is not None}
         adam_only = sorted(changes.keys() & {"beta1", "beta2", "eps"})
         if adam_only and any(isinstance(state.step, SGDStep) for state in self.values()):
             raise ArgumentError(f"{', '.join(adam_only)}: the state is of SGD, which has only lr and weight_decay")
@@ -241,7 +245,9 @@ class AdamWState(Mapping[str, ParameterState]):
         try:
             record = json.loads((path / JSON_FILE).read_text(encoding="utf-8"))
             steps = [_step_from_fields(fields) for fields in record["groups"]]
-            named_steps = {name: steps[group] for name, group in record["parameters"].items()}
+            if record["format"] != _FORMAT:
+                raise ValueError(f"the format {record['format']!r}, expected {_FORMAT!r}")
+            named_steps = {name: dict(enumerate(steps))[group] for name, group in record["parameters"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise StateError(f"{path / JSON_FILE}: expected what save writes, got {error!r}") from error
         try:
@@ -318,6 +324,13 @@ def _sgd_state(group: Mapping, entry: Mapping) -> ParameterState:
         step=1 if buffer is None else 2,
     )
     return ParameterState(step, buffer, None)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name}={value!r}: expected a number") from None
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,19 @@ def trained_by(optimizer: object) -> set[int]:
     """Ids of the parameters that live optimizers step."""
     groups = (group for part in _live(optimizer) for group in part.param_groups)
     return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def check_once(optimizer: object, parameters: Mapping[str, Tensor]) -> None:
+    """Raise StateError where one of the named `parameters` stands more than once in the groups of live optimizers."""
+    groups = (group for part in _live(optimizer) for group in part.param_groups)
+    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+    twice = next((name for name, parameter in parameters.items() if counts[id(parameter)] > 1), None)
+    if twice is not None:
+        raise StateError(
+            f"optimizer: expected {twice} once in its groups, got it {counts[id(parameters[twice])]} times, as where a "
+            "shared weight is given by each of its names: torch steps it as often; build the optimizer from "
+            "model.parameters()"
+        )
 
 
 def settings_of(optimizer: object) -> str:

@@ -149,7 +149,7 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
     check_settings(settings)
     check_out(settings, out)
     _check_places(settings)
-    config_path = out.with_name(out.name + ".config.json")
+    config_path = _config_path(out)
     own = f".{processes.rank()}" if processes.rank() else ""
     journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
     # Read before anything else: a mistyped path must not cost what is there.
@@ -243,8 +243,22 @@ def read_audit_table(out: Path) -> Table:
     return agreement_table("influence: predicted against real steps", agreements)
 
 
+def _config_path(out: Path) -> Path:
+    return out.with_name(out.name + ".config.json")
+
+
 def _audit_path(out: Path) -> Path:
     return out.with_name(out.name + ".audit.json")
+
+
+def check_scored(out: Path, rows: Rows) -> None:
+    """Raise DataError when the config beside the scores in `out` says that other rows were scored."""
+    config = _config_path(out)
+    if not config.exists():
+        return
+    before = json.loads(config.read_text(encoding="utf-8")).get("inputs", {}).get("candidates")
+    if before is not None and before != rows_digest(rows):
+        raise DataError(f"{rows.source}: expected the rows that were scored, got others, or in another order")
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

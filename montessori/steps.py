@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from montessori.errors import ArgumentError
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -35,11 +40,11 @@ class AdamWStep:
     decoupled: bool = True
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
-        _require(0 <= self.beta1 < 1, "beta1", self.beta1, "0 <= beta1 < 1")
-        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 <= beta2 < 1")
-        _require(math.isfinite(self.eps) and self.eps >= 0, "eps", self.eps, "a finite number >= 0")
-        _require(math.isfinite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
+        _require(_is_finite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
+        _require(_is_finite(self.beta1) and 0 <= self.beta1 < 1, "beta1", self.beta1, "0 <= beta1 < 1")
+        _require(_is_finite(self.beta2) and 0 <= self.beta2 < 1, "beta2", self.beta2, "0 <= beta2 < 1")
+        _require(_is_finite(self.eps) and self.eps >= 0, "eps", self.eps, "a finite number >= 0")
+        _require(_is_finite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
         _require(
             isinstance(self.step, int) and self.step >= 1,
             "step",
@@ -75,10 +80,10 @@ class SGDStep:
     step: int = 1
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "0 <= momentum < 1")
-        _require(math.isfinite(self.dampening), "dampening", self.dampening, "a finite number")
-        _require(math.isfinite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
+        _require(_is_finite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
+        _require(_is_finite(self.momentum) and 0 <= self.momentum < 1, "momentum", self.momentum, "0 <= momentum < 1")
+        _require(_is_finite(self.dampening), "dampening", self.dampening, "a finite number")
+        _require(_is_finite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
         _require(isinstance(self.step, int) and self.step >= 1, "step", self.step, "a 1-based integer")
         damped = not self.momentum or self.dampening
         _require(not (self.nesterov and damped), "nesterov", self.nesterov, "momentum without dampening, as torch does")

@@ -183,6 +183,31 @@ def test_names_unknown_to_the_model_are_refused(tmp_path):
     assert "entries for value_head.weight, value_head.bias" in refusal(tmp_path, tiny_llama())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_a_wrapped_model_are_read_as_its_own(tmp_path, prefix):
+    model = tiny_llama(tie_word_embeddings=True)
+    optimizer = torch.optim.AdamW([(prefix + name, parameter) for name, parameter in model.named_parameters()])
+    take_steps(model, optimizer)
+    assert_reads_as_live(save_torch(tmp_path, optimizer.state_dict()), model, optimizer)
+
+
+def test_a_shared_parameter_is_read_by_any_of_its_names_and_once(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    both = list(model.named_parameters(remove_duplicate=False))
+    # The head's name alone, which is the second.
+    optimizer = torch.optim.AdamW([(name, p) for name, p in both if name != "model.embed_tokens.weight"])
+    take_steps(model, optimizer)
+    assert_reads_as_live(save_torch(tmp_path, optimizer.state_dict()), model, optimizer)
+    twice = torch.optim.AdamW(both)
+    take_steps(model, twice)
+    save_torch(tmp_path, twice.state_dict())
+    assert "expected model.embed_tokens.weight once, got it 2 times" in refusal(tmp_path, model)
+    with pytest.raises(
+        StateError, match=r"optimizer: expected model\.embed_tokens\.weight once in its groups, got it 2"
+    ):
+        AdamWState.from_optimizer(model, twice)
+
+
 def test_own_format(tmp_path):
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -313,9 +338,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, monkeypatch):
         file.write_bytes(content)
         assert f"{file}: cannot be read as plain tensors" in refusal(tmp_path, model)
     save_torch(tmp_path, {"state": {0: Payload()}, "param_groups": []})
-    assert f"{file}: cannot be read as plain tensors" in refusal(tmp_path, model)
+    refused = refusal(tmp_path, model)
+    assert f"{file}: expected tensors and plain values, got objects" in refused and "weights_only" not in refused
     assert not Path("unpickled").exists()
-    for content in ({"model": 1, "epoch": 2}, [1], {"state": {0: 1}, "param_groups": []}, {"state": {}}):
+    groups = [{"params": 5}]
+    for content in ({"model": 1}, [1], {"state": {0: 1}, "param_groups": []}, {"state": {}, "param_groups": groups}):
         save_torch(tmp_path, content)
         assert "expected a torch optimizer's state and param_groups, got" in refusal(tmp_path, model)
     file.unlink()

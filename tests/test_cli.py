@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,6 +360,37 @@ def test_inspect_refuses_what_is_not_a_scores_file(run, files):
     assert status == 2 and error == "error: nope.parquet: no such file\n"
     status, _, error = run("inspect", files["candidates"].parent)
     assert status == 2 and "expected a file, got a directory" in error
+
+
+def test_inspect_refuses_other_rows_than_those_that_were_scored(run, student, files, tmp_path):
+    out, turned = tmp_path / "scores.parquet", tmp_path / "turned.jsonl"
+    assert run("score", *options(student, files), "--out", out, "--quiet")[0] == 0
+    turned.write_text("".join(f"{line}\n" for line in files["candidates"].read_text().splitlines()[::-1]))
+    status, shown, error = run("inspect", out, "--candidates", turned)
+    assert status == 2 and "turned.jsonl: expected the rows that were scored" in error and not shown
+    # Rows lie where they like.
+    moved = turned.with_name("moved.jsonl")
+    moved.write_text(files["candidates"].read_text())
+    assert run("inspect", out, "--candidates", moved)[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    make_scores(np.array([0.1, -0.3, 0.2]), np.ones(3)).save(tmp_path / "scores.parquet")
+    command = [sys.executable, "-m", "montessori", "inspect", str(tmp_path / "scores.parquet")]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: the output cannot be written (No space left on device)\n"
+
+
+def test_rows_that_a_warmup_leaves_out_are_counted(run, student, files, tmp_path):
+    words = ["--student", student, "--data", files["candidates"], "--out", tmp_path / "warm", "--max-steps", 1]
+    status, _, error = run("warmup", *words, "--batch-size", 4, "--max-length", 16, "--truncation", "skip", "--quiet")
+    assert status == 0, error
+    assert re.search(r"left out \(too_long\): \d+ of 12 rows", error)
+    status, _, error = run("warmup", *words, "--max-steps", 10**20)
+    assert status == 2 and "--max-steps" in error
 
 
 def test_values_that_are_not_finite_are_counted_apart_and_in_no_picture(run, tmp_path):

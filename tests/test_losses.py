@@ -252,6 +252,7 @@ BAD_ROWS = {
     "float": ({"input_ids": [1.0, 2.0], "labels": [1, 2]}, "expected integer input_ids, got torch.float32"),
     "empty": ({"input_ids": [], "labels": []}, "no token"),
     "all_padding": ({**GOOD, "attention_mask": [0, 0]}, "no token"),
+    "half_masked": ({**GOOD, "attention_mask": [1, 0.5]}, "expected attention_mask of 0 and 1, got other values"),
     "hole": ({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask has a hole"),
 }
 

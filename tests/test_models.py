@@ -101,6 +101,8 @@ def test_a_checkpoint_without_some_weights_is_refused_not_initialised(tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     assert "lacks 1 weights, such as model.layers.1.mlp.up_proj.weight" in refusal(tmp_path)
+    save_file({f"module.{key}": value for key, value in weights.items()}, file, metadata={"format": "pt"})
+    assert "holds module." in refusal(tmp_path) and "accelerator.unwrap_model" in refusal(tmp_path)
     file.write_bytes(file.read_bytes()[:-10])
     assert "expected a causal language model" in refusal(tmp_path)
 

@@ -303,8 +303,18 @@ def test_overrides_out_of_range_or_unknown_to_sgd_are_refused():
     state = AdamWState(make_state(model))
     with pytest.raises(ArgumentError, match="lr=-1"):
         state.with_overrides(lr=-1.0)
-    with pytest.raises(ArgumentError, match="expected two numbers"):
-        state.with_overrides(betas=(0.9,))
+    for betas in ((0.9,), 0.9):
+        with pytest.raises(ArgumentError, match="expected two numbers"):
+            state.with_overrides(betas=betas)
+    for setting in ("lr", "eps", "weight_decay"):
+        with pytest.raises(ArgumentError, match=f"{setting}='x': expected a number"):
+            state.with_overrides(**{setting: "x"})
+    for setting in ("lr", "beta1", "beta2", "eps", "weight_decay"):
+        with pytest.raises(ArgumentError, match=f"{setting}=None: expected"):
+            AdamWStep(**{"lr": 0.1, setting: None})
+    for states in ([1], None):
+        with pytest.raises(ArgumentError, match="states: expected a mapping from parameter name to state, got"):
+            AdamWState(states)
     sgd = AdamWState.from_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert sgd.with_overrides(lr=0.2, weight_decay=0.1)["lm_head.weight"].step == SGDStep(0.2, weight_decay=0.1)
     with pytest.raises(ArgumentError, match="beta1, beta2, eps: the state is of SGD"):
@@ -312,6 +322,15 @@ def test_overrides_out_of_range_or_unknown_to_sgd_are_refused():
 
 
 # save, load, digest
+
+
+@pytest.mark.parametrize("change", [{"format": "montessori adamw_state 99"}, {"parameters": {"lm_head.weight": -1}}])
+def test_what_save_does_not_write_is_not_loaded(tmp_path, change):
+    AdamWState(make_state(tiny_llama())).save(tmp_path)
+    file = tmp_path / "adamw_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(StateError, match=r"adamw_state\.json: expected what save writes"):
+        AdamWState.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "momentum"])

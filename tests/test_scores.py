@@ -121,6 +121,23 @@ def test_audit_compares_with_real_steps(warm):
     assert audit.pearson > 0.99
 
 
+def test_an_audit_of_fewer_than_two_candidates_says_so(warm):
+    for k in (1, 0, -1, True):
+        with pytest.raises(ArgumentError, match=f"k={k}: expected a number of candidates, 2 at least"):
+            InfluenceEstimator(*warm, make_rows(3)).audit(make_rows(4, seed=1), k=k)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "first_order", "reference_dtype": "model"}])
+def test_a_model_of_two_dtypes_that_do_not_meet_says_what_to_do(settings):
+    model = make_model("llama_tied", torch.float32)
+    optimizer = warm_optimizer(model)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
+    with pytest.raises(ModelError, match=r"cast the model to one dtype, as with model\.to\(torch\.float32\)"):
+        InfluenceEstimator(model, optimizer, make_rows(3), **settings).score(make_rows(2, seed=1))
+
+
 def test_learning_rate_can_be_given(warm):
     rows, reference = make_rows(3, seed=1), make_rows(3)
     small, large = (
