@@ -77,7 +77,7 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
     device = next(model.parameters()).device
     if loss is response_loss:
         examples = sorted((one for group in references.sets.values() for one in group), key=lambda one: one.num_tokens)
-        compared: Sequence[Sequence[Example]] = [(examples[-1], examples[len(examples) // 2], examples[0])]
+        compared: Sequence[Sequence[Example]] = [_ends_and_middle(examples[::-1])]
     else:
         compared = _spread([batch for name in references.sets for batch in references.groups(name, device)])
     if _rows_stand_alone(model, references.shortest(), loss, LOSS_TOKENS) and all(
@@ -124,8 +124,7 @@ class Apart:
         most = min(longest[0].num_tokens, LONG_TOKENS) if longest else 0
         if len(longest) < 2 or most <= self.tokens:
             return True
-        some = [longest[0], longest[len(longest) // 2], longest[-1]]
-        if not _rows_stand_alone(model, some, response_loss, most, LONG_SLACK):
+        if not _rows_stand_alone(model, _ends_and_middle(longest), response_loss, most, LONG_SLACK):
             return False
         self.tokens = most
         return True
@@ -136,6 +135,11 @@ class Apart:
                 return False
             self.batches += 1
         return True
+
+
+def _ends_and_middle(examples: Sequence[Example]) -> Sequence[Example]:
+    """Three of them, or all."""
+    return [examples[place] for place in sorted({0, len(examples) // 2, len(examples) - 1})]
 
 
 def _spread(batches: Sequence[Sequence[Example]], most: int = WHOLE_BATCHES) -> list[Sequence[Example]]:

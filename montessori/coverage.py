@@ -221,12 +221,17 @@ def with_gradient(
 @missing_inputs_named()
 @unrounded_products()
 def prove_head(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> None:
-    """`montessori.losses.prove_packing` on windows of two examples."""
-    if loss is response_loss:
-        examples = [window(example, LOSS_TOKENS) for example in examples]
-        # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
-        with evaluation_mode(model), undisturbed(trainable_parameters(model)):
-            prove_packing(model, collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device))
+    """`montessori.losses.prove_packing` on windows of two examples; a loss of one's own may use what it proves."""
+    examples = [window(example, LOSS_TOKENS) for example in examples]
+    # Twice the same: packed, its second turn stands elsewhere than alone, whatever the lengths.
+    batch = collate([*examples[::-1], examples[-1]]).to(next(model.parameters()).device)
+    with evaluation_mode(model), undisturbed(trainable_parameters(model)):
+        try:
+            prove_packing(model, batch)
+        except Exception:
+            # Of a model that they cannot be taken of, such a loss does not.
+            if loss is response_loss:
+                raise
 
 
 @unrounded_products()

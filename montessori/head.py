@@ -22,7 +22,7 @@ from montessori import gpu, ops
 from montessori.batching import IGNORE_INDEX, Batch
 from montessori.errors import ModelError
 from montessori.losses import label_rows, model_inputs
-from montessori.products import forward_replaced, is_plain_linear, product
+from montessori.products import add_product_, forward_replaced, is_plain_linear, product
 from montessori.rowmap import RowMap
 from montessori.rules import LINEAR, ModuleRule
 from montessori.uses import LinearUse, ReceivePart, TouchedRows
@@ -316,7 +316,7 @@ class ChunkedLoss:
 
 def _add_part(total: Tensor, _first: int, use: LinearUse, rows: slice) -> None:
     with torch.no_grad():
-        total[rows].addmm_(use.dy.t(), use.x)
+        add_product_(total[rows], use.dy, use.x)
 
 
 def most_logits(hidden: Tensor, weight: Tensor) -> int:

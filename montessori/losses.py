@@ -44,6 +44,29 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     return _response_loss(model, batch, rows, output)
 
 
+def response_logprobs(model: nn.Module, batch: Batch) -> Tensor:
+    """log π of the labelled tokens of each example, summed, float64 [B]; for losses that give the model several texts.
+
+    The vocabulary head runs on as many positions of each example as the one with most labels has. Errors as
+    `response_loss`.
+    """
+    rows, length = label_rows(batch), batch.labels.shape[1]
+    counts = torch.bincount(rows // length, minlength=batch.size)
+    counted = torch.arange(int(counts.max()), device=rows.device) < counts[:, None]
+    # Where there are fewer, the example's own first token stands in.
+    firsts = torch.arange(batch.size, device=rows.device) * length
+    positions = firsts[:, None].expand(counted.shape).masked_scatter(counted, rows)
+    with _head_on(model, positions, batch.labels.shape):
+        logits = _logits(model, model(**model_inputs(model, batch)))
+    if logits.shape[:2] == batch.labels.shape:
+        logits = logits.reshape(-1, logits.shape[-1])[positions]
+    if logits.shape[:2] != positions.shape:
+        raise _shifted(model, logits)
+    targets = batch.labels.flatten()[positions + 1].where(counted, 0)
+    token_loss = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), reduction="none").double()
+    return -token_loss.view(counted.shape).where(counted, 0.0).sum(1)
+
+
 def prove_packing(model: nn.Module, batch: Batch) -> None:
     """Remember to run the head of this model on all positions, if its output changes when the others are left out."""
     head = _head(model)
@@ -63,26 +86,38 @@ def prove_packing(model: nn.Module, batch: Batch) -> None:
 
 
 def _response_loss(model: nn.Module, batch: Batch, rows: Tensor, output: object) -> Tensor:
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        raise ModelError(
-            f"{type(model).__name__} returned no logits: pass loss_fn= and reference_loss_fn= for this model"
-        )
+    logits = _logits(model, output)
     if logits.shape[:2] == batch.labels.shape and logits.shape[:2] != (1, rows.numel()):
         logits = logits.reshape(-1, logits.shape[-1])[rows]
     targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE_INDEX]
     logits = logits.reshape(-1, logits.shape[-1])
     if logits.shape[0] != targets.numel():
-        raise ModelError(
-            f"{type(model).__name__} returned logits for {logits.shape[0]} positions where {targets.numel()} have "
-            "labels: a model that adds positions of its own (prompt tuning) needs loss_fn= and reference_loss_fn="
-        )
-    wide = logits if logits.dtype is torch.float64 else logits.float()
-    token_loss = F.cross_entropy(wide, targets, reduction="none").double()
+        raise _shifted(model, logits)
+    token_loss = F.cross_entropy(_wide(logits), targets, reduction="none").double()
     example = rows // batch.labels.shape[1]
     count = torch.zeros(batch.size, dtype=torch.float64, device=rows.device)
     count.index_add_(0, example, torch.ones_like(token_loss))
     return torch.zeros_like(count).index_add(0, example, token_loss) / count
+
+
+def _logits(model: nn.Module, output: object) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ModelError(
+            f"{type(model).__name__} returned no logits: pass loss_fn= and reference_loss_fn= for this model"
+        )
+    return logits
+
+
+def _shifted(model: nn.Module, logits: Tensor) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} returned logits of shape {list(logits.shape)}, which are not those of the tokens that "
+        "have labels: a model that adds positions of its own (prompt tuning) needs loss_fn= and reference_loss_fn="
+    )
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype is torch.float64 else logits.float()
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, object]:
@@ -115,7 +150,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _head_on(model: nn.Module, rows: Tensor, shape: torch.Size) -> Iterator[None]:
-    """While active, the output embedding sees hidden states [1, n, H] of `rows` only."""
+    """While active, the output embedding sees hidden states [1, n, H] of `rows` [n] only, or [B, n, H] of [B, n]."""
     head = _head(model)
     if head is None or head in _ON_ALL_POSITIONS:
         yield
@@ -125,7 +160,7 @@ def _head_on(model: nn.Module, rows: Tensor, shape: torch.Size) -> Iterator[None
         hidden = args[0] if args else None
         if not isinstance(hidden, Tensor) or hidden.shape[:2] != shape:
             return None
-        return (hidden.reshape(-1, hidden.shape[-1])[rows].unsqueeze(0), *args[1:])
+        return (hidden.reshape(-1, hidden.shape[-1])[rows if rows.dim() == 2 else rows[None]], *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

@@ -33,6 +33,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], weight.shape[0]))
 
 
+def add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """total += dYᵀ X of total [O, I], dy [n, O] and x [n, I]; no autograd."""
+    if _onednn(dy, x, None) and total.dtype == torch.float32:
+        total += product(dy.t(), x.t())
+    else:
+        total.addmm_(dy.t(), x)
+
+
 def float32_precision() -> str:
     """What `torch.get_float32_matmul_precision` says; where torch's newer switches were set to what it has no word for,
     theirs, such as "tf32".
@@ -147,7 +155,7 @@ def _forward(module: nn.Linear, input: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """`product` with its gradients: dX = dY W by the same library; dW = dYᵀ X as torch has it, for trained layers."""
+    """`product` with its gradients by the same library: dX = dY W, and dW = dYᵀ X for trained layers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -162,7 +170,7 @@ class _Product(torch.autograd.Function):
         if not (of_weight or of_bias):
             return grad_x, None, None
         rows = upstream[0].reshape(-1, weight.shape[0])
-        grad_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if of_weight else None
+        grad_weight = product(rows.t(), x.reshape(-1, weight.shape[1]).t()) if of_weight else None
         return grad_x, grad_weight, rows.sum(0) if of_bias else None
 
 
