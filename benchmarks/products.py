@@ -2,7 +2,7 @@
 
 python -m benchmarks.products
 
-Forward is x Wᵀ, backward dX = dY W, both float32 at the highest precision.
+Forward is x Wᵀ, backward dX = dY W, weights dW = dYᵀ x, all float32 at the highest precision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def measure(out: int, num_in: int, repeats: int) -> dict[str, dict]:
     weight = torch.randn(out, num_in, generator=generator)
     operations = 2 * TOKENS * out * num_in
     found = {}
-    for name, left, right in (("forward", x, weight), ("backward", dy, weight.t())):
+    factors = (("forward", x, weight), ("backward", dy, weight.t()), ("weights", dy.t(), x.t()))
+    for name, left, right in factors:
 
         def torchs(left: torch.Tensor = left, right: torch.Tensor = right) -> torch.Tensor:
             return F.linear(left, right)

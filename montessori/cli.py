@@ -153,8 +153,8 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     check_training(**{name: value for name, value in training.items() if name != "progress"})
     check_checkpoint(student)
     rows = load_rows(data, split=text.pop("split"), name="data")
-    # Before the model, which may take long to load.
-    runs.check_writable(out / RECORD_FILE)
+    # Before the model, which may take long to load; where nothing comes of it, no empty folder is left.
+    runs.check_writable(out / RECORD_FILE if out.exists() else out)
     model, tokenizer = load_model(student)
     check_positions(model, text["max_length"] or 1)
     text["max_length"] = text["max_length"] or default_max_length(model)
@@ -286,7 +286,7 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
 def calibrate() -> None:
     """Find the fastest kernels for the GPU of this machine; from then on, auto takes them.
 
-    Each is checked against float64 and timed in a process of its own: some minutes. The choice is kept in
+    Each is checked against float64 and timed, in a process of its own. The choice is kept in
     $MONTESSORI_CACHE until the package, torch or Triton change.
     """
     console = Console()

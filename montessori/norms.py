@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from montessori import cpu
 from montessori.ops import SparseRows
 from montessori.oracle import norm
-from montessori.spans import spans_of
+from montessori.spans import owners_on, spans_of
 from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, Use, example_gradient
 
 # Values of [examples, L, L] at a time.
@@ -28,7 +29,8 @@ def squared_norms(use: Use | RestUse, size: int, impl: str = "auto") -> Tensor:
     to that of the parts. `impl` as in `montessori.ops`; kernels of a GPU there are none."""
     if isinstance(use, DenseUse):
         # Rows first, in the gradient's precision: a float32 sum over a large matrix is off by per cents.
-        rows = torch.linalg.vector_norm(use.grad.reshape(size, -1, use.grad.shape[-1]), dim=-1)
+        width = use.grad.shape[-1] if use.grad.dim() > 1 else 1
+        rows = torch.linalg.vector_norm(use.grad.reshape(size, -1, width), dim=-1)
         return rows.double().square().sum(1)
     if isinstance(use, ExpertsUse):
         return torch.stack([_of_matrix(part, size, impl) for part in use.parts.values()]).sum(0)
@@ -48,14 +50,14 @@ class _Padded:
 
     @classmethod
     def of(cls, rows: Tensor, offsets: Tensor, starts: Tensor | None = None) -> _Padded:
-        first, counts = (offsets[:-1] if starts is None else starts), offsets.diff()
-        size, stride = len(counts), rows.shape[0] // len(counts)
-        if stride and torch.equal(first, torch.arange(size) * stride) and rows.shape[0] == size * stride:
+        spans = tuple(spans_of(offsets, starts))
+        stride = len(rows) // len(spans)
+        if stride and all(low == number * stride for number, (low, _) in enumerate(spans)) and len(rows) % stride == 0:
             # As the model had them: nothing is copied.
-            return cls(_wide(rows).unflatten(0, (size, stride)), _is_real(counts, stride).to(rows.device))
-        length = max(int(counts.max()), 1)
-        places = (first[:, None] + torch.arange(length)).clamp(max=max(rows.shape[0] - 1, 0)).to(rows.device)
-        return cls(_wide(rows)[places], _is_real(counts, length).to(rows.device))
+            return cls(_wide(rows).unflatten(0, (len(spans), stride)), _places_on(spans, stride, rows.device)[1])
+        longest = max(max(high - low for low, high in spans), 1)
+        places, real = _places_on(spans, longest, rows.device)
+        return cls(_wide(rows)[places.clamp(max=max(len(rows) - 1, 0))], real)
 
     def part(self, examples: slice) -> _Padded:
         return _Padded(self.rows[examples], self.real[examples])
@@ -105,13 +107,17 @@ def _padded(use: LinearUse) -> tuple[_Padded, _Padded]:
 
 
 def _of_rows(table: SparseRows, size: int) -> Tensor:
-    whole_ids, whole = _padded_rows(table)
-
-    def of(some: slice) -> Tensor:
-        ids, rows = whole_ids[some], whole.part(some)
-        return _sum(rows.dot(rows), (ids[:, :, None] == ids[:, None, :]).to(rows.rows.dtype), rows, rows)
-
-    return _by_parts(of, size, whole.rows.shape[1])
+    """In time and memory in proportion to the tokens; sums by segments, whose order no device changes."""
+    if not len(table.ids):
+        return torch.zeros(size, dtype=torch.float64)
+    owners = owners_on(tuple(spans_of(table.offsets)), len(table.ids), table.ids.device)
+    keys, order = (owners * (int(table.ids.max()) + 1) + table.ids).sort(stable=True)
+    counts = keys.unique_consecutive(return_counts=True)[1]
+    rows = table.grad.to(torch.promote_types(table.grad.dtype, torch.float32))[order]
+    sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)
+    squares = torch.linalg.vector_norm(sums, dim=1).double().square()
+    num_ids = torch.bincount(owners[order[counts.cumsum(0) - 1]], minlength=size)
+    return torch.segment_reduce(squares, "sum", lengths=num_ids, axis=0)
 
 
 def _of_rest(use: RestUse, size: int) -> Tensor:
@@ -143,8 +149,12 @@ def _sum(left: Tensor, right: Tensor, first: _Padded, second: _Padded) -> Tensor
     return torch.where(real, left.double() * right.double(), 0.0).sum((1, 2))
 
 
-def _is_real(counts: Tensor, length: int) -> Tensor:
-    return torch.arange(length) < counts[:, None]
+@lru_cache(maxsize=64)
+def _places_on(spans: tuple[tuple[int, int], ...], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of each example and those after them, int64 [B, L], and which are its own, bool [B, L], on a device."""
+    bounds, steps = torch.tensor(spans, device="cpu"), torch.arange(length, device="cpu")
+    places = bounds[:, :1] + steps
+    return places.to(device), (places < bounds[:, 1:]).to(device)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -42,6 +42,15 @@ def spans_on(spans: tuple[tuple[int, int], ...], device: torch.device) -> Tensor
 
 
 @lru_cache(maxsize=64)
+def owners_on(spans: tuple[tuple[int, int], ...], num_rows: int, device: torch.device) -> Tensor:
+    """Which example each of `num_rows` rows belongs to, int64 [N] on a device; B of them where it is padding."""
+    owners = torch.full((num_rows,), len(spans), dtype=torch.int64, device="cpu")
+    for example, (low, high) in enumerate(spans):
+        owners[low:high] = example
+    return owners.to(device)
+
+
+@lru_cache(maxsize=64)
 def steps_on(count: int, size: int, device: torch.device) -> Tensor:
     """Offsets int64 [count + 1] of parts of one size, on a device."""
     return torch.arange(count + 1, device=device) * size

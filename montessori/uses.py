@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from montessori.ops import SparseRows
-from montessori.spans import packed_layout, spans_of
+from montessori.spans import Spans, owners_on, packed_layout, spans_of
 
 
 @dataclass(frozen=True)
@@ -182,19 +182,21 @@ def scale(use: Use | RestUse, factors: Tensor, receive: ReceivePart) -> Use | Re
 
 
 def _scale_linear(use: LinearUse, factors: Tensor) -> LinearUse:
-    per_row = factors.repeat_interleave(use.offsets.diff().to(factors.device)).to(_wide(use.dy).dtype)
-    _, positions = packed_layout(spans_of(use.offsets, use.starts), use.x.shape[0])
-    if positions is not None:
-        of_all = per_row.new_zeros(use.dy.shape[0])
-        per_row = of_all.index_copy_(0, positions.to(of_all.device), per_row)
+    scaled = _scale(use.dy, spans_of(use.offsets, use.starts), factors)
     # Rounded as it came: a wider one would leave the products of narrow factors.
-    scaled = (_wide(use.dy) * per_row[:, None]).to(use.dy.dtype)
-    return replace(use, dy=scaled, rows=_scale_rows(use.rows, factors) if use.rows is not None else None)
+    rows = _scale_rows(use.rows, factors) if use.rows is not None else None
+    return replace(use, dy=scaled.to(use.dy.dtype), rows=rows)
 
 
 def _scale_rows(rows: SparseRows, factors: Tensor) -> SparseRows:
-    per_row = factors.repeat_interleave(rows.offsets.diff().to(factors.device))
-    return replace(rows, grad=_wide(rows.grad) * per_row.to(_wide(rows.grad).dtype)[:, None])
+    return replace(rows, grad=_scale(rows.grad, spans_of(rows.offsets), factors))
+
+
+def _scale(rows: Tensor, spans: Spans, factors: Tensor) -> Tensor:
+    """Rows [N, F] times the factor of their example, and padding times 0."""
+    wide = _wide(rows)
+    of_examples = torch.cat([factors, factors.new_zeros(1)]).to(wide.dtype)
+    return wide * of_examples[owners_on(tuple(spans), len(rows), rows.device)][:, None]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from montessori.errors import FallbackWarning
 from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 from montessori.losses import response_loss
 from montessori.models import load_model
-from montessori.spans import spans_on
+from montessori.norms import _places_on
+from montessori.spans import owners_on, spans_on
 
 # Sections that need the CUDA library.
 NEEDING_CUDA = (*calibration.HOPPER_KERNELS, "cuda")
@@ -79,10 +80,11 @@ def test_a_loss_of_ones_own_is_scored(method):
     assert_equal_scores("llama_tied", rows=rows, method=method, loss_fn=weighted)
 
 
+@pytest.mark.parametrize("clipping", [{}, {"max_grad_norm": 0.5}])
 @pytest.mark.parametrize("name", ["llama_tied", "llama_biases"])
-def test_the_host_waits_neither_for_every_layer_nor_for_every_example(name):
+def test_the_host_waits_neither_for_every_layer_nor_for_every_example(name, clipping):
     waits = []
-    for layers, size in ((1, 2), (4, 5)):
+    for layers, size in ((1, 3), (4, 5)):
         torch.manual_seed(0)
         config = CONFIGS[name]()
         config.num_hidden_layers = layers
@@ -90,10 +92,11 @@ def test_the_host_waits_neither_for_every_layer_nor_for_every_example(name):
         optimizer = warm_optimizer(model)
         with pretended_gpu() as gpu:
             to_device(model, optimizer)
-            estimator = InfluenceEstimator(model, optimizer, REFERENCES, pilot=1)
+            estimator = InfluenceEstimator(model, optimizer, REFERENCES, pilot=1, **clipping)
             estimator.prepare(ROWS[:size])
             gpu.waits.clear()
-            spans_on.cache_clear()
+            for once_for_a_batch in (spans_on, owners_on, _places_on):
+                once_for_a_batch.cache_clear()
             estimator.score(ROWS[:size])
         waits.append(gpu.waits)
     assert waits[0] == waits[1]

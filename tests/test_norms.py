@@ -80,7 +80,7 @@ def test_activations_of_float16_that_are_large_do_not_overflow():
 
 def test_norms_of_ready_gradients_and_of_experts():
     generator = torch.Generator().manual_seed(0)
-    for shape in ((7,), (3, 5), (2, 3, 4)):
+    for shape in ((), (7,), (3, 5), (2, 3, 4)):
         assert_norms(DenseUse(torch.randn(3, *shape, generator=generator, dtype=torch.float64)), 3, shape)
     parts = {expert: linear_use(lengths, (6, 4)) for expert, lengths in ((0, (2, 0, 1)), (3, (0, 4, 1)))}
     for stack, shape in ((Stack(), (5, 6, 4)), (Stack("rows", 5), (30, 4)), (Stack("columns", 5), (6, 20))):

@@ -43,7 +43,10 @@ struct PairDots {
 };
 #endif
 
-inline Vector load_bytes(const char* from) { return load(reinterpret_cast<const float*>(from)); }
+// As a row of bfloat16 may begin: on two bytes.
+typedef float Loose __attribute__((vector_size(kBytes), aligned(2), may_alias));
+
+inline Vector load_bytes(const char* from) { return *reinterpret_cast<const Loose*>(from); }
 
 inline Vector load_rest(const char* from, int64_t bytes) {
   Vector value{};
