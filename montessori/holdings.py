@@ -173,6 +173,8 @@ class _Walk:
         attributes = {**_of_slots(value), **getattr(value, "__dict__", {})}
         if isinstance(value, ModuleType) and _is_of_library(value):
             return []
+        if _is_of_library(type(value)) and _is_frozen(value):
+            return chain.from_iterable(attributes.items())
         if isinstance(value, ModuleType) or _is_of_library(type(value)):
             # Settings of a library, constants and helpers of a module: what the code reads of them.
             attributes = {name: attributes[name] for name in sorted(self.names & attributes.keys())}
@@ -209,6 +211,12 @@ class _Walk:
 def _is_special(name: str, entry: Any) -> bool:
     """Whether it is a method that nobody calls by its name."""
     return name == "forward" or (name.startswith("__") and name.endswith("__") and isinstance(entry, FunctionType))
+
+
+def _is_frozen(value: Any) -> bool:
+    """Whether it is nothing but its fields, whoever wrote it."""
+    settings = getattr(value, "__dataclass_params__", None)
+    return bool(getattr(settings, "frozen", False))
 
 
 def _is_image(value: Any) -> bool:

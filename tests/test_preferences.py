@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from support import CHATML, make_model, make_rows, make_tokenizer, warm_optimizer
 
-from montessori import InfluenceEstimator
+from montessori import InfluenceEstimator, ScoreJournal
 from montessori.batching import collate, examples_from_tokens, with_row
 from montessori.encoding import encode_rows
-from montessori.errors import ArgumentError, DataError, ModelError
+from montessori.errors import ArgumentError, DataError, ModelError, StateError
 from montessori.losses import response_logprobs
 from montessori.preferences import DPO, encode_pairs, with_reference_margins
 
@@ -46,18 +46,16 @@ def sequence_logprob(model, row):
     return logprobs[counted, labels[counted]].sum()
 
 
-def slow_dpo(model, reference, row, beta, smoothing):
+def slow_dpo(model, reference, row, beta):
     margins = [sequence_logprob(one, row) - sequence_logprob(one, row["rejected"]) for one in (model, reference)]
-    z = beta * (margins[0] - margins[1].detach())
-    return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
+    return -F.logsigmoid(beta * (margins[0] - margins[1].detach()))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_that_of_the_definition(smoothing):
+def test_the_loss_is_that_of_the_definition():
     model, reference = make_model("llama_tied"), make_model("llama_untied")
     pairs = with_reference_margins(token_pairs(5), reference, batch_tokens=40)
-    got = DPO(0.3, smoothing)(model, batch_of(pairs))
-    want = torch.stack([slow_dpo(model, reference, row, 0.3, smoothing) for row in pairs])
+    got = DPO(0.3)(model, batch_of(pairs))
+    want = torch.stack([slow_dpo(model, reference, row, 0.3) for row in pairs])
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     assert [row["id"] for row in pairs] == list(range(5))
 
@@ -95,6 +93,45 @@ def test_logprobs_of_a_batch_are_those_of_single_rows(name):
     torch.testing.assert_close(response_logprobs(model, batch), want, rtol=1e-12, atol=0)
 
 
+def test_padding_and_what_is_no_token_are_those_of_other_rows():
+    model, pairs = make_model("llama_tied"), token_pairs(3)
+
+    def padded(row):
+        return {"input_ids": [0, 0, *row["input_ids"]], "labels": [-100, -100, *row["labels"]],
+                "attention_mask": [0, 0, *[1] * len(row["labels"])]}  # fmt: skip
+
+    wide = [{**padded(pair), "rejected": padded(pair["rejected"])} for pair in pairs]
+    want, got = (with_reference_margins(rows, model) for rows in (pairs, iter(wide)))
+    assert [row["reference_margin"] for row in got] == pytest.approx([row["reference_margin"] for row in want])
+    torch.testing.assert_close(DPO()(model, batch_of(got)), DPO()(model, batch_of(want)))
+    assert with_reference_margins([], model) == []
+    empty = {"input_ids": [1, 2], "labels": [-100, -100]}
+    wrong = [
+        ({"input_ids": [1.0], "labels": [1]}, "integer input_ids"),
+        (empty, "a label"),
+        ("a", "expected input_ids"),
+    ]
+    for rejected, words in wrong:
+        with pytest.raises(DataError, match=words):
+            with_reference_margins([{**pairs[0], "rejected": rejected}], model)
+    long = {"input_ids": [1] * 99, "labels": [1] * 99}
+    with pytest.raises(ArgumentError, match="positions"):
+        with_reference_margins([{**pairs[0], "rejected": long}], make_model("gpt2"))
+
+
+def test_a_journal_is_of_one_loss(tmp_path):
+    model = make_model("llama_tied")
+    optimizer, pairs = warm_optimizer(model), with_reference_margins(token_pairs(4), make_model("llama_untied"))
+
+    def score(beta):
+        estimator = InfluenceEstimator(model, optimizer, make_rows(3), method="first_order", loss_fn=DPO(beta))
+        return estimator.score(pairs, journal=ScoreJournal(tmp_path / "journal"))
+
+    score(0.3)
+    with pytest.raises(StateError, match="other loss"):
+        score(0.9)
+
+
 @pytest.mark.parametrize("template", ["none", TEMPLATE])
 def test_tokens_and_loss_are_those_of_trl(template, tmp_path):
     trl = pytest.importorskip("trl")
@@ -102,6 +139,9 @@ def test_tokens_and_loss_are_those_of_trl(template, tmp_path):
 
     tokenizer = make_tokenizer()
     rows = [TEXTS, {"prompt": "say hello", "chosen": " hello red", "rejected": " two"}]
+    if template == "none":
+        # One of which goes on within a word of the prompt.
+        rows.append({"prompt": "say r", "chosen": "ed two", "rejected": " two"})
     if template != "none":
         tokenizer.chat_template = template
         rows = [
@@ -115,7 +155,7 @@ def test_tokens_and_loss_are_those_of_trl(template, tmp_path):
         ref_model=reference,
         args=trl.DPOConfig(
             output_dir=str(tmp_path), beta=0.3, max_length=None, use_cpu=True, bf16=False, report_to="none",
-            per_device_train_batch_size=2, gradient_checkpointing=False, seed=0, data_seed=0,
+            per_device_train_batch_size=3, gradient_checkpointing=False, seed=0, data_seed=0,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -124,7 +164,8 @@ def test_tokens_and_loss_are_those_of_trl(template, tmp_path):
     for theirs, ours in zip(trainer.train_dataset, pairs, strict=True):
         for side, row in (("chosen", ours), ("rejected", ours["rejected"])):
             assert theirs["prompt_ids"] + theirs[f"{side}_ids"] == row["input_ids"]
-            assert [label for label in row["labels"] if label != -100] == theirs[f"{side}_ids"]
+            counted = len(theirs["prompt_ids"])
+            assert row["labels"][:counted] == [-100] * counted and row["labels"][counted:] == row["input_ids"][counted:]
     inputs = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         want = trainer.compute_loss(trainer.model, inputs)
@@ -137,9 +178,16 @@ def test_tokens_and_loss_are_those_of_trl(template, tmp_path):
     [
         {"prompt": [QUESTION], "chosen": [said("a colour")], "rejected": [said("two")]},
         {"chosen": [QUESTION, said("a colour")], "rejected": [QUESTION, said("two")]},
-        # As UltraFeedback has it: the prompt once more, as a text.
+        # The prompt once more: in both, or as a text, as UltraFeedback has it.
+        {"prompt": [QUESTION], "chosen": [QUESTION, said("a colour")], "rejected": [QUESTION, said("two")]},
         {"prompt": "what is red", "chosen": [QUESTION, said("a colour")], "rejected": [QUESTION, said("two")]},
         {"prompt": "what is red", "chosen": "a colour", "rejected": "two"},
+        {"prompt": "what is red", "chosen": [said("a colour")], "rejected": [said("two")]},
+        {"prompt": [QUESTION], "chosen": "a colour", "rejected": "two"},
+        {"question": "what is red", "chosen": "a colour", "rejected": "two"},
+        {"instruction": "what is red", "chosen": "a colour", "rejected": "two"},
+        # Fields that a table fills.
+        {"chosen": [{**QUESTION, "tool_calls": None}, said("a colour")], "rejected": [QUESTION, said("two")]},
     ],
 )
 def test_all_forms_of_a_pair_have_the_tokens_of_its_answers(row):
@@ -149,12 +197,13 @@ def test_all_forms_of_a_pair_have_the_tokens_of_its_answers(row):
     for text, found in (("a colour", pair), ("two", pair["rejected"])):
         (one,) = encode_rows([{"instruction": "what is red", "response": text}], tokenizer, max_length=99).examples
         assert found["input_ids"] == one.input_ids.tolist() and found["labels"] == one.labels.tolist()
-    assert pair.keys() == {"input_ids", "labels", "rejected", *beside} and pair["score"] == 3
+    kept = {*row} - {"prompt", "chosen", "rejected"}
+    assert pair.keys() == {"input_ids", "labels", "rejected", *beside, *kept} and pair["score"] == 3
 
 
 def test_a_system_prompt_beside_a_pair_is_read():
     tokenizer, row = make_tokenizer(), {"prompt": "what is red", "chosen": "a colour", "rejected": "two"}
-    (pair,) = encode_pairs([{**row, "system": "say two"}], tokenizer)
+    (pair,) = encode_pairs([{**row, "system": "say two", "attention_mask": [1]}], tokenizer)
     (plain,) = encode_pairs([row], tokenizer)
     assert len(pair["input_ids"]) > len(plain["input_ids"])
     assert len(pair["rejected"]["input_ids"]) > len(plain["rejected"]["input_ids"])
@@ -171,8 +220,10 @@ BAD = {
     "empty": ({"prompt": "a", "chosen": "b", "rejected": ""}, "expected columns chosen and rejected, both filled"),
     "alike": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "expected chosen and rejected to differ"),
     "of two kinds": ({"prompt": "a", "chosen": "b", "rejected": [said("c")]}, "two texts or two lists of"),
-    "no prompt": ({"chosen": "b", "rejected": "c"}, "expected a prompt, or chosen and rejected that begin alike"),
-    "one the beginning of the other": ({"chosen": "b c", "rejected": "b"}, "begin alike and go on otherwise"),
+    "no prompt": ({"chosen": "b c", "rejected": "b d"}, "expected a prompt; texts that begin with theirs need"),
+    "nothing alike": ({"chosen": [said("b")], "rejected": [said("c")]}, "expected a prompt, or chosen and rejected"),
+    "one the other's beginning": ({"chosen": [QUESTION, said("b")], "rejected": [QUESTION]}, "and go on otherwise"),
+    "blank": ({"prompt": "a", "chosen": "b", "rejected": " "}, "rejected stands in the place of completion"),
     "too long": ({"prompt": "a " * 40, "chosen": "b", "rejected": "c"}, "pairs, row 1: expected at most 30"),
 }  # fmt: skip
 
@@ -187,9 +238,9 @@ def test_a_row_that_is_no_pair_is_named(row, message):
 def test_what_does_not_fit_is_one_line():
     with pytest.raises(ArgumentError, match="truncation='skip': expected 'error' or 'right'"):
         encode_pairs([TEXTS], make_tokenizer(), truncation="skip")
-    for settings in ({"beta": 0}, {"label_smoothing": 0.5}):
-        with pytest.raises(ArgumentError, match="expected"):
-            DPO(**settings)
+    for beta in (0, "0.1", None, float("inf")):
+        with pytest.raises(ArgumentError, match=r"beta=.*: expected a number above 0"):
+            DPO(beta)
     model = make_model("llama_tied")
     with pytest.raises((DataError, ModelError), match="expected reference_margin, as encode_pairs and with_reference"):
         InfluenceEstimator(model, warm_optimizer(model), make_rows(3), loss_fn=DPO()).score(token_pairs(2))
