@@ -189,6 +189,8 @@ class Capture:
             calls = self._calls(module, rule)
             stack.callback(module.register_forward_pre_hook(lambda *_: calls.start()).remove)
             stack.callback(module.register_forward_hook(lambda *_: calls.stop(), always_call=True).remove)
+            # Hooks are not called after an interrupt.
+            stack.callback(calls.stop)
         else:
             called = self._local_called if rule.kind == LOCAL else self._linear_called
             stack.callback(module.register_forward_hook(partial(called, rule), with_kwargs=True).remove)

@@ -211,6 +211,9 @@ def with_gradient(
     Raises UntrainedLossError where the loss of none depends on a parameter.
     """
     found: list[Example] = []
+    faint: list[Example] = []
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    smallest = max(torch.finfo(dtype).tiny for dtype in dtypes) ** 0.5
     untrained: UntrainedLossError | None = None
     for example in examples:
         try:
@@ -220,9 +223,11 @@ def with_gradient(
             continue
         grads = [grad for grad in by_name.values() if grad is not None]
         if any(bool(grad.any()) for grad in grads) and all(bool(grad.isfinite().all()) for grad in grads):
-            found.append(example)
+            # Of a pair that is long learned, say, nothing but the last bits of numbers near 0 are left.
+            (found if max(map(norm, grads)) > smallest else faint).append(example)
         if len(found) == 2:
             return found
+    found = [*found, *faint][:2]
     if not found and untrained is not None:
         raise untrained
     return found or examples[:1]

@@ -293,18 +293,21 @@ class InfluenceEstimator:
     ) -> Scores:
         if distributed:
             if processes.world_size() > 1:
-                self._call(encoded, pilot).check_alike(method)
+                self._call(encoded, pilot).check_alike(method, batches)
             # The longest stand first, so that every process gets long and short ones.
             batches = batches[processes.rank() :: processes.world_size()]
-        if journal is None:
-            records, summary = self._pending(batches, method, progress, None, pilot)
-        else:
+
+        def share() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+            if journal is None:
+                return self._pending(batches, method, progress, None, pilot)
             num_processes = processes.world_size() if distributed else 1
             with journal.opened(self._call(encoded, pilot).fingerprint(batches, num_processes)):
-                records, summary = self._pending(batches, method, progress, journal, pilot)
-        if distributed:
-            records = [record for part in processes.from_all(records) for record in part]
-        return collect(encoded, records, summary, method, self.options, self.references.names, self._named)
+                return self._pending(batches, method, progress, journal, pilot)
+
+        done = processes.all_do(share) if distributed else [share()]
+        records = [record for records, _ in done for record in records]
+        # The same on all.
+        return collect(encoded, records, done[0][1], method, self.options, self.references.names, self._named)
 
     def _call(self, encoded: Encoded, pilot: Sequence[Example]) -> Call:
         losses = self._loss, self._reference_loss

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
 from montessori.optimizers import moments_of, settings_of
+from montessori.shared import Shared
 
 # Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
 _COLUMNS, _ROWS = 256, 256
@@ -108,6 +109,10 @@ def undisturbed(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     check()
 
 
+# The stance is that of all threads.
+_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
+
+
 @contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Gradients on and autocast off, that which accelerate has built into the model's forward included.
@@ -122,7 +127,7 @@ def own_precision(model: nn.Module) -> Iterator[None]:
     if aside:
         attributes["forward"] = attributes["_original_forward"]
     try:
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        eager = _EAGER.on() if "torch._dynamo" in sys.modules else nullcontext()
         # A default device of the owner's would also be that of offsets and sums, which belong on the host.
         host = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
         with host, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), eager:

@@ -6,14 +6,17 @@ A single process is rank 0 of 1, for which nothing here does anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from montessori.errors import ArgumentError
+from montessori.errors import ArgumentError, ResourceError
+from montessori.wording import one_line
+
+T = TypeVar("T")
 
 # A stage that one process does alone may take hours while the others wait.
 _TIMEOUT = timedelta(days=2)
@@ -62,6 +65,26 @@ def from_all(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def all_do(work: Callable[[], T]) -> list[T]:
+    """What `work` gives on every process, in order of rank. Where it fails on one, that one raises its error, and the
+    others ResourceError instead of waiting for it."""
+    if not _several():
+        return [work()]
+    mine: T | None = None
+    failure: Exception | None = None
+    try:
+        mine = work()
+    except Exception as error:
+        failure = error
+    told = from_all((mine, failure and f"{type(failure).__name__}: {one_line(failure)}"))
+    if failure is not None:
+        raise failure
+    for other, (_, why) in enumerate(told):
+        if why is not None:
+            raise ResourceError(f"process {other} failed ({why})")
+    return [done for done, _ in told]
 
 
 def check_same(own: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ torch's own choice stands.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,6 +18,8 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from montessori.shared import Shared
 
 # Torch has switches there that its annotations lack.
 _BACKENDS: Any = torch.backends
@@ -63,46 +64,27 @@ def unrounded_products() -> Iterator[None]:
 
     The switches are those of the process: of several threads the last one to leave sets them back.
     """
-    _UNROUNDED.enter()
-    try:
+    with _UNROUNDED.on():
         yield
-    finally:
-        _UNROUNDED.leave()
 
 
-class _Unrounded:
-    """torch's switches, set for as long as somebody is inside."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._earlier = threading.Lock(), 0, ExitStack()
-
-    def enter(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._set()
-            self._inside += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._earlier.close()
-
-    def _set(self) -> None:
-        precision = float32_precision()
-        if precision == "highest":
-            return
-        for switch in (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
-            # A switch that inherits its value is set back to inheriting it.
-            inherited = switch.fp32_precision == _BACKENDS.fp32_precision
-            self._earlier.callback(setattr, switch, "fp32_precision", "none" if inherited else switch.fp32_precision)
-            switch.fp32_precision = "ieee"
-        if precision in ("high", "medium"):
-            self._earlier.callback(torch.set_float32_matmul_precision, precision)
-        torch.set_float32_matmul_precision("highest")
+@contextmanager
+def _unrounded() -> Iterator[None]:
+    precision = float32_precision()
+    with ExitStack() as earlier:
+        if precision != "highest":
+            for switch in (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
+                # A switch that inherits its value is set back to inheriting it.
+                inherited = switch.fp32_precision == _BACKENDS.fp32_precision
+                earlier.callback(setattr, switch, "fp32_precision", "none" if inherited else switch.fp32_precision)
+                switch.fp32_precision = "ieee"
+            if precision in ("high", "medium"):
+                earlier.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
-_UNROUNDED = _Unrounded()
+_UNROUNDED = Shared(_unrounded)
 
 
 def torch_rounds_products() -> bool:

@@ -13,8 +13,9 @@ from torch import nn
 from montessori import calibration, cpu, ops, processes
 from montessori.batching import Example
 from montessori.encoding import Encoded
-from montessori.fingerprint import columns_digest, edges_digest, examples_digest, sets_digest
+from montessori.fingerprint import columns_digest, examples_digest, sets_digest, sums_digest
 from montessori.holdings import function_digest, model_digest
+from montessori.live import module_numbers
 from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.options import Options
@@ -56,9 +57,10 @@ class Call:
             "tiles": cpu.tiling() if self.options.sample < 1 else None,
         }
 
-    def check_alike(self, method: str) -> None:
+    def check_alike(self, method: str, batches: Sequence[Sequence[Example]]) -> None:
         """Raise ArgumentError where a process was given other rows, or holds another model, optimizer or loss."""
         moments = {f"{name} {label}": held for name in self.state for label, held in self.state[name].tensors()}
+        weights = dict(chain(self.model.named_parameters(), self.model.named_buffers()))
         processes.check_same({
             "candidates": f"{self.encoded.num_rows} {examples_digest(self.encoded.examples)}",
             "pilot_rows": examples_digest(self.pilot),
@@ -66,8 +68,9 @@ class Call:
             "reference": sets_digest(self.references.sets),
             "settings": repr((method, asdict(self.options))),
             "loss": function_digest(self.loss) + function_digest(self.reference_loss),
-            "model": edges_digest(dict(self.model.named_parameters())),
-            "optimizer": repr([state.step for state in self.state.values()]) + edges_digest(moments),
+            "batch_tokens": repr([len(batch) for batch in batches]),
+            "model": repr(module_numbers(self.model)) + sums_digest(weights),
+            "optimizer": repr([state.step for state in self.state.values()]) + sums_digest(moments),
         })  # fmt: skip
 
     def _columns(self) -> str | None:

@@ -11,7 +11,7 @@ import transformers
 from support import CONFIGS, RECURRENT, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
 
 from montessori import InfluenceEstimator, processes
-from montessori.errors import ArgumentError, CurvatureWarning, DataError, FallbackWarning
+from montessori.errors import ArgumentError, CurvatureWarning, DataError, FallbackWarning, ModelError, ResourceError
 
 MODELS = [*CONFIGS, "llama_lora"]
 # Two orders of summation in float64 over some 10^4 terms; 1e-9 leaves room for cancellation.
@@ -163,21 +163,59 @@ def test_a_piece_of_rows_may_be_nothing_but_such_as_are_skipped():
         skipping.score(bad)
 
 
-def test_processes_that_were_given_other_rows_are_told(monkeypatch):
+def change_middle(tensor):
+    with torch.no_grad():
+        tensor.view(-1)[tensor.numel() // 2] += 1
+
+
+DIFFERING = {
+    "rows": (
+        lambda estimator: {"rows": make_rows(4, seed=2)},
+        "candidates, columns|candidates, batch_tokens|candidates",
+    ),
+    "pilots": (lambda estimator: {"pilot_rows": make_rows(1)}, "pilot_rows"),
+    "batches": (lambda estimator: {"batch_tokens": 12}, "batch_tokens"),
+    "a weight": (lambda estimator: change_middle(estimator.model.lm_head.weight), "model"),
+    "a number": (lambda estimator: setattr(estimator.model.model.norm, "variance_epsilon", 0.1), "model"),
+    "a moment": (lambda estimator: change_middle(estimator.state["model.norm.weight"].exp_avg), "optimizer"),
+}
+
+
+@pytest.mark.parametrize("change", DIFFERING)
+def test_processes_that_differ_are_told(monkeypatch, change):
     model = make_model("llama_tied")
     estimator = InfluenceEstimator(model, warm_optimizer(model), make_rows(3))
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     seen = []
-    monkeypatch.setattr(processes, "from_all", lambda value: seen.append(value) or [value, seen[0]])
-    estimator._call(estimator._reader.read(make_rows(4, seed=1), "candidates"), []).check_alike("anchored")
-    with pytest.raises(
-        ArgumentError, match="expected the same on every process, got candidates, pilot_rows on process 0"
-    ):
-        estimator.score(make_rows(4, seed=2), distributed=True, pilot_rows=make_rows(1))
-    with torch.no_grad():
-        next(model.parameters()).flatten()[0] += 1
-    with pytest.raises(ArgumentError, match="got candidates, pilot_rows, model on process 0"):
-        estimator.score(make_rows(4, seed=2), distributed=True)
+
+    def from_all(value):
+        seen.append(value)
+        if len(seen) == 1:
+            raise InterruptedError
+        return [value, seen[0]]
+
+    monkeypatch.setattr(processes, "from_all", from_all)
+    with pytest.raises(InterruptedError):
+        estimator.score(make_rows(4, seed=1), distributed=True)
+    made, names = DIFFERING[change]
+    settings = made(estimator) or {}
+    rows = settings.pop("rows", make_rows(4, seed=1))
+    with pytest.raises(ArgumentError, match=rf"expected the same on every process, got .*({names}).* on process 0"):
+        estimator.score(rows, distributed=True, **settings)
+
+
+def test_what_fails_on_one_process_is_told_to_the_others(monkeypatch):
+    """As process 0 sees it, and as the one that fails does."""
+
+    def broken():
+        raise ModelError("row 3 is wrong")
+
+    monkeypatch.setattr(processes, "_several", lambda: True)
+    monkeypatch.setattr(processes, "from_all", lambda told: [told, (None, "ModelError: row 3 is wrong")])
+    with pytest.raises(ResourceError, match=r"process 1 failed \(ModelError: row 3 is wrong\)"):
+        processes.all_do(lambda: 1)
+    with pytest.raises(ModelError, match="row 3 is wrong"):
+        processes.all_do(broken)
 
 
 @pytest.mark.parametrize("lr", [True, [1e-3], "1", 1e39])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from montessori import InfluenceEstimator
 from montessori.errors import ModelError
 from montessori.live import to_the_end
 from montessori.losses import response_loss
+from montessori.shared import Shared
 
 METHODS = ["first_order", "anchored", "exact"]
 INTERRUPTS = 25
@@ -78,6 +80,7 @@ def test_an_interrupt_at_any_moment_leaves_the_model_as_it_was(method):
         at = drawn.randrange(1, events)
         came += interrupted(lambda found=found: found.score(candidates), at)
         assert arrangement(model) == before, at
+        assert not torch._C._len_torch_function_stack(), at
         assert all(torch.equal(p, weight) for p, weight in zip(model.parameters(), weights, strict=True)), at
     # Python drops what is raised while it closes a generator.
     assert came > 0.8 * INTERRUPTS
@@ -95,6 +98,41 @@ def test_work_that_is_interrupted_is_done_whole_before_the_interrupt():
     with pytest.raises(KeyboardInterrupt):
         to_the_end(work)
     assert done == [0, 1, 2]
+
+
+def test_an_interrupt_within_a_module_leaves_nothing_that_watches_calls(monkeypatch):
+    """Hooks after a forward pass are not called then."""
+    model = make_model("gpt2")
+    found = estimator(model, warm_optimizer(model))
+    found.prepare(make_rows(4, seed=1))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.functional, "embedding", interrupted)
+        found.score(make_rows(4, seed=1))
+    assert not torch._C._len_torch_function_stack()
+
+
+def test_what_threads_share_is_set_back_by_the_last_to_leave():
+    seen = ["off"]
+
+    @contextmanager
+    def switched():
+        seen.append("on")
+        yield
+        seen.append("off")
+
+    shared = Shared(switched)
+    for _ in range(2):
+        first, second = shared.on(), shared.on()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert seen[-1] == "on"
+        second.__exit__(None, None, None)
+    assert seen == ["off", "on", "off", "on", "off"]
 
 
 @pytest.mark.parametrize("method", METHODS)
