@@ -106,12 +106,17 @@ def test_an_interrupt_within_a_module_leaves_nothing_that_watches_calls(monkeypa
     found = estimator(model, warm_optimizer(model))
     found.prepare(make_rows(4, seed=1))
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    embedding = torch.nn.functional.embedding
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch.nn.functional, "embedding", interrupted)
+    def interrupted(*given, **more):
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return embedding(*given, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         found.score(make_rows(4, seed=1))
+    monkeypatch.undo()
     assert not torch._C._len_torch_function_stack()
 
 
