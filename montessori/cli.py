@@ -328,5 +328,8 @@ def main() -> None:
             raise
         # Of output that nothing takes; what remains of it is not written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            # Who reads it, `head` say, has seen enough.
+            sys.exit(1)
         click.echo(f"error: the output cannot be written ({error.strerror})", err=True)
         sys.exit(2)

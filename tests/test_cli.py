@@ -172,7 +172,7 @@ def test_an_audit_that_cannot_be_written_takes_no_step(run, student, files, tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "/proc/w"], "error: /proc/w/warmup.json: cannot be written"),
+        (["--out", "/proc/w"], "error: /proc/w: cannot be written"),
         (["--out", "FILE"], "Directory 'FILE' is a file"),
         (["--out", "w", "--max-steps", 0], "error: max_steps=0: expected at least 1"),
         (["--out", "w", "--max-steps", -2], "error: max_steps=-2: expected at least 1"),
