@@ -184,7 +184,8 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
             if plan.per_example:
                 group, sink.position = [example], 0
             wrong, unmappable = _disagreeing(model, plan, group, loss, sink)
-            wrong |= sink.doubtful & doubted
+            # Where there is one example, nothing else can say so.
+            wrong |= sink.doubtful & doubted if len(examples) > 1 else sink.doubtful
             if not wrong - plan.fallback:
                 break
             plan.leave(wrong, unmappable)
@@ -198,7 +199,7 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     elif loss is response_loss:
         last = _CompareSink(expected, len(examples) - 1, scale, parameters, tolerance, HEAD_SLACK)
         plan.head = _proved_head(model, plan.rules, examples)
-        if plan.head is not None and _disagreeing(model, plan, examples, loss, last)[0]:
+        if plan.head is not None and (_disagreeing(model, plan, examples, loss, last)[0] or last.doubtful):
             plan.head = None
     return plan
 
@@ -243,7 +244,7 @@ def prove_head(model: nn.Module, examples: Sequence[Example], loss: LossFunction
     with evaluation_mode(model), undisturbed(trainable_parameters(model)):
         try:
             prove_packing(model, batch)
-        except Exception:
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             # Of a model that they cannot be taken of, such a loss does not.
             if loss is response_loss:
                 raise

@@ -254,21 +254,24 @@ def _audit_path(out: Path) -> Path:
 def check_scored(out: Path, rows: Rows) -> None:
     """Raise DataError when the config beside the scores in `out` says that other rows were scored."""
     config = _config_path(out)
-    if not config.exists():
-        return
-    before = json.loads(config.read_text(encoding="utf-8")).get("inputs", {}).get("candidates")
+    before = _read_config(config).get("inputs", {}).get("candidates") if config.exists() else None
     if before is not None and before != rows_digest(rows):
         raise DataError(f"{rows.source}: expected the rows that were scored, got others, or in another order")
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a config written by a run. Raises DataError when it is not one."""
+def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        settings = dict(json.loads(Path(path).read_text(encoding="utf-8"))["settings"])
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {**config, "settings": dict(config["settings"])}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected a config written by montessori score, got {error!r}") from error
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a config written by a run. Raises DataError when it is not one."""
+    settings = _read_config(path)["settings"]
     known = {entry.name for entry in fields(ScoreSettings)}
     unknown = sorted(set(settings) - known)
     if unknown:
@@ -289,7 +292,7 @@ def _finished(out: Path, config_path: Path, config: dict[str, Any]) -> Scores:
         raise ArgumentError(
             f"{out}: exists and was not written with these settings; choose another --out or pass --fresh"
         )
-    before = json.loads(config_path.read_text(encoding="utf-8")).get("inputs", {})
+    before = _read_config(config_path).get("inputs", {})
     changed = sorted(name for name, digest in config["inputs"].items() if before.get(name) != digest)
     if changed:
         raise ArgumentError(

@@ -368,6 +368,12 @@ def test_inspect_refuses_other_rows_than_those_that_were_scored(run, student, fi
     turned.write_text("".join(f"{line}\n" for line in files["candidates"].read_text().splitlines()[::-1]))
     status, shown, error = run("inspect", out, "--candidates", turned)
     assert status == 2 and "turned.jsonl: expected the rows that were scored" in error and not shown
+    config = out.with_name("scores.parquet.config.json")
+    whole = config.read_text()
+    config.write_text(whole[:20])
+    status, _, error = run("inspect", out, "--candidates", files["candidates"])
+    assert status == 2 and "expected a config written by montessori score" in error
+    config.write_text(whole)
     # Rows lie where they like.
     moved = turned.with_name("moved.jsonl")
     moved.write_text(files["candidates"].read_text())
