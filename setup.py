@@ -24,7 +24,7 @@ TORCH_FLOOR = "0x020b000000000000"
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
 SOURCES = ["register", "tiles", "squares", "packing", "kernel_baseline"]
 if platform.machine() in ("x86_64", "AMD64"):
-    SOURCES += ["kernel_avx2", "kernel_avx512", "kernel_avx512bf16"]
+    SOURCES += ["kernel_avx2", "kernel_avx512", "kernel_avx512bf16", "kernel_amx"]
 DEVICE_SOURCES = ["linear_mma", "partials"]
 # Needs instructions of this one capability.
 HOPPER_SOURCE, HOPPER = "linear_wgmma", "90a"

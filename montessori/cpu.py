@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 # Values of MONTESSORI_SIMD.
-KERNELS = ("avx512bf16", "avx512", "avx2", "baseline")
+KERNELS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tiles drawn of a stratum: two, so that the variance within it can be seen.
 DRAWN_PER_STRATUM = 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from montessori import AdamWStep, SGDStep, ops, reference
+from montessori import AdamWStep, SGDStep, cpu, ops, reference
 from montessori.errors import ArgumentError
 from montessori.ops import SparseRows
 from montessori.steps import OptimizerStep
@@ -39,8 +39,19 @@ every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 
 def simd_levels() -> list[str]:
     """Instruction sets of this processor that a CPU kernel exists for."""
-    levels = {"AVX512": ["avx512", "avx2", "baseline"], "AVX2": ["avx2", "baseline"]}
-    return levels.get(torch.backends.cpu.get_cpu_capability(), ["baseline"])
+    if cpu.unavailable() is not None:
+        return ["baseline"]
+    return [level for level in cpu.KERNELS if _runs(level)]
+
+
+def _runs(level: str) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MONTESSORI_SIMD", level)
+        try:
+            torch.ops.montessori.tile_norms(torch.ones(1, 1, 1))
+        except RuntimeError:
+            return False
+    return True
 
 
 def bounds(*lengths: int) -> Tensor:

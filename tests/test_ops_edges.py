@@ -94,7 +94,7 @@ def test_a_mistyped_instruction_set_is_named(monkeypatch):
     rows, state, base = spoiled("nothing")
     monkeypatch.setenv("MONTESSORI_SIMD", "AVX2")
     with pytest.raises(
-        ArgumentError, match=r"^MONTESSORI_SIMD=AVX2: expected one of avx512bf16, avx512, avx2, baseline"
+        ArgumentError, match=r"^MONTESSORI_SIMD=AVX2: expected one of amx, avx512bf16, avx512, avx2, baseline"
     ):
         ops.row_changes(rows, *state, STEP, base=base)
 

@@ -20,9 +20,9 @@ struct TileJob {
 };
 
 // Adds Σ q·u of one example to scores [sets]. A cell is four bytes: one token's float32, or two tokens'
-// bfloat16 in the kernels for pairs, the earlier one low. x is [steps, columns] cells; register tile r of
-// dy is [steps, kernel rows] cells at r · dy_stride; starts[r] is null or a gradient [kernel rows, columns]
-// that register tile r starts from.
+// bfloat16 in the kernels for pairs, the earlier one low. x is [steps, columns] cells; register tile r of dy, at
+// r · dy_stride, is [steps / group, rows, group] cells, rows and group as in Format; starts[r] is null or a
+// gradient [rows, columns] that register tile r starts from.
 using ScoreExample = void (*)(const TileJob& job, const void* x, const void* dy, int64_t dy_stride, int64_t steps,
                               const float* const* starts, double* scores);
 
@@ -34,6 +34,9 @@ using ScoreDense = void (*)(const TileJob& job, const float* grad, int64_t colum
 using StepRow = void (*)(const TileJob& job, const float* grad, const float* base, float lr, int64_t columns,
                          float* out);
 
+// to[i] = factor · from[i] of float32 or (`narrow`) bfloat16.
+using Widen = void (*)(const void* from, bool narrow, int64_t count, float factor, float* to);
+
 // Cross-entropy of one row of logits [columns], which it replaces by their gradient times `weight`.
 using CrossEntropy = double (*)(float* logits, int64_t columns, int64_t target, float weight);
 
@@ -44,22 +47,61 @@ struct RowPairs {
   int64_t rows, before, stride;
 };
 
-// Adds the products of `bytes` of a[i] and b[j] to dots[i · stride + j], of those with j <= before + i at least.
+// Adds the products of `bytes` of a[i] and b[j], of kDotFeatures values at most, to dots[i · stride + j], of those with
+// j <= before + i at least.
+constexpr int64_t kDotFeatures = 512;
 using AddDots = void (*)(const RowPairs& pairs, int64_t bytes, float* dots);
 
+// Writes the cells of pairs of tokens: values column to column + live - 1 of rows[0..tokens), bfloat16 or (`floats`)
+// float32, which is rounded to it; the rest of [steps, columns] is 0. As x has them, or (`grouped`) as dy.
+using PackPairs = void (*)(const void* const* rows, int64_t tokens, bool floats, bool grouped, int64_t column,
+                           int64_t live, int64_t steps, uint32_t* to);
+
+// Products of one kind of cell.
+struct Format {
+  int64_t rows;   // of a register tile
+  int64_t group;  // steps that dy has side by side; examples have a multiple of it
+  ScoreExample adamw, sgd;
+  PackPairs pack;  // null: packed by code for any processor, in groups of 1
+};
+
+// What a processor holds beside its usual registers, for one thread: `saved` is what was there before.
+using Enter = void (*)(unsigned char (&saved)[64]);
+using Leave = void (*)(const unsigned char (&saved)[64]);
+
 struct Kernel {
-  int64_t rows;     // of a register tile
   int64_t columns;  // of a weight tile
   int64_t lanes;
-  ScoreExample adamw, sgd;
-  ScoreExample adamw_pairs, sgd_pairs;  // null where the processor has no bfloat16 products
+  Format floats;
+  Format pairs;  // without functions where the processor has no bfloat16 products
+  Enter enter;   // around all calls of functions for pairs (OwnRegisters), or null
+  Leave leave;
   ScoreDense dense_adamw, dense_sgd;
   StepRow step_adamw, step_sgd;
+  Widen widen;
   CrossEntropy cross_entropy;
   AddDots dots;           // of float32
   AddDots dots_of_pairs;  // of bfloat16, or null
 };
 
+// While it lives, this thread's special registers are the kernel's.
+class OwnRegisters {
+ public:
+  explicit OwnRegisters(const Kernel& kernel) : kernel_(kernel) {
+    if (kernel_.enter) kernel_.enter(saved_);
+  }
+  OwnRegisters(const OwnRegisters&) = delete;
+  ~OwnRegisters() {
+    if (kernel_.leave) kernel_.leave(saved_);
+  }
+
+ private:
+  const Kernel& kernel_;
+  unsigned char saved_[64];
+};
+
+// Null where this system or its compiler has no matrix registers.
+const Kernel* kernel_amx();
 const Kernel& kernel_avx512bf16();
 const Kernel& kernel_avx512();
 const Kernel& kernel_avx2();

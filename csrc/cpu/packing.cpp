@@ -12,7 +12,6 @@
 namespace montessori {
 namespace {
 
-constexpr int64_t kCacheLine = 64;
 // Steps and columns that one packing job moves: both sides of the copy stay in the cache.
 constexpr int64_t kJobSteps = 32, kJobColumns = 768;
 
@@ -92,7 +91,8 @@ std::vector<Chunk> chunks_of(const int64_t* offsets, const std::vector<int64_t>&
     for (int64_t step = bounds[b]; step < bounds[b + 1]; step += kJobSteps) {
       const int64_t token = offsets[b] + (step - bounds[b]) * per_step;
       const int64_t steps = std::min(kJobSteps, bounds[b + 1] - step);
-      chunks.push_back({step, steps, {token, std::min(offsets[b + 1], token + steps * per_step)}});
+      const int64_t end = std::min(offsets[b + 1], token + steps * per_step);
+      chunks.push_back({step, steps, {token, std::max(token, end)}});
     }
   return chunks;
 }
@@ -167,6 +167,17 @@ void pair_panel(const Rows& rows, int64_t width, const Chunk& chunk, int64_t col
     pair_elements<uint16_t>(rows, width, chunk, column, live, columns, to);
 }
 
+// Where the rows of a chunk begin.
+struct Starts {
+  const void* rows[2 * kJobSteps];
+
+  Starts(const Rows& from, int64_t width, const Chunk& chunk) {
+    const int64_t bytes = width * (from.from.dtype == Dtype::kFloat32 ? 4 : 2);
+    for (int64_t t = 0; t < chunk.tokens.size(); ++t)
+      rows[t] = static_cast<const char*>(from.from.data) + from.at(chunk.tokens.begin + t) * bytes;
+  }
+};
+
 }  // namespace
 
 void widen(const Array& from, int64_t at, int64_t count, float factor, float* to) {
@@ -192,10 +203,16 @@ void narrow(const float* from, int64_t count, Dtype dtype, int64_t at, void* to)
 }
 
 void pack_tile(const Array& from, int64_t offset, int64_t stride, Span rows, Span columns, int64_t height,
-               int64_t width, float factor, float fill, float* to) {
+               int64_t width, float factor, float fill, Widen by_kernel, float* to) {
+  const bool narrow = from.dtype == Dtype::kBFloat16, general = from.dtype == Dtype::kFloat16;
+  const char* data = static_cast<const char*>(from.data);
   for (int64_t r = 0; r < height; ++r, to += width) {
     const int64_t live = r < rows.size() ? columns.size() : 0;
-    if (live) widen(from, offset + (rows.begin + r) * stride + columns.begin, live, factor, to);
+    const int64_t at = offset + (rows.begin + r) * stride + columns.begin;
+    if (live && general)
+      widen(from, at, live, factor, to);
+    else if (live)
+      by_kernel(data + at * (narrow ? 2 : 4), narrow, live, factor, to);
     std::fill(to + live, to + width, fill);
   }
 }
@@ -207,11 +224,11 @@ void prefetch_tile(const Array& from, int64_t offset, int64_t stride, Span rows,
     for (int64_t at = 0; at < columns.size() * size; at += kCacheLine) __builtin_prefetch(first + at, 0, 2);
 }
 
-std::vector<int64_t> step_bounds(const int64_t* offsets, int64_t examples, bool pairs) {
+std::vector<int64_t> step_bounds(const int64_t* offsets, int64_t examples, bool pairs, int64_t group) {
   std::vector<int64_t> bounds{0};
   for (int64_t b = 0; b < examples; ++b) {
     const int64_t tokens = offsets[b + 1] - offsets[b];
-    bounds.push_back(bounds.back() + (pairs ? (tokens + 1) / 2 : tokens));
+    bounds.push_back(bounds.back() + round_up(pairs ? (tokens + 1) / 2 : tokens, group));
   }
   return bounds;
 }
@@ -220,22 +237,26 @@ Cells::Cells(std::size_t bytes) : bytes_(bytes), data_(static_cast<uint32_t*>(sp
 
 Cells::~Cells() { spare.give(data_, bytes_); }
 
-Panels::Panels(const Rows& from, int64_t width, int64_t columns, const int64_t* offsets,
-               const std::vector<int64_t>& steps, bool pairs, Parallel parallel)
-    : columns_(columns),
-      stride_(stride_of(steps.back() * columns)),
-      cells_(std::max<size_t>(panels_of(width, columns) * stride_ * sizeof(uint32_t), kCacheLine)) {
-  const int64_t panels = panels_of(width, columns);
-  const std::vector<Chunk> chunks = chunks_of(offsets, steps, pairs);
+Panels::Panels(const Rows& from, int64_t width, const Layout& layout, const int64_t* offsets,
+               const std::vector<int64_t>& steps, Parallel parallel)
+    : columns_(layout.columns),
+      stride_(stride_of(steps.back() * columns_)),
+      cells_(std::max<size_t>(panels_of(width, columns_) * stride_ * sizeof(uint32_t), kCacheLine)) {
+  const int64_t columns = columns_, panels = panels_of(width, columns);
+  const std::vector<Chunk> chunks = chunks_of(offsets, steps, layout.pairs);
   const int64_t group = std::max<int64_t>(1, kJobColumns / columns), groups = (panels + group - 1) / group;
   auto pack = [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
       const Chunk& chunk = chunks[job / groups];
       const int64_t first = job % groups * group;
+      const Starts starts(from, width, chunk);
       for (int64_t panel = first; panel < std::min(panels, first + group); ++panel) {
         const int64_t column = panel * columns, live = std::min(columns, width - column);
         uint32_t* to = cells_.data() + panel * stride_ + chunk.step * columns;
-        if (pairs)
+        if (layout.pack)
+          layout.pack(starts.rows, chunk.tokens.size(), from.from.dtype == Dtype::kFloat32, layout.grouped, column,
+                      live, chunk.steps, to);
+        else if (layout.pairs)
           pair_panel(from, width, chunk, column, live, columns, to);
         else
           widen_panel(from, width, chunk, column, live, columns, reinterpret_cast<float*>(to));

@@ -64,7 +64,7 @@ const montessori::Kernel& kernel() {
   const char* simd = std::getenv("MONTESSORI_SIMD");
   const montessori::Kernel* chosen = montessori::choose_kernel(simd ? simd : "");
   STD_TORCH_CHECK(chosen, "MONTESSORI_SIMD=", simd,
-                  ": expected avx512bf16, avx512, avx2 or baseline, as this processor has them");
+                  ": expected amx, avx512bf16, avx512, avx2 or baseline, as this processor has them");
   return *chosen;
 }
 

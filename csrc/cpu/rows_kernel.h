@@ -35,6 +35,21 @@ void take_step(const TileJob& job, const float* grad, const float* base, float l
   (job.eps >= kSmallestFastEps ? step_row<step, true> : step_row<step, false>)(job, grad, base, lr, columns, out);
 }
 
+void widen(const void* from, bool narrow, int64_t count, float factor, float* to) {
+  if (narrow) {
+    const auto* bits = static_cast<const uint16_t*>(from);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+      float value;
+      __builtin_memcpy(&value, &wide, sizeof(value));
+      to[i] = value * factor;
+    }
+  } else {
+    const auto* values = static_cast<const float*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i] = values[i] * factor;
+  }
+}
+
 // exp(x) for x <= 0 to about 1 unit in the last place; below -87 it stays at exp(-87), NaN stays NaN.
 inline Vector exp_nonpositive(Vector x) {
   constexpr float kShift = 12582912.f;  // 1.5 · 2^23: adding it rounds to an integer
@@ -89,24 +104,26 @@ double cross_entropy(float* logits, int64_t columns, int64_t target, float weigh
   return __builtin_log(total) + static_cast<double>(most) - static_cast<double>(of_target);
 }
 
+template <typename Cell>
+constexpr montessori::Format kFormat{kRows, 1, score_example<Step::kAdamW, Cell>, score_example<Step::kSgd, Cell>,
+                                     nullptr};
 #ifdef MONTESSORI_SIMD_BF16
-constexpr montessori::ScoreExample kAdamWPairs = score_example<Step::kAdamW, Pairs>;
-constexpr montessori::ScoreExample kSgdPairs = score_example<Step::kSgd, Pairs>;
+constexpr montessori::Format kPairs = kFormat<Pairs>;
 #else
-constexpr montessori::ScoreExample kAdamWPairs = nullptr, kSgdPairs = nullptr;
+constexpr montessori::Format kPairs{kRows, 1, nullptr, nullptr, nullptr};
 #endif
 
-constexpr montessori::Kernel kKernel{kRows,
-                                     kColumns,
+constexpr montessori::Kernel kKernel{kColumns,
                                      kLanes,
-                                     score_example<Step::kAdamW, Floats>,
-                                     score_example<Step::kSgd, Floats>,
-                                     kAdamWPairs,
-                                     kSgdPairs,
+                                     kFormat<Floats>,
+                                     kPairs,
+                                     nullptr,
+                                     nullptr,
                                      score_dense<Step::kAdamW>,
                                      score_dense<Step::kSgd>,
                                      take_step<Step::kAdamW>,
                                      take_step<Step::kSgd>,
+                                     widen,
                                      cross_entropy,
                                      add_dots<FloatDots>,
                                      kDotsOfPairs};

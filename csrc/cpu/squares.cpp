@@ -8,8 +8,6 @@ namespace {
 
 // Tokens of one job, whose products with all tokens before them are held.
 constexpr int64_t kStrip = 48;
-// Values of a row at a time: those of a text stay in the second-level cache.
-constexpr int64_t kFeatures = 512;
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -43,8 +41,8 @@ class Products {
     const int64_t columns = strip.columns();
     dots_.assign(strip.rows() * columns, 0.f);
     rows_.resize(columns);
-    for (int64_t low = 0; low < width_; low += kFeatures) {
-      const int64_t features = std::min(kFeatures, width_ - low);
+    for (int64_t low = 0; low < width_; low += kDotFeatures) {
+      const int64_t features = std::min(kDotFeatures, width_ - low);
       point_at(strip, low, features);
       const int64_t before = columns - strip.rows();
       const RowPairs pairs{rows_.data() + before, rows_.data(), strip.rows(), before, columns};
@@ -96,6 +94,7 @@ void example_squares(const Rows& x, int64_t in, const Rows& dy, int64_t out, con
   const std::vector<Strip> strips = strips_of(offsets, examples);
   std::vector<double> partial(strips.size());
   auto run = [&](int64_t begin, int64_t end) {
+    const OwnRegisters own_registers(kernel);
     Products of_x(x, in, kernel), of_dy(dy, out, kernel);
     for (int64_t job = begin; job < end; ++job)
       partial[job] = sum_of(strips[job], of_x.of(strips[job]), of_dy.of(strips[job]));

@@ -58,7 +58,28 @@ struct Pairs {
 };
 #endif
 
-// The gradient of register tile `tile`, its update, and Σ q·u of sets first..first+count-1 into sums.
+// The update of the gradient of some rows, whose elements begin at `base`, in its place, and Σ q·u into sums.
+template <Step step, bool kFast, int rows>
+inline void add_scores(const TileJob& job, Vector (&acc)[rows][kVectors], int64_t base, Sums& sums) {
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 3
+    for (int c = 0; c < kVectors; ++c) {
+      const int64_t at = base + r * kColumns + c * kLanes;
+      acc[r][c] = update<step, kFast>(acc[r][c], job.m + at, job.v + at, job);
+    }
+  for (int64_t k = 0; k < job.sets; ++k) {
+    const float* q = job.q + k * job.rows * kColumns + base;
+    Vector sum{};
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < kVectors; ++c) sum += load(q + r * kColumns + c * kLanes) * acc[r][c];
+    sums[k].add(sum);
+  }
+}
+
+// The gradient of register tile `tile`, its update, and Σ q·u into sums.
 template <Step step, bool kFast, typename Cell>
 void register_tile(const TileJob& job, const char* x, const char* dy, int64_t steps, const float* start, int64_t tile,
                    Sums& sums) {
@@ -73,23 +94,7 @@ void register_tile(const TileJob& job, const char* x, const char* dy, int64_t st
 #pragma GCC unroll 3
       for (int c = 0; c < kVectors; ++c) acc[r][c] = Cell::multiply_add(acc[r][c], dy + r * 4, x + c * kBytes);
   }
-  const int64_t base = tile * kRows * kColumns;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-    for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = base + r * kColumns + c * kLanes;
-      acc[r][c] = update<step, kFast>(acc[r][c], job.m + at, job.v + at, job);
-    }
-  for (int64_t k = 0; k < job.sets; ++k) {
-    const float* q = job.q + k * job.rows * kColumns + base;
-    Vector sum{};
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-      for (int c = 0; c < kVectors; ++c) sum += load(q + r * kColumns + c * kLanes) * acc[r][c];
-    sums[k].add(sum);
-  }
+  add_scores<step, kFast>(job, acc, tile * kRows * kColumns, sums);
 }
 
 template <Step step, bool kFast, typename Cell>

@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "strata.h"
+
 namespace montessori {
 namespace {
 
@@ -21,7 +23,8 @@ int64_t l2_bytes() {
 // m, v, q of one tile, widened, with the constants folded in.
 class TileState {
  public:
-  TileState(const State& state, const StepConstants& constants, int64_t elements) : s_(state), c_(constants) {
+  TileState(const State& state, const StepConstants& constants, int64_t elements, const Kernel& kernel)
+      : s_(state), c_(constants), widen_(kernel.widen) {
     if (c_.step == Step::kAdamW) {
       m_.resize(elements);
       v_.resize(elements);
@@ -33,7 +36,7 @@ class TileState {
   // Rows and columns of a matrix [matrix_rows, stride], padded to [height, width].
   void load(int64_t matrix_rows, int64_t stride, Span rows, Span columns, int64_t height, int64_t width) {
     const auto pack = [&](const Array& from, int64_t offset, float factor, float fill, float* to) {
-      pack_tile(from, offset, stride, rows, columns, height, width, factor, fill, to);
+      pack_tile(from, offset, stride, rows, columns, height, width, factor, fill, widen_, to);
     };
     if (c_.step == Step::kAdamW) {
       pack(s_.exp_avg, 0, c_.a1, 0.f, m_.data());
@@ -75,13 +78,15 @@ class TileState {
 
   const State& s_;
   const StepConstants& c_;
-  std::vector<float> m_, v_, q_, decay_, scratch_;
+  Widen widen_;
+  Floats m_, v_, q_, decay_, scratch_;
   std::vector<double> constant_;
 };
 
 // A batch packed for the kernels.
 struct PackedBatch {
   bool pairs;
+  const Format& format;
   std::vector<int64_t> steps;
   Panels x, dy;
 
@@ -89,14 +94,15 @@ struct PackedBatch {
     const auto fits = [&](const Array& array) {
       return array.dtype == Dtype::kBFloat16 || (p.round_products && array.dtype == Dtype::kFloat32);
     };
-    return kernel.adamw_pairs && fits(p.x) && fits(p.dy);
+    return kernel.pairs.adamw && fits(p.x) && fits(p.dy);
   }
 
   PackedBatch(const LinearProblem& p, const Kernel& kernel, Parallel parallel)
       : pairs(use_pairs(p, kernel)),
-        steps(step_bounds(p.offsets, p.examples, pairs)),
-        x({p.x, p.positions}, p.in, kernel.columns, p.offsets, steps, pairs, parallel),
-        dy({p.dy, p.positions}, p.out, kernel.rows, p.offsets, steps, pairs, parallel) {}
+        format(pairs ? kernel.pairs : kernel.floats),
+        steps(step_bounds(p.offsets, p.examples, pairs, format.group)),
+        x({p.x, p.positions}, p.in, {kernel.columns, pairs, format.pack, false}, p.offsets, steps, parallel),
+        dy({p.dy, p.positions}, p.out, {format.rows, pairs, format.pack, true}, p.offsets, steps, parallel) {}
 };
 
 // Everything one thread needs for its tiles, allocated once.
@@ -105,13 +111,13 @@ class Worker {
   Worker(const LinearProblem& problem, const PackedBatch& batch, const Kernel& kernel, const Tiling& tiling)
       : p_(problem),
         batch_(batch),
-        kernel_(kernel),
+        own_registers_(kernel),
+        unit_(batch.format.rows),
         tiling_(tiling),
-        state_(problem.state, problem.constants, tiling.rows * tiling.columns),
-        starts_(tiling.rows / kernel.rows) {
+        state_(problem.state, problem.constants, tiling.rows * tiling.columns, kernel),
+        starts_(tiling.rows / unit_) {
     if (p_.row_ids) start_values_.resize(tiling.rows * tiling.columns);
-    const bool adamw = p_.constants.step == Step::kAdamW;
-    score_ = batch.pairs ? (adamw ? kernel.adamw_pairs : kernel.sgd_pairs) : (adamw ? kernel.adamw : kernel.sgd);
+    score_ = p_.constants.step == Step::kAdamW ? batch.format.adamw : batch.format.sgd;
   }
 
   // Adds the scores of one tile to scores [B, K], and the score at gradient 0 to at_zero [K] if wanted. The
@@ -120,7 +126,7 @@ class Worker {
     panel_ = tile % tiling_.column_tiles;
     rows_ = rows_of(tile);
     columns_ = columns_of(tile);
-    height_ = round_up(rows_.size(), kernel_.rows);
+    height_ = round_up(rows_.size(), unit_);
     state_.load(p_.out, p_.in, rows_, columns_, height_, tiling_.columns);
     for (int64_t b = 0; b < p_.examples; ++b) {
       if (next >= 0) prefetch(next, b);
@@ -153,11 +159,11 @@ class Worker {
   }
 
   void score(int64_t step, int64_t steps, double* scores) const {
-    const uint32_t* dy = batch_.dy.at(rows_.begin / kernel_.rows, step);
+    const uint32_t* dy = batch_.dy.at(rows_.begin / unit_, step);
     score_(state_.job(height_), batch_.x.at(panel_, step), dy, batch_.dy.stride(), steps, starts_.data(), scores);
   }
 
-  int64_t start_size() const { return kernel_.rows * tiling_.columns; }
+  int64_t start_size() const { return unit_ * tiling_.columns; }
 
   void clear_starts() {
     const float* decay = state_.decay();
@@ -171,11 +177,11 @@ class Worker {
     const int64_t* end = p_.row_ids + p_.row_offsets[b + 1];
     const int64_t* id = std::lower_bound(p_.row_ids + p_.row_offsets[b], end, rows_.begin);
     for (; id < end && *id < rows_.end; ++id) {
-      const int64_t row = *id - rows_.begin, tile = row / kernel_.rows;
+      const int64_t row = *id - rows_.begin, tile = row / unit_;
       float* values = start_values_.data() + tile * start_size();
       begin_start(tile, values);
       widen_add(p_.row_grad, (id - p_.row_ids) * p_.in + columns_.begin, columns_.size(), 1.f,
-                values + row % kernel_.rows * tiling_.columns);
+                values + row % unit_ * tiling_.columns);
     }
   }
 
@@ -190,52 +196,15 @@ class Worker {
 
   const LinearProblem& p_;
   const PackedBatch& batch_;
-  const Kernel& kernel_;
+  OwnRegisters own_registers_;
+  int64_t unit_;  // rows of a register tile
   const Tiling& tiling_;
   TileState state_;
   ScoreExample score_;
   int64_t panel_ = 0, height_ = 0;
   Span rows_{0, 0}, columns_{0, 0};
-  std::vector<float> start_values_;
+  Floats start_values_;
   std::vector<const float*> starts_;
-};
-
-// One stratum: the estimate of its total and the variance of that (simple random sampling within it).
-class Stratum {
- public:
-  explicit Stratum(int64_t size) : one_(size), sum_(size), squares_(size) {}
-
-  void start() {
-    std::fill(sum_.begin(), sum_.end(), 0.0);
-    std::fill(squares_.begin(), squares_.end(), 0.0);
-  }
-
-  double* tile() {
-    std::fill(one_.begin(), one_.end(), 0.0);
-    return one_.data();
-  }
-
-  void add(const double* at_zero, int64_t sets) {
-    for (size_t i = 0; i < one_.size(); ++i) {
-      const double value = one_[i] - (at_zero ? at_zero[i % sets] : 0.0);
-      sum_[i] += value;
-      squares_[i] += value * value;
-    }
-  }
-
-  void finish(int64_t drawn, int64_t population, double* scores, double* variance) const {
-    if (drawn == 0) return;
-    const double n = static_cast<double>(drawn), all = static_cast<double>(population);
-    for (size_t i = 0; i < sum_.size(); ++i) {
-      scores[i] += sum_[i] * (all / n);
-      if (drawn == population || drawn < 2) continue;
-      const double spread = std::max(0.0, squares_[i] - sum_[i] * sum_[i] / n) / (n - 1);
-      variance[i] += all * all * (1 - n / all) * spread / n;
-    }
-  }
-
- private:
-  std::vector<double> one_, sum_, squares_;
 };
 
 // Rows of a tile, a multiple of `unit` between half of `most` and `most`: those that leave the last tile fullest,
@@ -264,7 +233,9 @@ const Kernel* choose_kernel(const std::string& name) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && (any || name == "avx512bf16")) return &kernel_avx512bf16();
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && kernel_amx() && (any || name == "amx")) return kernel_amx();
+  if (bf16 && (any || name == "avx512bf16")) return &kernel_avx512bf16();
   if (avx512 && (any || name == "avx512")) return &kernel_avx512();
   if (avx2 && (any || name == "avx2")) return &kernel_avx2();
 #endif
@@ -275,8 +246,10 @@ Tiling tiling_of(const Kernel& kernel, int64_t out, int64_t in, int64_t sets) {
   // m, v and q of a tile fill about an eighth of the second-level cache; the operands that stream through and
   // the neighbouring tile's, which they share, have the rest.
   const int64_t per_row = (2 + sets) * kernel.columns * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::clamp(round_up(l2_bytes() / 8 / per_row, kernel.rows), 2 * kernel.rows, 16 * kernel.rows);
-  const int64_t rows = even_rows(out, kernel.rows, most);
+  const int64_t unit = std::max(kernel.floats.rows, kernel.pairs.rows);
+  const int64_t most = std::clamp(round_up(l2_bytes() / 8 / per_row, unit), 2 * unit,
+                                  std::max<int64_t>(2 * unit, 16 * kernel.floats.rows));
+  const int64_t rows = even_rows(out, unit, most);
   return {rows, kernel.columns, (out + rows - 1) / rows, (in + kernel.columns - 1) / kernel.columns};
 }
 
@@ -335,8 +308,8 @@ void score_dense(const Array& grad, int64_t examples, int64_t elements, const St
   const int64_t blocks = (elements + kDenseBlock - 1) / kDenseBlock, size = examples * state.sets;
   std::vector<double> partial(blocks * size, 0.0);
   auto run = [&](int64_t begin, int64_t end) {
-    TileState tile(state, constants, kDenseBlock);
-    std::vector<float> values(kDenseBlock);
+    TileState tile(state, constants, kDenseBlock, kernel);
+    Floats values(kDenseBlock);
     const auto score = constants.step == Step::kAdamW ? kernel.dense_adamw : kernel.dense_sgd;
     for (int64_t block = begin; block < end; ++block) {
       const Span span{block * kDenseBlock, std::min(elements, (block + 1) * kDenseBlock)};
@@ -362,7 +335,7 @@ void take_step(void* param, const Array& source, const Array& grad, const State&
                const StepConstants& c, const Kernel& kernel, Parallel parallel) {
   const bool adamw = c.step == Step::kAdamW;
   auto run = [&](int64_t begin, int64_t end) {
-    std::vector<float> g(kDenseBlock), base(kDenseBlock), m(kDenseBlock), v(kDenseBlock, 1.f);
+    Floats g(kDenseBlock), base(kDenseBlock), m(kDenseBlock), v(kDenseBlock, 1.f);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t at = block * kDenseBlock, count = std::min(kDenseBlock, elements - at);
       widen(grad, at, count, 1.f, g.data());

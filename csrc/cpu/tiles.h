@@ -55,7 +55,7 @@ struct Tiling {
   int64_t count() const { return row_tiles * column_tiles; }
 };
 
-// "avx512bf16", "avx512", "avx2" or "baseline"; the widest that this processor runs when `name` is empty. Null
+// "amx", "avx512bf16", "avx512", "avx2" or "baseline"; the widest that this processor runs when `name` is empty. Null
 // when the processor cannot run the one named.
 const Kernel* choose_kernel(const std::string& name);
 
