@@ -1,18 +1,19 @@
 """Matrix products of plain linear layers through the faster of the two libraries that torch carries.
 
-On a processor torch sends float32 products to MKL, which keeps its best code for one maker's processors. oneDNN,
-in the same build of torch, is as fast or faster (docs/performance.md) at the same precision: float32 products, float32
-sums. For attention's many small products MKL is the faster one. A lower `torch.set_float32_matmul_precision` sends all
+On a processor torch sends float32 products to MKL, which keeps its best code for its own maker's processors. On others
+oneDNN, in the same build of torch, is as fast or faster (docs/performance.md) at the same precision: float32 products,
+float32 sums. For attention's many small products MKL is the faster one. A lower `torch.set_float32_matmul_precision` sends all
 of them to oneDNN, which without bfloat16 matrix units (AMX) multiplies in float32 all the same; candidates are then
-scored as at "highest". Where it does round, where `torch.backends.mkldnn` is off, and for every other dtype and device,
-torch's own choice stands.
+scored as at "highest". Where it does round, on Intel's processors, where `torch.backends.mkldnn` is off, and for every
+other dtype and device, torch's own choice stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -156,6 +157,17 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if of_bias else None
 
 
+@lru_cache(maxsize=1)
+def mkl_is_at_home() -> bool:
+    """Whether torch has MKL, on a processor of MKL's maker: there it is the faster one. By the maker and not by a trial,
+    so that the same command has the same bits every time."""
+    try:
+        made_by_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return made_by_intel and torch.backends.mkl.is_available()
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, weight, bias) if tensor is not None)
     return bool(
@@ -163,6 +175,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
+        and not mkl_is_at_home()
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and float32_precision() == "highest"

@@ -14,6 +14,11 @@ from montessori.products import fast_products, forward_replaced, product, torch_
 SLACK = 2 * 2.0**-24
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["on Intel's processors", "on others"])
+def maker(request, monkeypatch):
+    monkeypatch.setattr(products, "mkl_is_at_home", lambda: request.param)
+
+
 def agree(got, want, scale, inner):
     return bool(((got - want).abs() <= SLACK * (inner**0.5 + 2) * scale).all())
 
@@ -77,7 +82,9 @@ def test_a_model_may_change_an_output_in_place(shape):
         output.register_hook(seen.append)
         (got,) = torch.autograd.grad(output.mul_(2).square().sum(), x)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(seen[0], 2 * (2 * layer(x)) * 2)
+    if not products.mkl_is_at_home():
+        # Torch's own output is a view, which loses its hooks when it is changed.
+        torch.testing.assert_close(seen[0], 2 * (2 * layer(x)) * 2)
 
 
 @pytest.fixture(params=["high", "medium"])
