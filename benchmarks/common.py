@@ -126,7 +126,13 @@ def spread_batches(rows: Rows, tokenizer: Any, arguments: argparse.Namespace) ->
 
 def machine() -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "versions": versions()}
+    matrices = {"amx": True} if has_amx() else {}
+    return {"cpu": cpu, **matrices, "threads": torch.get_num_threads(), "versions": versions()}
+
+
+def has_amx() -> bool:
+    """Whether this processor has matrix registers: results that depend on them have files of their own."""
+    return any(line.startswith("flags") and "amx_bf16" in line for line in _cpuinfo())
 
 
 def write_result(name: str, arguments: argparse.Namespace, content: dict[str, Any]) -> Path:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import interleaved, parser, write_result
+from benchmarks.common import has_amx, interleaved, parser, write_result
 from montessori import AdamWStep, ops
 from montessori.products import product
 from montessori.runs import DTYPES
@@ -82,9 +82,8 @@ def main() -> None:
             row["model"], f"{row['out']} × {row['in']}", str(row["length"]), f"{row['seconds'] * 1e3:.1f}",
             f"{row['gflops']:.0f}", f"{row['gflops'] / rate:.0%}", f"{row['ratio_to_dw']:.2f}",
         )  # fmt: skip
-    path = write_result(
-        f"kernels_{arguments.dtype}_{arguments.threads}t", arguments, {"product_gflops": rate, "rows": rows}
-    )
+    kind = f"{arguments.dtype}_{arguments.threads}t" + ("_amx" if has_amx() else "")
+    path = write_result(f"kernels_{kind}", arguments, {"product_gflops": rate, "rows": rows})
     console = Console()
     console.print(table)
     console.print(f"wrote {path}")

@@ -44,9 +44,9 @@ def fidelity(records: list[dict[str, Any]]) -> str:
 
 def speed(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| backend | threads | products | tokens | plain | trimmed | score | score / plain | score / trimmed "
-        "| quarter / plain | quarter's Spearman |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| processor | backend | threads | products | tokens | plain | trimmed | score "
+        "| score / plain | score / trimmed | quarter / plain | quarter's Spearman |",
+        "|---" * 12 + "|",
     ]
     for record in records:
         ratios = record["speed"]
@@ -66,7 +66,7 @@ def speed(records: list[dict[str, Any]]) -> str:
 
 
 def once(records: list[dict[str, Any]]) -> str:
-    lines = ["| backend | threads | products | tokens | q, anchor and proof |", "|---|---|---|---|---|"]
+    lines = ["| processor | backend | threads | products | tokens | q, anchor and proof |", "|---" * 6 + "|"]
     lines += [f"| {' | '.join(_run(record))} | {record['seconds']['once']:.0f} s |" for record in records]
     return "\n".join(lines)
 
@@ -107,18 +107,25 @@ def sampling(record: dict[str, Any]) -> str:
 
 def kernels(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| threads | model | O × I | tokens an example | products | ms | GFLOP/s | share of the product rate "
-        "| time / plain dW |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| processor | threads | model | O × I | tokens an example | products | ms | GFLOP/s "
+        "| share of the product rate | time / plain dW |",
+        "|---" * 10 + "|",
     ]
     for record in records:
         for row in record["rows"]:
-            lines.append(
-                f"| {record['machine']['threads']} | {row['model']} | {row['out']} × {row['in']} | {row['length']} "
-                f"| {record['settings']['dtype']} | {row['seconds'] * 1e3:.1f} | {row['gflops']:.0f} "
-                f"| {row['gflops'] / record['product_gflops']:.0%} "
-                f"| {row['ratio_to_dw']:.2f} ({row['ratio_low']:.2f}–{row['ratio_high']:.2f}) |"
-            )
+            cells = [
+                _processor(record),
+                str(record["machine"]["threads"]),
+                row["model"],
+                f"{row['out']} × {row['in']}",
+                str(row["length"]),
+                record["settings"]["dtype"],
+                f"{row['seconds'] * 1e3:.1f}",
+                f"{row['gflops']:.0f}",
+                f"{row['gflops'] / record['product_gflops']:.0%}",
+                f"{row['ratio_to_dw']:.2f} ({row['ratio_low']:.2f}–{row['ratio_high']:.2f})",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -217,9 +224,14 @@ def _rows(record: dict[str, Any], section: str) -> list[dict[str, Any]]:
 
 
 def _run(record: dict[str, Any]) -> list[str]:
-    """Backend, threads, products and tokens of a run of `benchmarks.speed`."""
+    """Processor, backend, threads, products and tokens of a run of `benchmarks.speed`."""
     backend = "kernels" if record["backend"] == "auto" else record["backend"]
-    return [backend, str(record["machine"]["threads"]), _products(record), f"{record['tokens']:,}"]
+    return [_processor(record), backend, str(record["machine"]["threads"]), _products(record), f"{record['tokens']:,}"]
+
+
+def _processor(record: dict[str, Any]) -> str:
+    maker = record["machine"]["cpu"].split("(")[0].split()[0]
+    return f"{maker}, AMX" if record["machine"].get("amx") else maker
 
 
 def _products(record: dict[str, Any]) -> str:
@@ -239,6 +251,7 @@ def main() -> None:
     speeds = sorted(
         _records("speed_*.json"),
         key=lambda r: (
+            r["machine"].get("amx", False),
             r["backend"] != "auto",
             r["settings"]["dtype"] != "float32",
             r["settings"]["precision"],

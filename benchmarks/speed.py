@@ -25,6 +25,7 @@ from torch import nn
 
 from benchmarks.common import (
     MAX_LENGTH,
+    has_amx,
     interleaved,
     load_data,
     parser,
@@ -113,7 +114,8 @@ def main() -> None:
         result["sampled_spearman"] = float(spearmanr(results["score"], results["sampled"]).statistic)
     kind = "" if arguments.precision == "highest" else f"_{arguments.precision}"
     kind += "" if arguments.batch_tokens <= BATCH_TOKENS else f"_{arguments.batch_tokens}"
-    path = write_result(f"speed_{arguments.backend}_{arguments.dtype}{kind}_{arguments.threads}t", arguments, result)
+    kind += f"_{arguments.threads}t" + ("_amx" if has_amx() else "")
+    path = write_result(f"speed_{arguments.backend}_{arguments.dtype}{kind}", arguments, result)
     show(result, path)
 
 

@@ -2,10 +2,10 @@
 
 On a processor torch sends float32 products to MKL, which keeps its best code for its own maker's processors. On others
 oneDNN, in the same build of torch, is as fast or faster (docs/performance.md) at the same precision: float32 products,
-float32 sums. For attention's many small products MKL is the faster one. A lower `torch.set_float32_matmul_precision` sends all
-of them to oneDNN, which without bfloat16 matrix units (AMX) multiplies in float32 all the same; candidates are then
-scored as at "highest". Where it does round, on Intel's processors, where `torch.backends.mkldnn` is off, and for every
-other dtype and device, torch's own choice stands.
+float32 sums. For attention's many small products MKL is the faster one. A lower `torch.set_float32_matmul_precision`
+sends all of them to oneDNN, which without bfloat16 matrix units (AMX) multiplies in float32 all the same; candidates
+are then scored as at "highest". Where it does round, on Intel's processors, where `torch.backends.mkldnn` is off, and
+for every other dtype and device, torch's own choice stands.
 """
 
 from __future__ import annotations
@@ -159,8 +159,10 @@ class _Product(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def mkl_is_at_home() -> bool:
-    """Whether torch has MKL, on a processor of MKL's maker: there it is the faster one. By the maker and not by a trial,
-    so that the same command has the same bits every time."""
+    """Whether torch has MKL, on a processor of MKL's maker: there it is the faster one.
+
+    By the maker and not by a trial, so that the same command has the same bits every time.
+    """
     try:
         made_by_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
