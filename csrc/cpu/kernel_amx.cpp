@@ -115,10 +115,8 @@ void score_matrix(const TileJob& job, const char* x, const char* dy, int64_t dy_
 template <Step step>
 void score_pairs(const TileJob& job, const void* x, const void* dy, int64_t dy_stride, int64_t steps,
                  const float* const* starts, double* scores) {
-  (job.eps >= kSmallestFastEps ? score_matrix<step, true> : score_matrix<step, false>)(job, static_cast<const char*>(x),
-                                                                                       static_cast<const char*>(dy),
-                                                                                       dy_stride, steps, starts,
-                                                                                       scores);
+  const auto score = job.eps >= kSmallestFastEps ? score_matrix<step, true> : score_matrix<step, false>;
+  score(job, static_cast<const char*>(x), static_cast<const char*>(dy), dy_stride, steps, starts, scores);
 }
 
 // 16 values of one token from column `at`, those of the mask, each the low half of a cell.
@@ -230,6 +228,8 @@ struct Sides {
 
   // Of all rows of a with the 16 of b, to dots [kBlockRows, 16].
   void multiply(int64_t products, float* dots) const {
+    // The compiler does not know that loads to matrix registers read memory.
+    asm volatile("" : : "r"(this) : "memory");
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
