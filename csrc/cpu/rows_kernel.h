@@ -65,7 +65,8 @@ inline Vector exp_nonpositive(Vector x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
   const Integers exponent = ((Integers)shifted) << 23;
-  return (Vector)((Integers)p + exponent);
+  // A NaN of any bits: the exponent would take some of them in.
+  return x != x ? x : (Vector)((Integers)p + exponent);
 }
 
 inline float largest(const float* logits, int64_t columns) {
