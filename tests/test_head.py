@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from op_cases import simd_levels
 from support import CONFIGS, VOCABULARY, clip_loop, make_model, make_rows, slow_influence, warm_optimizer
 
 from montessori import InfluenceEstimator, head, ops
@@ -208,9 +209,14 @@ def test_cross_entropy_is_as_exact_as_plain_torch(name, impl):
 
 
 @pytest.mark.parametrize("impl", ops.available_impls())
-def test_nan_in_one_row_of_logits_stays_there(impl):
-    logits = torch.randn(3, 40)
-    logits[1, 5] = torch.nan
+@pytest.mark.parametrize("simd", simd_levels())
+@pytest.mark.parametrize("bits", ["7fc00000", "7fffffff", "7fc00001", "7f800001", "ffffffff"])
+@pytest.mark.parametrize("columns", [7, 40])
+def test_nan_in_one_row_of_logits_stays_there(monkeypatch, impl, simd, bits, columns):
+    """Of any bits: GPUs write others than processors do."""
+    monkeypatch.setenv("MONTESSORI_SIMD", simd)
+    logits = torch.randn(3, columns)
+    logits[1, 5] = torch.frombuffer(bytearray.fromhex(bits)[::-1], dtype=torch.float32)[0]
     losses = ops.cross_entropy_(logits, torch.tensor([0, 1, 2]), torch.ones(3), impl=impl)
     assert losses.isnan().tolist() == [False, True, False]
     assert logits.isnan().all(1).tolist() == [False, True, False]
