@@ -127,6 +127,17 @@ def test_narrow_inputs_are_computed_in_float32(monkeypatch, simd, step, dtype, n
     assert float(want.abs().max()) > 1e3 * largest
 
 
+def test_kernels_that_cut_a_weight_otherwise_have_another_tiling(monkeypatch):
+    """A run that samples tiles and goes on elsewhere is told so by `tiling`."""
+    cuts = {}
+    for simd in simd_levels():
+        monkeypatch.setenv("MONTESSORI_SIMD", simd)
+        norms = [torch.ops.montessori.tile_norms(torch.zeros(1, rows, 200)) for rows in (576, 960, 1024, 1536)]
+        cuts.setdefault(tuple(norm.shape[1] for norm in norms), set()).add(cpu.tiling())
+    tilings = [tiling for found in cuts.values() for tiling in found]
+    assert len(tilings) == len(set(tilings))
+
+
 def test_other_libraries_find_their_matrix_registers_as_they_left_them():
     # oneDNN's products of bfloat16 use them too, on the same threads, and each shape sets them up in its own way.
     (x, dy, offsets, *state), rows = problem(num_out=700, num_in=600)
@@ -182,6 +193,7 @@ def test_the_other_operators_pass_opcheck():
     torch.library.opcheck(library.dense_scores.default, (grad, q, exp_avg, exp_avg_sq, param, *constants))
     torch.library.opcheck(library.dense_scores.default, (None, q, exp_avg, exp_avg_sq, param, *constants))
     torch.library.opcheck(library.step_.default, (param, param.clone(), grad[0], exp_avg, exp_avg_sq, 0.1, *constants))
+    torch.library.opcheck(library.tile_norms.default, (q.view(2, 3, 3),))
     torch.library.opcheck(library.example_squares.default, (torch.randn(3, 5), torch.randn(3, 4), offsets, None))
     torch.library.opcheck(library.cross_entropy_.default, (torch.randn(3, 5), torch.tensor([0, 4, 2]), torch.rand(3)))
 
