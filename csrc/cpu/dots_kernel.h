@@ -96,10 +96,4 @@ void add_dots(const RowPairs& pairs, int64_t bytes, float* dots) {
   }
 }
 
-#ifdef MONTESSORI_SIMD_BF16
-constexpr montessori::AddDots kDotsOfPairs = add_dots<PairDots>;
-#else
-constexpr montessori::AddDots kDotsOfPairs = nullptr;
-#endif
-
 }  // namespace

@@ -57,46 +57,45 @@ using AddDots = void (*)(const RowPairs& pairs, int64_t bytes, float* dots);
 using PackPairs = void (*)(const void* const* rows, int64_t tokens, bool floats, bool grouped, int64_t column,
                            int64_t live, int64_t steps, uint32_t* to);
 
+// What a processor holds beside its usual registers, for one thread: `saved` is what was there before.
+using Enter = void (*)(unsigned char (&saved)[64]);
+using Leave = void (*)(const unsigned char (&saved)[64]);
+
 // Products of one kind of cell.
 struct Format {
   int64_t rows;   // of a register tile
   int64_t group;  // steps that dy has side by side; examples have a multiple of it
   ScoreExample adamw, sgd;
+  AddDots dots;
   PackPairs pack;  // null: packed by code for any processor, in groups of 1
+  Enter enter;     // around all calls of the functions above (OwnRegisters), or null
+  Leave leave;
 };
-
-// What a processor holds beside its usual registers, for one thread: `saved` is what was there before.
-using Enter = void (*)(unsigned char (&saved)[64]);
-using Leave = void (*)(const unsigned char (&saved)[64]);
 
 struct Kernel {
   int64_t columns;  // of a weight tile
   int64_t lanes;
   Format floats;
   Format pairs;  // without functions where the processor has no bfloat16 products
-  Enter enter;   // around all calls of functions for pairs (OwnRegisters), or null
-  Leave leave;
   ScoreDense dense_adamw, dense_sgd;
   StepRow step_adamw, step_sgd;
   Widen widen;
   CrossEntropy cross_entropy;
-  AddDots dots;           // of float32
-  AddDots dots_of_pairs;  // of bfloat16, or null
 };
 
-// While it lives, this thread's special registers are the kernel's.
+// While it lives, this thread's special registers are those of the format.
 class OwnRegisters {
  public:
-  explicit OwnRegisters(const Kernel& kernel) : kernel_(kernel) {
-    if (kernel_.enter) kernel_.enter(saved_);
+  explicit OwnRegisters(const Format& format) : format_(format) {
+    if (format_.enter) format_.enter(saved_);
   }
   OwnRegisters(const OwnRegisters&) = delete;
   ~OwnRegisters() {
-    if (kernel_.leave) kernel_.leave(saved_);
+    if (format_.leave) format_.leave(saved_);
   }
 
  private:
-  const Kernel& kernel_;
+  const Format& format_;
   unsigned char saved_[64];
 };
 

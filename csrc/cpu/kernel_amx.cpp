@@ -305,10 +305,9 @@ bool may_use() {
 
 constexpr montessori::Kernel with_matrices() {
   montessori::Kernel kernel = kKernel;
-  kernel.pairs = {kTileRows, kTileRows, score_pairs<Step::kAdamW>, score_pairs<Step::kSgd>, pack_pairs};
-  kernel.dots_of_pairs = add_dots_of_pairs;
-  kernel.enter = enter;
-  kernel.leave = leave;
+  kernel.pairs = {
+      kTileRows, kTileRows, score_pairs<Step::kAdamW>, score_pairs<Step::kSgd>, add_dots_of_pairs, pack_pairs,
+      enter,     leave};
   return kernel;
 }
 

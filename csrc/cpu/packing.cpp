@@ -167,13 +167,16 @@ void pair_panel(const Rows& rows, int64_t width, const Chunk& chunk, int64_t col
     pair_elements<uint16_t>(rows, width, chunk, column, live, columns, to);
 }
 
-// Where the rows of a chunk begin.
+// Where the rows of a chunk of pairs begin, for the kernels that pack it.
 struct Starts {
   const void* rows[2 * kJobSteps];
+  int64_t tokens;
+  bool floats;
 
-  Starts(const Rows& from, int64_t width, const Chunk& chunk) {
-    const int64_t bytes = width * (from.from.dtype == Dtype::kFloat32 ? 4 : 2);
-    for (int64_t t = 0; t < chunk.tokens.size(); ++t)
+  Starts(const Rows& from, int64_t width, const Chunk& chunk)
+      : tokens(chunk.tokens.size()), floats(from.from.dtype == Dtype::kFloat32) {
+    const int64_t bytes = width * (floats ? 4 : 2);
+    for (int64_t t = 0; t < tokens; ++t)
       rows[t] = static_cast<const char*>(from.from.data) + from.at(chunk.tokens.begin + t) * bytes;
   }
 };
@@ -245,21 +248,28 @@ Panels::Panels(const Rows& from, int64_t width, const Layout& layout, const int6
   const int64_t columns = columns_, panels = panels_of(width, columns);
   const std::vector<Chunk> chunks = chunks_of(offsets, steps, layout.pairs);
   const int64_t group = std::max<int64_t>(1, kJobColumns / columns), groups = (panels + group - 1) / group;
+  // Calls move(column, live, to) for each panel of a job.
+  const auto each_panel = [&](int64_t job, const auto& move) {
+    const int64_t first = job % groups * group, step = chunks[job / groups].step;
+    for (int64_t panel = first; panel < std::min(panels, first + group); ++panel)
+      move(panel * columns, std::min(columns, width - panel * columns),
+           cells_.data() + panel * stride_ + step * columns);
+  };
   auto pack = [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
       const Chunk& chunk = chunks[job / groups];
-      const int64_t first = job % groups * group;
-      const Starts starts(from, width, chunk);
-      for (int64_t panel = first; panel < std::min(panels, first + group); ++panel) {
-        const int64_t column = panel * columns, live = std::min(columns, width - column);
-        uint32_t* to = cells_.data() + panel * stride_ + chunk.step * columns;
-        if (layout.pack)
-          layout.pack(starts.rows, chunk.tokens.size(), from.from.dtype == Dtype::kFloat32, layout.grouped, column,
-                      live, chunk.steps, to);
-        else if (layout.pairs)
-          pair_panel(from, width, chunk, column, live, columns, to);
-        else
-          widen_panel(from, width, chunk, column, live, columns, reinterpret_cast<float*>(to));
+      if (layout.pack) {
+        const Starts starts(from, width, chunk);
+        each_panel(job, [&](int64_t column, int64_t live, uint32_t* to) {
+          layout.pack(starts.rows, starts.tokens, starts.floats, layout.grouped, column, live, chunk.steps, to);
+        });
+      } else {
+        each_panel(job, [&](int64_t column, int64_t live, uint32_t* to) {
+          if (layout.pairs)
+            pair_panel(from, width, chunk, column, live, columns, to);
+          else
+            widen_panel(from, width, chunk, column, live, columns, reinterpret_cast<float*>(to));
+        });
       }
     }
   };

@@ -64,7 +64,8 @@ const montessori::Kernel& kernel() {
   const char* simd = std::getenv("MONTESSORI_SIMD");
   const montessori::Kernel* chosen = montessori::choose_kernel(simd ? simd : "");
   STD_TORCH_CHECK(chosen, "MONTESSORI_SIMD=", simd,
-                  ": expected amx, avx512bf16, avx512, avx2 or baseline, as this processor has them");
+                  ": this processor, or its system, does not run that one of amx, avx512bf16, avx512, avx2, baseline; "
+                  "unset it, and the best that runs is taken");
   return *chosen;
 }
 

@@ -105,28 +105,31 @@ double cross_entropy(float* logits, int64_t columns, int64_t target, float weigh
   return __builtin_log(total) + static_cast<double>(most) - static_cast<double>(of_target);
 }
 
-template <typename Cell>
-constexpr montessori::Format kFormat{kRows, 1, score_example<Step::kAdamW, Cell>, score_example<Step::kSgd, Cell>,
+constexpr montessori::Format kFloats{kRows,
+                                     1,
+                                     score_example<Step::kAdamW, Floats>,
+                                     score_example<Step::kSgd, Floats>,
+                                     add_dots<FloatDots>,
+                                     nullptr,
+                                     nullptr,
                                      nullptr};
 #ifdef MONTESSORI_SIMD_BF16
-constexpr montessori::Format kPairs = kFormat<Pairs>;
+constexpr montessori::Format kPairs{
+    kRows,   1,      score_example<Step::kAdamW, Pairs>, score_example<Step::kSgd, Pairs>, add_dots<PairDots>, nullptr,
+    nullptr, nullptr};
 #else
-constexpr montessori::Format kPairs{kRows, 1, nullptr, nullptr, nullptr};
+constexpr montessori::Format kPairs{kRows, 1, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 #endif
 
 constexpr montessori::Kernel kKernel{kColumns,
                                      kLanes,
-                                     kFormat<Floats>,
+                                     kFloats,
                                      kPairs,
-                                     nullptr,
-                                     nullptr,
                                      score_dense<Step::kAdamW>,
                                      score_dense<Step::kSgd>,
                                      take_step<Step::kAdamW>,
                                      take_step<Step::kSgd>,
                                      widen,
-                                     cross_entropy,
-                                     add_dots<FloatDots>,
-                                     kDotsOfPairs};
+                                     cross_entropy};
 
 }  // namespace

@@ -37,7 +37,7 @@ inline Vector root(Vector w) {
 }
 
 // numerator / (sqrt(w) + eps). Where the processor has 14-bit seeds, one Newton step each takes the place of
-// the square root and of the division, both to 2 units in the last place: the divider needs 16 cycles a vector on
+// the square root and of the division, within 2.5 units in the last place: the divider needs 16 cycles a vector on
 // Intel's processors. w below the normal numbers counts as 0, so kFast is for eps far above its root (1e-19).
 template <bool kFast>
 inline Vector quotient(Vector numerator, Vector w, float eps) {

@@ -32,8 +32,8 @@ class Products {
  public:
   Products(const Rows& from, int64_t width, const Kernel& kernel) : from_(from), width_(width) {
     const bool floats = from.from.dtype == Dtype::kFloat32, pairs = from.from.dtype == Dtype::kBFloat16;
-    as_stored_ = floats || (pairs && kernel.dots_of_pairs);
-    add_ = floats || !as_stored_ ? kernel.dots : kernel.dots_of_pairs;
+    as_stored_ = floats || (pairs && kernel.pairs.dots);
+    add_ = floats || !as_stored_ ? kernel.floats.dots : kernel.pairs.dots;
   }
 
   // [rows, columns] of the strip, those up to the diagonal.
@@ -94,7 +94,7 @@ void example_squares(const Rows& x, int64_t in, const Rows& dy, int64_t out, con
   const std::vector<Strip> strips = strips_of(offsets, examples);
   std::vector<double> partial(strips.size());
   auto run = [&](int64_t begin, int64_t end) {
-    const OwnRegisters own_registers(kernel);
+    const OwnRegisters own_registers(kernel.pairs);
     Products of_x(x, in, kernel), of_dy(dy, out, kernel);
     for (int64_t job = begin; job < end; ++job)
       partial[job] = sum_of(strips[job], of_x.of(strips[job]), of_dy.of(strips[job]));

@@ -111,7 +111,7 @@ class Worker {
   Worker(const LinearProblem& problem, const PackedBatch& batch, const Kernel& kernel, const Tiling& tiling)
       : p_(problem),
         batch_(batch),
-        own_registers_(kernel),
+        own_registers_(batch.format),
         unit_(batch.format.rows),
         tiling_(tiling),
         state_(problem.state, problem.constants, tiling.rows * tiling.columns, kernel),
@@ -247,8 +247,7 @@ Tiling tiling_of(const Kernel& kernel, int64_t out, int64_t in, int64_t sets) {
   // the neighbouring tile's, which they share, have the rest.
   const int64_t per_row = (2 + sets) * kernel.columns * static_cast<int64_t>(sizeof(float));
   const int64_t unit = std::max(kernel.floats.rows, kernel.pairs.rows);
-  const int64_t most = std::clamp(round_up(l2_bytes() / 8 / per_row, unit), 2 * unit,
-                                  std::max<int64_t>(2 * unit, 16 * kernel.floats.rows));
+  const int64_t most = std::clamp(round_up(l2_bytes() / 8 / per_row, unit), 2 * unit, 16 * kernel.floats.rows);
   const int64_t rows = even_rows(out, unit, most);
   return {rows, kernel.columns, (out + rows - 1) / rows, (in + kernel.columns - 1) / kernel.columns};
 }
