@@ -15,6 +15,16 @@ from montessori.quantised_layers import quantised_layers
 from montessori.strangers import look_for_strangers
 from montessori.wording import clipped
 
+# What a RuntimeError says where memory ran out: torch's allocators, its check of a call of CUDA, the CUDA kernels'
+# runtime, Triton's driver, and torch's stable interface, which keeps the allocator's own words from an operator.
+MEMORY_ERRORS = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "cudaErrorMemoryAllocation",
+    "Triton Error [CUDA]: out of memory",
+    '"aten::new_empty", "", stack.data()',
+)
 
 def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
     """The loss function's result, checked to be one differentiable value per example [B]."""
@@ -42,8 +52,10 @@ def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor
 
 
 def out_of_memory(error: Exception) -> bool:
+    """Whether memory of the host or of a device ran out; a block's shared memory, which no smaller batch spares, is
+    another matter."""
     text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(told in text for told in MEMORY_ERRORS)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from support import make_model, make_rows, warm_optimizer
 from montessori import InfluenceEstimator, Scores, scorers
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError, StateError
 from montessori.losses import response_loss
+from montessori.passes import out_of_memory
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +251,26 @@ def test_out_of_memory_halves_the_batch_until_it_fits_and_says_so(warm, monkeypa
     with pytest.warns(ResourceWarning, match="lower batch_tokens"):
         got = estimator.score(rows).influence
     np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("no matter what"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("linear_scores, kernel mma, 8 tokens: cudaErrorMemoryAllocation: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack.data(), 1) API call failed at ops.h'), True),
+        (RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"), False),
+        (RuntimeError('torch_call_dispatcher( "aten::sum", "", stack.data(), 1) API call failed at ops.h'), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+    ids=str,
+)
+def test_a_lack_of_memory_is_known_by_whoever_tells_it(error, told):
+    assert out_of_memory(error) is told
 
 
 def test_an_example_that_does_not_fit_alone_is_an_error(warm, monkeypatch):
