@@ -80,6 +80,11 @@ def other_kernels() -> dict[str, tuple]:
     }
 
 
+def widths_of_rows(kernel) -> set[str]:
+    """Whole numbers whose divisibility the launcher looks at, and that are divisible by 16 in most models."""
+    return {param.name for param in kernel.params if not param.do_not_specialize} & {"O", "I", "H", "F", "size"}
+
+
 def compile_kernel(kernel, types: tuple[str, str], constants: dict, warps: int, stages: int, capability: int) -> dict:
     pointers = pointer_types(*types)
     signature, aligned = {}, {}
@@ -90,7 +95,7 @@ def compile_kernel(kernel, types: tuple[str, str], constants: dict, warps: int, 
             signature[name] = f"*{pointers[name.removesuffix('_ptr')]}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or name in ("O", "I", "H", "V", "F", "size"):
+        if name.endswith("_ptr") or name in widths_of_rows(kernel):
             aligned[(position,)] = [["tt.divisibility", 16]]
     at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=at, attrs=aligned)

@@ -27,7 +27,7 @@ def logits_tile(
     return tl.where(word_mask[None, :], logits, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "V", "words_per_split"])
 def linear_cross_entropy_kernel(
     hidden_ptr, weight_ptr, targets_ptr, highest_ptr, total_ptr, target_logit_ptr, n, H, V, words_per_split,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,

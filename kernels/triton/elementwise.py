@@ -6,7 +6,7 @@ import triton.language as tl
 from .update import load_state, step_update
 
 
-@triton.jit(do_not_specialize=["num_examples", "examples_per_program"])
+@triton.jit(do_not_specialize=["num_examples", "num_tiles", "examples_per_program"])
 def adam_influence_kernel(
     grad_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr, partial_ptr,
     num_examples, size, num_tiles, examples_per_program, a1, a2, s1, s2, eps, decay, l2,

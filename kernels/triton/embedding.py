@@ -6,7 +6,7 @@ import triton.language as tl
 from .update import load_state, step_update
 
 
-@triton.jit(do_not_specialize=["num_segments"])
+@triton.jit(do_not_specialize=["num_segments", "num_tiles", "V"])
 def row_changes_kernel(
     order_ptr, starts_ptr, ids_ptr, grad_ptr, base_at_ptr, base_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr,
     partial_ptr,

@@ -59,7 +59,8 @@ def example_gradient(
     return grad
 
 
-@triton.jit(do_not_specialize=["num_examples", "examples_per_program"])
+# Whole numbers that lay out no rows of memory: a variant for each of their kinds would only take time to compile.
+@triton.jit(do_not_specialize=["num_examples", "num_tiles", "examples_per_program"])
 def linear_influence_kernel(
     x_ptr, dy_ptr, spans_ptr, q_ptr, exp_avg_ptr, exp_avg_sq_ptr, param_ptr,
     row_ids_ptr, row_grad_ptr, row_bounds_ptr, partial_ptr,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sets", "size"])
 def sum_partials_kernel(partial_ptr, offsets_ptr, scores_ptr, num_sets, size, BLOCK: tl.constexpr):
     """scores[b, k] = Σ partial[k, offsets[b] : offsets[b+1]], in an order that depends on their number alone."""
     b, k = tl.program_id(0), tl.program_id(1)
