@@ -33,6 +33,7 @@ from montessori.fingerprint import content_digest, installed
 from montessori.models import cache_directory
 from montessori.spans import Spans
 from montessori.steps import OptimizerStep
+from montessori.wording import clipped
 from montessori.writing import write_json
 
 LIMIT_S = 180  # of a kernel: compiling, checking, timing
@@ -106,22 +107,30 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 def resolve(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
-    """`impl`, or in the place of "auto" "cuda" where its kernels take these tensors and were measured to be fastest.
+    """`impl`, or in the place of "auto" "cuda" where its kernels take these tensors and were measured to be fastest,
+    and "reference" where Triton's gave wrong results.
 
     `tensors`: x, dy, q, exp_avg, exp_avg_sq, param and the gradient of tied rows.
     """
     _, _, q, *moments = tensors[:5]
-    if impl != "auto" or q is None or not q.is_cuda or cuda.unsupported(step, *tensors) is not None:
+    if impl != "auto" or q is None or not q.is_cuda:
         return impl
-    ranked = ranking(q, *moments)
-    if not ranked and not _kept(_name(q.device)):
-        warnings.warn(
-            f"{_name(q.device)}: backend 'auto' takes Triton; `montessori calibrate`, once and some minutes, finds out "
-            "whether the CUDA kernels are faster here",
-            FallbackWarning,
-            stacklevel=2,
-        )
-    return "cuda" if ranked[:1] not in ([], ["triton"]) else impl
+    name, compiled = _name(q.device), cuda.unsupported(step, *tensors) is None
+    if compiled and ranking(q, *moments)[:1] not in ([], ["triton"]):
+        return "cuda"
+    record = _kept(name)
+    if "triton" in record.get("failed", {}):
+        _warn(f"{name}: backend 'auto' takes plain torch, since Triton's kernel failed when it was measured here "
+              f"({record['failed']['triton']})")  # fmt: skip
+        return "reference"
+    if compiled and not record:
+        _warn(f"{name}: backend 'auto' takes Triton; `montessori calibrate`, once and some minutes, finds out whether "
+              "the CUDA kernels are faster here")  # fmt: skip
+    return impl
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FallbackWarning, stacklevel=3)
 
 
 def linear_influence(x: Tensor, dy: Tensor, spans: Spans, q: Tensor, *rest: Any) -> Tensor:
@@ -134,7 +143,7 @@ def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outco
     """Check and time the kernels for the current CUDA device, keep what was fastest, and return the record.
 
     `report` is called with each kernel's name and outcome. Raises ArgumentError without a CUDA device, ModelError when
-    no kernel was right, ResourceError where the device has no memory left to try one.
+    no kernel was right, ResourceError where one could not be tried, for want of memory say: nothing is kept then.
     """
     if not torch.cuda.is_available():
         raise ArgumentError("calibrate: expected a CUDA device, torch finds none")
@@ -142,11 +151,6 @@ def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outco
     for name in kernels():
         outcomes[name] = _in_a_process(name)
         report(name, outcomes[name])
-        if "out of memory" in outcomes[name].get("error", ""):
-            # It says nothing about the kernel.
-            raise ResourceError(
-                f"calibrate: the GPU has no memory left to try {name}; run montessori calibrate while it is idle"
-            )
     return keep(
         {name: outcome["rows"] for name, outcome in outcomes.items() if "error" not in outcome},
         {name: outcome["error"] for name, outcome in outcomes.items() if "error" in outcome},
@@ -192,20 +196,27 @@ def measure(name: str) -> dict[str, Any]:
     """Times of one kernel in this process, under `rows`, or what was wrong, under `error`."""
     # Torch's own kernels are slow to import, and what only reads the choice does without them.
     from montessori import trial
+    from montessori.passes import out_of_memory
 
     run = gpu.linear_influence if name == "triton" else partial(cuda.linear_influence, kernel=name)
-    checked = trial.check(run, trial.NARROW, trial.HELD)
-    wrong = [row for row in checked if not (row["right"] and row["repeats"])]
-    if wrong:
-        return {"error": f"wrong results: {wrong[0]}"}
-    rows = []
-    for shape in SHAPES:
-        for length in LENGTHS:
-            for state in trial.HELD:
-                p = trial.make_problem(shape, (length,) * (PACKED_TOKENS // length), state=state)
-                label = str(state).removeprefix("torch.")
-                rows.append({"shape": shape, "T": length, "state": label, **trial.timed(run, p)})
-    return {"rows": rows}
+    # What the device refuses before the kernel is tried is nothing of the kernel's.
+    torch.cuda.synchronize()
+    try:
+        wrong = trial.failures(trial.check(run, trial.NARROW, trial.HELD))
+        if wrong:
+            return {"error": f"wrong results: {wrong[0]}"}
+        rows = []
+        for shape in SHAPES:
+            for length in LENGTHS:
+                for state in trial.HELD:
+                    p = trial.make_problem(shape, (length,) * (PACKED_TOKENS // length), state=state)
+                    label = str(state).removeprefix("torch.")
+                    rows.append({"shape": shape, "T": length, "state": label, **trial.timed(run, p)})
+        return {"rows": rows}
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return {"error": f"{type(error).__name__}: {clipped(error)}"}
 
 
 def _name(device: torch.device | int) -> str:
@@ -213,15 +224,25 @@ def _name(device: torch.device | int) -> str:
 
 
 def _in_a_process(name: str) -> dict[str, Any]:
+    """Outcome of `measure` in a process of its own, or that it took too long. Raises ResourceError where it says
+    nothing about the kernel."""
     command = [sys.executable, "-m", "montessori.calibration", name, str(torch.cuda.current_device())]
+    # This package, from wherever it was imported here.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {LIMIT_S} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if told:
+        # A kernel that broke the device may also break the end of the process.
+        return json.loads(told[-1])
+    lines = done.stderr.strip().splitlines()
+    reason = clipped(lines[-1]) if lines else f"exit status {done.returncode}"
+    raise ResourceError(
+        f"calibrate: {name} could not be tried ({reason}); nothing is kept; mend that and run montessori calibrate"
+    )
 
 
 def _mean_ratio(rows: Iterable[dict[str, Any]], state: str) -> float:

@@ -26,6 +26,7 @@ MEMORY_ERRORS = (
     '"aten::new_empty", "", stack.data()',
 )
 
+
 def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
     """The loss function's result, checked to be one differentiable value per example [B]."""
     own = loss is not response_loss and any(batch.rows)

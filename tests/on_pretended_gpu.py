@@ -16,7 +16,7 @@ from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, m
 
 from benchmarks import gpu_models, gpu_sections
 from montessori import InfluenceEstimator, calibration, cuda, ops, tiles, trial
-from montessori.errors import FallbackWarning
+from montessori.errors import FallbackWarning, ModelError
 from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 from montessori.losses import response_loss
 from montessori.models import load_model
@@ -166,14 +166,14 @@ LITTLE = {
     # The interpreter multiplies bfloat16 as raw bits.
     "NARROW": (torch.float16,),
 }
-CHECKED = ((24, 20, (5, 0, 1)),)
+CHECKED = ((24, 20, (5, 0, 1), 2),)
 LLAMA = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
 
 
-def once(work, repeats=1) -> float:
+def once(work, repeats=1, waiting_cycles=0) -> float:
     work()
     return 1.0
 
@@ -188,15 +188,20 @@ def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
     for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 8}.items():
         monkeypatch.setattr(gpu_models, constant, value)
     monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
-    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 3})
+    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 2})
     for module in (gpu_models, gpu_sections, trial):
         monkeypatch.setattr(module, "milliseconds", once)
+    # The device is pretended in this process alone.
+    monkeypatch.setattr(gpu_sections, "in_processes", lambda parts: [row for part in parts.values() for row in part()])
     monkeypatch.setattr(tiles, "RIVALS", (tiles.INTERPRETER,))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     with pretended_gpu():
         rows = gpu_sections.SECTIONS[name].work()["rows"]
     assert rows
     assert json.loads(json.dumps(rows)) == rows
+
+
+IN_A_PROCESS = calibration._in_a_process
 
 
 @pytest.fixture
@@ -229,7 +234,8 @@ def kernel_taken(monkeypatch, impl, state, tied=False):
     """Name of the CUDA kernel that scores a little problem, "triton" for Triton."""
     taken = []
     monkeypatch.setattr(cuda, "linear_influence", lambda *arguments, kernel=None: taken.append(kernel or "default"))
-    monkeypatch.setitem(ops._LINEAR, "triton", lambda *arguments: taken.append("triton"))
+    for name in ("triton", "reference"):
+        monkeypatch.setitem(ops._LINEAR, name, lambda *arguments, name=name: taken.append(name))
     p = trial.make_problem((24, 40), (5, 3), state=state, tied=tied)
     ops.linear_influence(p.x, p.dy, p.offsets, *p.state, trial.STEP, rows=p.rows, impl=impl)
     monkeypatch.undo()
@@ -310,10 +316,11 @@ def test_where_measuring_fails_triton_scores_and_the_reason_is_told(measured, tm
         to_device(model, optimizer)
         parameters = list(model.parameters())
         works = calibration._in_a_process
-        # A lack of memory passes: nothing is kept. What is wrong with the kernels is not tried again.
-        monkeypatch.setattr(calibration, "_in_a_process", lambda name: {"error": "CUDA out of memory. Tried to"})
-        ensured("takes Triton .*no memory left to try wgmma_cluster; run montessori calibrate")
+        # The process that would measure finds no device here. That passes: nothing is kept.
+        monkeypatch.setattr(calibration, "_in_a_process", IN_A_PROCESS)
+        ensured("takes Triton .*wgmma_cluster could not be tried .*nothing is kept; mend that and run montessori calib")
         assert not kept.exists()
+        # What is wrong with the kernels is not tried again.
         monkeypatch.setattr(calibration, "_in_a_process", fails)
         ensured("takes Triton .*no kernel gave right results .*mma: no code for mma; triton: no code for triton")
         ensured(None)
@@ -328,3 +335,43 @@ def test_where_measuring_fails_triton_scores_and_the_reason_is_told(measured, tm
         (tmp_path / "kernels.lock").unlink()
         (tmp_path / "kernels.lock").mkdir()
         ensured("takes Triton .*kernels.lock: cannot be locked")
+
+
+@pytest.mark.skipif(cuda.load_error() is not None, reason=f"{cuda.load_error()}")
+def test_a_kernel_that_was_wrong_is_not_taken(measured, monkeypatch):
+    works = calibration._in_a_process
+
+    def fails(names):
+        outcome = {"error": "wrong results: {}"}
+        monkeypatch.setattr(calibration, "_in_a_process", lambda name: outcome if name in names else works(name))
+
+    def taken(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            return kernel_taken(patch, *arguments)
+
+    wide = torch.float32
+    with pretended_gpu():
+        fails(("triton", "wgmma"))
+        measured()
+        assert taken("auto", wide) == "wgmma_cluster"
+        with pytest.warns(FallbackWarning, match="plain torch, since Triton's kernel failed .*wrong results"):
+            assert taken("auto", wide, True) == "reference"
+        fails(calibration.kernels())
+        with pytest.raises(ModelError, match="no kernel gave right results"):
+            measured()
+        with pytest.warns(FallbackWarning, match="takes plain torch"):
+            assert taken("auto", wide) == "reference"
+
+
+@pytest.mark.parametrize("breaks", ["RuntimeError: cudaErrorIllegalAddress", None])
+def test_what_the_kernel_breaks_is_its_own_and_a_lack_of_memory_is_not(breaks, measured, monkeypatch):
+    def run(*arguments):
+        raise RuntimeError(breaks.split(": ")[1]) if breaks else torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_sections.gpu, "linear_influence", run)
+    with pretended_gpu():
+        if breaks:
+            assert calibration.measure("triton") == {"error": breaks}
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                calibration.measure("triton")

@@ -249,6 +249,7 @@ CUDA = {
     "max_memory_allocated": lambda: 0,
     "memory_allocated": lambda: 0,
     "reset_peak_memory_stats": lambda: None,
+    "synchronize": lambda: None,
 }
 
 
