@@ -5,9 +5,13 @@ Times are medians in milliseconds by device events. Dimensions as in `montessori
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -36,12 +40,18 @@ COPIED = 1 << 29  # elements
 SQUARE = 8192
 ELEMENTS = 1 << 28
 TOKENS, FEATURES, WORDS = 4096, 4096, 128256  # of the vocabulary head
+MOST_PROCESSES = 8
+# Hundreds of launches take the host some 11 ms; this is about 50 on the device.
+LONG_WAIT_CYCLES = 100_000_000
+
+Part = Callable[[], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Section:
     work: Callable[[], dict[str, Any]]
     limit_s: int
+    needs: str | None = None  # the section without which it has no worth
 
 
 def describe_device() -> dict[str, Any]:
@@ -63,25 +73,51 @@ def ceilings() -> dict[str, Any]:
     return {"rows": [row]}
 
 
-def check(run: Callable[..., Tensor], operands, states, **settings) -> dict[str, Any]:
-    """Relative error against float64 beside that of plain torch in the same dtypes, over ragged shapes."""
-    rows = trial.check(run, operands, states, **settings)
-    if not all(row["right"] and row["repeats"] for row in rows):
-        raise SystemExit(f"wrong results: {[row for row in rows if not (row['right'] and row['repeats'])]}")
+def in_processes(parts: dict[str, Part]) -> list[dict[str, Any]]:
+    """Rows of all parts, each worked out in one of several processes: most of their time goes into compiling."""
+    count = min(MOST_PROCESSES, os.cpu_count() or 1, len(parts))
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        waiting, rows = {name: pool.submit(work) for name, work in parts.items()}, []
+        for name, result in waiting.items():
+            try:
+                rows += result.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                print(f"failed: {name}", file=sys.stderr)
+                raise
+    return rows
+
+
+def passed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of `trial.check`, if all are as they must be."""
+    wrong = trial.failures(rows)
+    if wrong:
+        raise SystemExit(f"wrong results in {len(wrong)} of {len(rows)} cases, such as {wrong[:2]}")
     return {"rows": rows}
 
 
 def checks_triton() -> dict[str, Any]:
     """Every Triton kernel against float64."""
-    rows = check(gpu.linear_influence, (*NARROW, torch.float32), HELD)["rows"]
-    rows += check(gpu.linear_influence, NARROW, HELD, sets=3)["rows"]
-    rows += check(gpu.linear_influence, NARROW, HELD, tied=True)["rows"]
+    parts: dict[str, Part] = {"small": check_small}
+    for settings in ({}, {"sets": 3}, {"tied": True}):
+        for operand in NARROW if settings else (*NARROW, torch.float32):
+            for state in HELD:
+                check = partial(trial.check, gpu.linear_influence, (operand,), (state,), **settings)
+                parts[f"{operand}, {state}, {settings}"] = check
+    return passed(in_processes(parts))
+
+
+def checks_tiles() -> dict[str, Any]:
+    """The Triton kernel against float64 by every tile that is timed."""
+    parts: dict[str, Part] = {}
     for tile in tiles.RIVALS:
-        rows += check(partial(gpu.linear_influence, tile=tile), NARROW[:1], HELD)["rows"]
-    return {"rows": rows + _check_small()}
+        for state in HELD:
+            run = partial(gpu.linear_influence, tile=tile)
+            parts[f"{tile}, {state}"] = partial(trial.check, run, NARROW[:1], (state,))
+    return passed(in_processes(parts))
 
 
-def _check_small() -> list[dict[str, Any]]:
+def check_small() -> list[dict[str, Any]]:
     """Ready gradients, table rows and token losses against float64."""
     p = make_problem((300, 200), (7, 0, 40), sets=2)
     grad = torch.randn(3, 300, 200, device="cuda")
@@ -104,9 +140,10 @@ def _check_small() -> list[dict[str, Any]]:
                   ops.embedding_influence(wide_table, *wide, STEP, impl="reference")),
         "token loss": (gpu.linear_cross_entropy(hidden, weight, targets)[0].double(), token_loss),
     }  # fmt: skip
-    rows = [{"kernel": name, "error": float((got - want).norm() / want.norm())} for name, (got, want) in pairs.items()]
-    if not all(row["error"] < 1e-5 for row in rows):
-        raise SystemExit(f"wrong results: {rows}")
+    rows = []
+    for name, (got, want) in pairs.items():
+        error = float((got - want).norm() / want.norm())
+        rows.append({"kernel": name, "error": error, "right": error < 1e-5})
     return rows
 
 
@@ -114,7 +151,7 @@ def checks_cuda(kernel: str) -> dict[str, Any]:
     """A CUDA kernel of the fused linear influence against float64."""
     _load_cuda()
     run = partial(cuda.linear_influence, kernel=kernel)
-    return {"rows": check(run, NARROW, HELD)["rows"] + check(run, NARROW, HELD, sets=3)["rows"]}
+    return passed(trial.check(run, NARROW, HELD) + trial.check(run, NARROW, HELD, sets=3))
 
 
 def _load_cuda() -> None:
@@ -130,7 +167,7 @@ def _adam_dot(grad: Tensor, q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, para
     return (q[0] * reference.adamw_delta(grad.float(), exp_avg, exp_avg_sq, param, STEP)).sum()
 
 
-def linear(run: Callable[..., object], states=HELD) -> dict[str, Any]:
+def linear(run: Callable[..., object], states=HELD, **waiting: int) -> dict[str, Any]:
     """Time of one way to score a linear layer beside the plain dW product of the same packed tokens.
 
     FLOP: 2 · tokens · O · I. Bytes that must move once: 12 (6 in bfloat16) for m, v, q and 4 for θ per element.
@@ -140,7 +177,7 @@ def linear(run: Callable[..., object], states=HELD) -> dict[str, Any]:
         for state in states:
             shape = SHAPES[name]
             p = make_problem(shape, lengths, state=state, sets=sets)
-            times = timed(run, p)
+            times = timed(run, p, **waiting)
             rows.append(
                 {"shape": name, "T": label, "sets": sets, "state": str(state).removeprefix("torch."), **times,
                  "TFLOP/s": 2 * sum(lengths) * shape[0] * shape[1] / times["ms"] / 1e9}
@@ -171,7 +208,8 @@ def linear_cuda(kernel: str) -> dict[str, Any]:
 
 def linear_unfused() -> dict[str, Any]:
     """A product per example and a compiled Adam-dot on the stored gradient (of the first set), against plain dW."""
-    return linear(partial(_unfused, torch.compile(_adam_dot, dynamic=False)), states=(torch.float32,))
+    run = partial(_unfused, torch.compile(_adam_dot, dynamic=False))
+    return linear(run, states=(torch.float32,), waiting_cycles=LONG_WAIT_CYCLES)
 
 
 def rival_tiles() -> dict[str, Any]:
@@ -237,17 +275,18 @@ FIRST_SCORED = "score triton"
 # The most telling first: time may run out. From FIRST_SCORED on, "auto" knows what the sections before it measured.
 SECTIONS = {
     "ceilings": Section(ceilings, 40),
-    "checks triton": Section(checks_triton, 90),
     **{f"checks {name}": Section(_named(checks_cuda, name), 40) for name in HOPPER_KERNELS},
-    "fidelity": Section(gpu_models.fidelity, 60),
-    "linear triton": Section(linear_triton, 60),
-    **{f"linear {name}": Section(_named(linear_cuda, name), 60) for name in HOPPER_KERNELS},
-    FIRST_SCORED: Section(_named(gpu_models.score, "triton"), 90),
-    "score mixed": Section(_named(gpu_models.score, "auto", "mixed"), 90),
+    "checks triton": Section(checks_triton, 90),
+    **{f"linear {name}": Section(_named(linear_cuda, name), 40, needs=f"checks {name}") for name in HOPPER_KERNELS},
+    "linear triton": Section(linear_triton, 40, needs="checks triton"),
+    FIRST_SCORED: Section(_named(gpu_models.score, "triton"), 60, needs="checks triton"),
+    "score mixed": Section(_named(gpu_models.score, "auto", "mixed"), 60),
     "score 8B": Section(gpu_models.score_8b, 100),
+    "fidelity": Section(gpu_models.fidelity, 60),
     "small": Section(small, 40),
     "linear unfused": Section(linear_unfused, 90),
-    "tiles": Section(rival_tiles, 60),
     "head": Section(head, 40),
-    "score cuda": Section(_named(gpu_models.score, "cuda"), 90),
+    "score cuda": Section(_named(gpu_models.score, "cuda"), 60),
+    "checks tiles": Section(checks_tiles, 60),
+    "tiles": Section(rival_tiles, 60, needs="checks tiles"),
 }
