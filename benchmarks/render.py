@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,36 @@ LINEAR = {"linear triton": "Triton", "linear wgmma": "`wgmma`", "linear wgmma_cl
           "linear mma": "`mma`", "linear unfused": "unfused"}  # fmt: skip
 SCORES = {"score triton": "TinyLlama-1.1B", "score cuda": "TinyLlama-1.1B", "score mixed": "TinyLlama-1.1B, mixed",
           "score 8B": "Llama-3-8B"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the fused kernel, with its predicted time over that of the product at T = 64, 256 and 1024."""
+
+    name: str
+    tile: str
+    predicted: tuple[str, str, str]
+    limit: str
+    section: str
+    state: str
+
+
+VERSIONS = (
+    Version("product per example, then the map in torch", "–", ("", "", ""), "m, v, q, g through memory",
+            "linear unfused", "float32"),
+    Version("Triton, 9.0", "128 × 64, float32 in registers", ("8.6", "4.7", "3.7"), "L2, then the map alone",
+            "linear triton", "float32"),
+    Version("CUDA `mma` on an H100", "128 × 128, bfloat16 in shared memory", ("7.4", "3.6", "2.6"),
+            "L2 and mma.sync at 0.5 PFLOP/s, then the map alone", "linear mma", "bfloat16"),
+    Version("CUDA `wgmma`", "64 × 128, float32 in shared memory", ("5.2", "3.4", "3.4"), "L2",
+            "linear wgmma", "float32"),
+    Version("CUDA `wgmma`", "128 × 128, bfloat16 in shared memory", ("5.2", "2.3", "2.3"), "L2",
+            "linear wgmma", "bfloat16"),
+    Version("CUDA `wgmma_cluster`", "256 × 256 by 8 blocks, float32", ("5.2", "1.8", "1.4"),
+            "shared memory; at T = 64 the map", "linear wgmma_cluster", "float32"),
+    Version("CUDA `wgmma_cluster`", "256 × 256 by 4 blocks, bfloat16", ("5.2", "1.3", "1.1"),
+            "shared memory; at T = 64 the map", "linear wgmma_cluster", "bfloat16"),
+)  # fmt: skip
 
 
 def fidelity(records: list[dict[str, Any]]) -> str:
@@ -187,6 +218,42 @@ def adapters(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu_state(records: list[dict[str, Any]]) -> str:
+    """What the pages may say of GPUs."""
+    if not records:
+        return "**Nothing has run on a GPU yet**: times are predictions and marked as such."
+    devices = []
+    for record in records:
+        versions = record["machine"]["versions"]
+        failed = [name for name, outcome in record["sections"].items() if "error" in outcome]
+        ended = f"did not end well: {', '.join(failed)}" if failed else "all sections ended well"
+        devices.append(f"{record['device']['name']} (torch {versions['torch']}, triton {versions['triton']}; {ended})")
+    return f"Measured on {'; '.join(devices)}. Predictions are marked as such."
+
+
+def gpu_versions(records: list[dict[str, Any]]) -> str:
+    """What each version of the fused kernel was predicted to take against the product, and what it took."""
+    lengths = ("64", "256", "1024")
+    columns = [*(f"T = {length}" for length in lengths), "limit", *(f"measured, {length}" for length in lengths)]
+    lines = [f"| version | tile, state on the chip | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for version in VERSIONS:
+        measured = [
+            [
+                row["ratio"]
+                for record in records
+                for row in _rows(record, version.section)
+                if row["T"] == length and row["sets"] == 1 and row["state"] == version.state
+            ]
+            for length in lengths
+        ]
+        cells = [f"{min(found):.1f}–{max(found):.1f}" if found else "not run" for found in measured]
+        lines.append(
+            f"| {version.name} | {version.tile} | {' | '.join(version.predicted)} | {version.limit} "
+            f"| {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
 def gpu_linear(records: list[dict[str, Any]]) -> str:
     """Time of each kernel over that of the plain dW product, by shape, length and dtype of the state."""
     lines = [f"| device | shape | T | sets | state | {' | '.join(LINEAR.values())} |", "|---" * (5 + len(LINEAR)) + "|"]
@@ -279,6 +346,7 @@ def main() -> None:
         records = _records(f"{name}.json")
         tables[name] = table_of(records[0]) if records else "Not run yet."
     on_gpus = _records("gpu_*.json")
+    tables |= {"gpu_state": gpu_state(on_gpus), "gpu_versions": gpu_versions(on_gpus)}
     for name, table_of_all in {"gpu_linear": gpu_linear, "gpu_scores": gpu_scores}.items():
         tables[name] = table_of_all(on_gpus) if on_gpus else "No GPU has run it yet."
     pooled = results.pooled_effect("small")

@@ -274,7 +274,15 @@ def test_tables_of_a_gpu_have_what_ran_and_dashes_for_the_rest():
         "linear mma": {"seconds": 1.0, "error": "took more than 60 s"},
         "score triton": {"seconds": 1.0, "result": {"rows": [score]}},
     }
-    records = [{"device": {"name": "card"}, "sections": sections}]
+    records = [
+        {"device": {"name": "card"}, "machine": {"versions": {"torch": "3", "triton": "4"}}, "sections": sections}
+    ]
+    assert "card (torch 3, triton 4; did not end well: linear mma)" in render.gpu_state(records)
+    assert "| shared memory; at T = 64 the map | not run | not run | not run |" in render.gpu_versions(records)
+    versions = [line for line in render.gpu_versions(records).splitlines() if "1.2–1.2" in line]
+    assert versions == [
+        "| CUDA `wgmma` | 64 × 128, float32 in shared memory | 5.2 | 3.4 | 3.4 | L2 | not run | 1.2–1.2 | not run |"
+    ]
     assert render.gpu_linear(records).splitlines()[2:] == ["| card | q | 256 | 1 | float32 | – | 1.23 | – | – | – |"]
     assert render.gpu_scores(records).splitlines()[2:] == [
         "| card | TinyLlama-1.1B | triton | 1,000 | 900 | 0.90 | 4.0 GB |"
