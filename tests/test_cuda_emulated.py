@@ -16,6 +16,7 @@ import pytest
 import torch
 from op_cases import ADAMW, Case, bounds, linear_case, with_padding
 
+from montessori import trial
 from montessori.spans import spans_of
 
 ROOT = Path(__file__).parents[1]
@@ -131,3 +132,15 @@ def test_many_chunks_of_one_consumer_do_not_mislead_the_other(library, kernel):
     case = ragged(lengths=(330, 650, 65, 330), num_out=16, num_in=24)
     got = run(library, kernel, case)
     assert torch.all((got - case.to(torch.float64).specified()).abs() <= case.to(torch.float64).allowed(torch.float32))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_check_that_a_device_gets_is_passed(library, kernel, monkeypatch):
+    def on_the_cpu(x, dy, spans, q, exp_avg, exp_avg_sq, param, step, rows):
+        lengths = [high - low for low, high in spans]
+        starts = torch.tensor([low for low, _ in spans])
+        case = Case(q, exp_avg, exp_avg_sq, param, step, x, dy, bounds(*lengths), rows, starts)
+        return run(library, kernel, case)
+
+    monkeypatch.setattr(trial, "CHECKED", trial.CHECKED[:2])
+    assert trial.failures(trial.check(on_the_cpu, trial.NARROW[:1], trial.HELD, device="cpu")) == []
