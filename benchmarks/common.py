@@ -135,13 +135,17 @@ def has_amx() -> bool:
     return any(line.startswith("flags") and "amx_bf16" in line for line in _cpuinfo())
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options as they stand in a result: files by their names."""
+    files = ("candidates", "reference", "work")
+    return {name: Path(value).name if name in files else value for name, value in vars(arguments).items()}
+
+
 def write_result(name: str, arguments: argparse.Namespace, content: dict[str, Any]) -> Path:
     """One JSON under benchmarks/results with settings and machine beside the numbers."""
-    settings = {key: Path(value).name if key in ("candidates", "reference", "work") else value
-                for key, value in vars(arguments).items()}  # fmt: skip
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "machine": machine(), **content}
+    record = {"settings": settings_of(arguments), "machine": machine(), **content}
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
 

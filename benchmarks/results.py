@@ -36,7 +36,8 @@ process, pair by pair: over the candidates, and over the references too where a 
 *Once* is what it does before, the reference gradient first of all. *Memory* is the peak resident size above that of the
 plain pass, preparation included. Agreement is with one real float32 step on each candidate, of all parameters; relative
 errors stand where a score is a change of loss. Rows may come from runs of different days and states of the code
-(`--core`, `--only`), and two pairs each are few: a row can move by a third from run to run.
+(`--core`, `--only`; always of the same examples, batches and threads), and two pairs each are few: the range in
+brackets is all of them.
 """
 
 NOT_AHEAD = """### Where we are not ahead
@@ -48,7 +49,8 @@ REASONS = """
 What is done once costs more here than elsewhere: the anchor takes a backward pass for each of its 8 pilots and one
 more evaluation of the reference, and the capture is proved against autograd before the first candidate. None of it
 grows with the number of candidates. The first-order rows go without the anchor. It can fall: pilot steps could come
-from the capture in batches.
+from the capture in batches. The memory above a peer's is the anchor's too: while it is prepared, the weights, their
+mean change and the reference gradient lie beside each other. The first-order rows are at or below the plain pass.
 """
 
 NAIVE = """## Naive loops

@@ -1,5 +1,6 @@
 """The arithmetic behind the tables of benchmarks/RESULTS.md."""
 
+import argparse
 import json
 from dataclasses import asdict
 
@@ -9,6 +10,7 @@ import torch
 from support import make_model, make_rows, slow_influence, warm_optimizer
 
 from benchmarks import effect, naive, render, results, truth
+from benchmarks.peers import __main__ as peers_run
 from benchmarks.peers.entries import ENTRIES
 from benchmarks.peers.less import AdamDot
 from benchmarks.peers.montessori_peer import FirstOrder, Montessori, RealStep
@@ -178,6 +180,21 @@ def test_a_peer_that_failed_keeps_its_row_with_the_reason():
     rows = [line.count("|") for line in text.splitlines()]
     assert len(set(rows)) == 1
     assert "| 75% | norms" in text
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"threads": 1}, {"candidates": "others.jsonl"}, {"examples": "others"}], ids=str
+)
+def test_rows_of_a_last_run_are_kept_where_it_had_the_same_examples_and_settings(changed, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers_run, "RESULTS", tmp_path)
+    given = {"candidates": "data/rows.jsonl", "model": "tiny", "threads": 2, "num_candidates": 8}
+    given |= {"warmup_batch_size": 8, "warmup_max_grad_norm": None}
+    record = {"settings": given | {"candidates": "rows.jsonl"}, "examples": "these"}
+    record["peers"] = [{"name": "LESS-style, one by one", "scores": [1.0]}]
+    (tmp_path / "peers_tiny.json").write_text(json.dumps(record), encoding="utf-8")
+    arguments = argparse.Namespace(**given | {name: changed[name] for name in changed.keys() & given.keys()})
+    kept = peers_run.last_results(arguments, changed.get("examples", "these"))
+    assert kept == ({} if changed else {"LESS-style, one by one": {"scores": [1.0]}})
 
 
 def test_reference_gradient_is_that_of_the_mean_of_means():

@@ -18,18 +18,29 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, parser, write_result
+from benchmarks.common import RESULTS, machine, parser, settings_of, write_result
 from benchmarks.peers.entries import ENTRIES, REAL, run_peer
 from benchmarks.peers.task import save
 from benchmarks.students import add_model_options, examples_of, student_checkpoint
 from montessori.agreement import Agreement
 
+# Beside the examples: threads, and what the student was warmed up by; rows of the candidates' file beyond the first
+# `num_candidates` are its data.
+DECIDING = ("threads", "candidates", "num_candidates", "warmup_batch_size", "warmup_max_grad_norm")
 
-def last_results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Rows of the last run on this model."""
+
+def last_results(arguments: argparse.Namespace, examples: str) -> dict[str, dict[str, Any]]:
+    """Rows of the last run on this model, if it had the same examples, batches and threads: what others are compared
+    with."""
     path = RESULTS / f"peers_{arguments.model}.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["peers"] if path.exists() else []
-    return {row.pop("name"): row for row in rows}
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    now = settings_of(arguments)
+    if record.get("examples") != examples or any(record["settings"].get(name) != now[name] for name in DECIDING):
+        print("rows of the last run are not kept: it had other examples or settings", flush=True)
+        return {}
+    return {row.pop("name"): row for row in record["peers"]}
 
 
 def add_agreement(results: dict[str, dict[str, Any]]) -> None:
@@ -59,20 +70,22 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     candidates, references, rest = examples_of(arguments)
     task = arguments.work / f"peers_{arguments.model}" / "task.json"
-    save(task, student_checkpoint(arguments, rest), candidates, references, arguments.batch_size)
+    examples = save(task, student_checkpoint(arguments, rest), candidates, references, arguments.batch_size)
     extra = ["--repeats", str(arguments.repeats)]
     core = [name for name, entry in ENTRIES.items() if entry.core]
     wanted = {name: ENTRIES[name] for name in arguments.only or (core if arguments.core else ENTRIES)}
-    results = last_results(arguments) if len(wanted) < len(ENTRIES) else {}
+    results = last_results(arguments, examples) if len(wanted) < len(ENTRIES) else {}
     for name, entry in wanted.items():
-        results[name] = {"score": entry.score, **run_peer(entry, task, arguments.threads, arguments.limit, extra)}
+        outcome = run_peer(entry, task, arguments.threads, arguments.limit, extra)
+        results[name] = {"score": entry.score, "machine": machine(), **outcome}
         print(f"{name}: {results[name].get('error', 'ok')}", flush=True)
     results = {name: results[name] for name in ENTRIES if name in results}
     add_agreement(results)
     del arguments.only, arguments.core
-    path = write_result(
-        f"peers_{arguments.model}", arguments, {"peers": [{"name": name, **result} for name, result in results.items()]}
-    )
+    peers = [{"name": name, **result} for name, result in results.items()]
+    machines = [result["machine"] for result in results.values()]
+    content = {"peers": peers, "examples": examples, "machines": machines}
+    path = write_result(f"peers_{arguments.model}", arguments, content)
     show(results)
     print(f"wrote {path}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,17 +83,20 @@ class Task:
         return [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
 
 
-def save(path: Path, checkpoint: Path, candidates: Sequence[Example], references: Sequence[Example], batch_size: int):
-    """Write a task file; each list is put longest first, so that batches have little padding."""
+def save(
+    path: Path, checkpoint: Path, candidates: Sequence[Example], references: Sequence[Example], batch_size: int
+) -> str:
+    """Write a task file, and return a digest of its examples and batches. Each list is put longest first, so that
+    batches have little padding."""
 
     def rows(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
         ordered = sorted(examples, key=lambda example: (-example.num_tokens, example.index))
         return [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in ordered]
 
-    record: dict[str, Any] = {"checkpoint": str(checkpoint), "batch_size": batch_size}
-    record |= {"candidates": rows(candidates), "references": rows(references)}
+    task: dict[str, Any] = {"candidates": rows(candidates), "references": rows(references), "batch_size": batch_size}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record), encoding="utf-8")
+    path.write_text(json.dumps({"checkpoint": str(checkpoint), **task}), encoding="utf-8")
+    return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
 
 
 def mean_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
