@@ -18,7 +18,7 @@ from montessori import calibration, inspection, processes, runs
 from montessori.data import Rows, load_rows
 from montessori.encoding import INVALID_ROWS, TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
-from montessori.loop.commands import demo_command, generate_command, run_command
+from montessori.loop.commands import demo_command, generate_command, run_command, settings_command
 from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import check_checkpoint, check_token_ids, load_model
 from montessori.options import METHODS, REFERENCE_DTYPES, check_positions, default_max_length
@@ -31,7 +31,7 @@ from montessori.warmup import warmup as run_warmup
 from montessori.writing import write_json
 
 Command = Callable[..., Any]
-WITHOUT_RESUME = {"audit", "inspect", "calibrate", "report"}
+WITHOUT_RESUME = {"audit", "inspect", "calibrate", "report", "settings"}
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
@@ -300,7 +300,7 @@ def calibrate() -> None:
         console.print(f"state in {state}, fastest first: {', '.join(names)}", soft_wrap=True)
 
 
-for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command):
+for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command, settings_command):
     cli.add_command(command)
 
 

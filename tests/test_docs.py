@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from support import make_text_rows
 
 from montessori import InfluenceEstimator
+from montessori.loop.settings import settings_page
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +74,23 @@ def test_the_python_of_losses(place):
         want, got = exact.score(names[rows]).influence, names[key]
         assert len(got) == len(names[rows]) and np.isfinite(got).all()
         np.testing.assert_allclose(got, want, rtol=0, atol=0.05 * np.ptp(want))
+
+
+def test_the_page_of_settings_is_the_one_that_the_command_prints():
+    assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == settings_page()
+
+
+def test_the_page_of_settings_has_every_key_with_its_default():
+    page = settings_page()
+    values = yaml.safe_load((ROOT / "montessori/loop/small.yaml").read_text(encoding="utf-8"))
+    keys = re.findall(r"^\| `([\w.]+)` \|.*small: ", page, re.M)
+
+    def at(values: dict, key: str):
+        for part in key.split("."):
+            values = values[part]
+        return values
+
+    assert len(keys) > 20 and all(at(values, key) is not None for key in keys)
+    assert "| `engine.api_key_env` | text or null | `null` |  |" in page
+    assert "| `judge.engine.retries` | whole number, ≥ 0 | `5` |  |" in page
+    assert "| `evaluate.answers.sampling.temperature` | number, ≥ 0 | `0.0` |  |" in page

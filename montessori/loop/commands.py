@@ -1,4 +1,4 @@
-"""Commands of the loop: run, generate, demo."""
+"""Commands of the loop: run, generate, demo, settings."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from montessori.loop import report
 from montessori.loop.config import PRESETS, Config, read_config
 from montessori.loop.round import STAGES, run
 from montessori.loop.rundir import RunDirectory
+from montessori.loop.settings import settings_page
 from montessori.terminal import OutputFolder, bars_of_libraries
 
 CONFIG_OPTIONS = [
@@ -69,6 +70,12 @@ def generate_command(config: Path | None, preset: str | None, assignments: tuple
 def demo_command(out: Path) -> None:
     """One small round with SmolLM2-135M as teacher and student."""
     carry_out(read_config(preset="demo"), out)
+
+
+@click.command("settings")
+def settings_command() -> None:
+    """Print all settings of a run, as Markdown: what they mean, defaults, and what each preset sets."""
+    click.echo(settings_page(), nl=False)
 
 
 def carry_out(settings: Config, out: Path, **options: Any) -> None:

@@ -37,7 +37,7 @@ class DataSettings(Section):
     """Files, dataset directories or hub names; `packaged:NAME` is a file that comes with montessori.
 
     `seeds` hold instructions. `reference_rows`: rows of `reference`, from its start, that influence is
-    measured on; None for all. Without `evaluation` the rows of `reference` after them are held out for
+    measured on; null for all. Without `evaluation` the rows of `reference` after them are held out for
     evaluation; `evaluation_rows` bounds those.
     """
 
@@ -121,13 +121,18 @@ def read_config(path: str | Path | None = None, preset: str | None = None, assig
     if preset is not None:
         if preset not in PRESETS:
             raise ArgumentError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-        values = _merge(values, _read_yaml(Path(str(importlib.resources.files(__package__) / f"{preset}.yaml"))))
+        values = preset_values(preset)
     if path is not None:
         values = _merge(values, _read_yaml(Path(path)))
     for assignment in assignments:
         values = _merge(values, _parse_assignment(assignment))
     alone = f"--set without a CONFIG file or --preset ({', '.join(PRESETS)})"
     return Config.read(values, str(path or f"preset {preset}" if path or preset else alone))
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """What one of PRESETS sets."""
+    return _read_yaml(Path(str(importlib.resources.files(__package__) / f"{name}.yaml")))
 
 
 def write_config(config: Config, path: Path) -> None:

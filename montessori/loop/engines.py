@@ -42,10 +42,13 @@ class EngineSettings(Section):
 
     `batch_size`: sequences decoded together (`transformers`), most sequences in flight (`vllm`), or
     simultaneous requests (`endpoint`). `dtype`: of the weights; a teacher tuned with a small learning rate
-    differs from its base by less than bfloat16 can hold, hence float32. `max_length`: tokens of prompt and
-    output together, by default the model's own limit. `base_url` and `model`: of an OpenAI-compatible
-    server; the key, if it needs one, is read from the environment variable `api_key_env`; `timeout` seconds without a
-    byte of its answer are a failed try.
+    differs from its base by less than bfloat16 can hold, hence float32. `device`: auto, cpu or cuda. `max_length`:
+    tokens of prompt and output together, by default the model's own limit.
+
+    Of vllm alone: `tensor_parallel_size` devices share the weights, and `gpu_memory_utilization` of each is taken. Of
+    an endpoint alone: `base_url` (http://host:port/v1) and `model`, its name there, of an OpenAI-compatible server; the
+    key, if it needs one, is read from the environment variable `api_key_env`; `timeout` seconds without a byte of its
+    answer are a failed try, of which there may be `retries` more.
     """
 
     name: Literal["transformers", "vllm", "endpoint"] = "transformers"

@@ -33,7 +33,12 @@ _FIRST_CODE, _LAST_CODE = 0x10000, 0x10FFFF
 
 
 class FilterSettings(Section):
-    """`rouge`: highest ROUGE-L F measure against anything kept so far and the examples of the own prompt."""
+    """Which instructions are kept.
+
+    `min_characters`, `max_characters`: of the instruction. `blocked_words`: words that it may not have, such as those
+    for what a model of text cannot do. `no_leading_punctuation`, `no_leading_non_ascii`: of its first character.
+    `rouge`: highest ROUGE-L F measure against anything kept so far and the examples of the own prompt.
+    """
 
     min_characters: int = Field(default=6, ge=1)
     max_characters: int = Field(default=400, ge=1)

@@ -53,7 +53,9 @@ class FitSettings(Section):
     The learning rate rises from `min_learning_rate` over the first `warmup_fraction` of the steps, stays
     at `learning_rate`, and falls linearly over the last `decay_fraction`. One step sees `batch_size`
     examples, `per_device_train_batch_size` at a time on each process. `max_steps` > 0 takes the place of
-    `num_train_epochs`. `bf16` computes in bfloat16 with float32 weights.
+    `num_train_epochs`. `max_grad_norm`: gradients are clipped to this norm, null for not at all. `max_length`:
+    tokens of an example, by default 2048 or the model's own limit. `bf16` computes in bfloat16 with float32 weights;
+    `gradient_checkpointing` takes less memory and more time; `report_to` as of Trainer (wandb, tensorboard).
     """
 
     learning_rate: float = Field(default=5e-6, gt=0)

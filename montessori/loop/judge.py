@@ -83,7 +83,10 @@ def read_choice(reply: str) -> float:
 
 
 class JudgeSettings(ChatSection):
-    """Who judges: `model` through `engine`; with the engine "endpoint", `model` gives the tokenizer alone."""
+    """Who judges: `model` through `engine`; with the engine "endpoint", `model` gives the tokenizer alone.
+
+    Of two answers each is shown first once. `seed`: of its sampling.
+    """
 
     model: str
     engine: EngineSettings = EngineSettings()

@@ -24,7 +24,12 @@ SCORES_FILE = "scores.parquet"
 
 
 class ScoreSettings(ChatSection):
-    """As in `InfluenceEstimator`; `dtype` is that of the weights, `audit` compares that many rows with real steps."""
+    """As in `InfluenceEstimator` and the options of `montessori score`.
+
+    `method`, `backend`, `pilot`, `reference_weighting`, `sample`, `reference_dtype`: how influence is computed.
+    `batch_tokens`, `reference_batch_tokens`: padded tokens of a batch. `dtype`: of the weights. Longer rows are
+    cut at `max_length`. `audit`: so many rows are compared with real float32 steps.
+    """
 
     method: Literal["anchored", "first_order", "exact"] = "anchored"
     backend: str = "auto"

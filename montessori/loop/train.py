@@ -17,7 +17,7 @@ STUDENT = "student"
 
 
 class TrainSettings(FitSettings, ChatSection):
-    """How the final student is trained; see FitSettings."""
+    """How the final student is trained, from its base; longer examples are cut at `max_length`."""
 
 
 def run(

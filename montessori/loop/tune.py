@@ -53,7 +53,7 @@ class TuneSettings(FitSettings):
 
     `objective`: "dpo", or "sft" to fine-tune on the chosen texts alone. `beta`: strength of the pull
     towards the untuned teacher. Of DPO, `validation_fraction` of the prompts, at least one, is set aside and only
-    evaluated. `lora` trains adapters instead of all weights.
+    evaluated. `lora` trains adapters instead of all weights. Pairs longer than `max_length` are left out.
     """
 
     objective: Literal["dpo", "sft"] = "dpo"
