@@ -4,10 +4,10 @@
         --set data.seeds=seed_tasks_175.jsonl --set data.reference=reference_256.jsonl
 
 Two runs for each seed, alike but for `teacher_mode`, in directories of their own below `--work`: a finished one is only
-read, an interrupted one goes on. A variation of a preset takes a `--name`. Compared are the real influence of fresh
-rows of both teachers (method "exact", measured within the tuned run) and the held-out loss of the student of each, row
-by row. Each seed leaves a JSON file of its own, so seeds can come from different machines; `benchmarks.results` pools
-those that are there.
+read, an interrupted one goes on. A variation of a preset takes a `--name`. Compared are the real influence of rows of
+both teachers (method "exact", measured within the tuned run: fresh ones of the tuned teacher, of the untuned one some
+of the candidates) and the held-out loss of the student of each, row by row. Each seed leaves a JSON file of its own, so
+seeds can come from different machines; `benchmarks.results` pools those that are there.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, mean_delta, restored
 from montessori.parameters import trainable_parameters
-from montessori.products import fast_products
+from montessori.products import fast_products, rounds_products, unrounded_products
 from montessori.referenceset import ReferenceSets
 from montessori.scoring import parameter_drift
 
@@ -74,7 +74,8 @@ def expand_at_anchor(
     parameters = trainable_parameters(model)
     with fast_products(model):
         anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm)
-        loss = sets.loss(model, reference_loss)
+        with unrounded_products():
+            loss = sets.loss(model, reference_loss)
         with restored(parameters) as theta:
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -88,6 +89,10 @@ def expand_at_anchor(
                         "is not finite, though it is finite before that step: look at lr, eps and exp_avg_sq of the "
                         "optimizer; method='first_order' takes no such step"
                     ) from error
+                if rounds_products(model):
+                    # Rounded factors move a loss by more than so small a step does.
+                    with unrounded_products():
+                        loss_at_anchor = sets.loss(model, reference_loss)
             predicted = _dot_moved(q, parameters, theta)
             moved = loss_at_anchor - loss
             sizes = moved.abs() + predicted.abs()
@@ -142,7 +147,7 @@ def _changes_of_part(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.lerp_(theta[name], 1 - there / here)
-    with undisturbed(parameters):
+    with undisturbed(parameters), unrounded_products():
         loss = sets.loss(model, reference_loss, require_finite=False)
     return loss, _dot_moved(q, parameters, theta)
 
@@ -190,6 +195,9 @@ def real_drift(
     return after - loss, loss
 
 
-def real_products(model: nn.Module, impl: str) -> AbstractContextManager[None]:
-    """Matrix products of real steps: "reference", the truth of audits, keeps to torch's own."""
-    return nullcontext() if impl == "reference" else fast_products(model)
+@contextmanager
+def real_products(model: nn.Module, impl: str) -> Iterator[None]:
+    """Matrix products of real steps: of unrounded factors, since rounding them moves a loss by more than such a step
+    does. "reference", the truth of audits, keeps to torch's own."""
+    with unrounded_products(), nullcontext() if impl == "reference" else fast_products(model):
+        yield
