@@ -1,4 +1,8 @@
-"""What is computed once for all candidates: the reference gradient, where it is taken, and the drift."""
+"""What is computed once for all candidates: the reference gradient, where it is taken, and the drift.
+
+Of unrounded products, whatever torch's switches say: rounded factors move a loss by more than a step does, and
+the reference gradient's small sums over all parameters by as much.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.oracle import apply_step, mean_delta, restored
 from montessori.parameters import trainable_parameters
-from montessori.products import fast_products, rounds_products, unrounded_products
+from montessori.products import fast_products, unrounded_products
 from montessori.referenceset import ReferenceSets
 from montessori.scoring import parameter_drift
 
@@ -50,6 +54,7 @@ class Expansion:
         return self.constant + torch.stack(list(self.drift.values())).sum(0).cpu()
 
 
+@unrounded_products()
 def expand_at_theta(
     model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction
 ) -> Expansion:
@@ -61,6 +66,7 @@ def expand_at_theta(
     return Expansion(q, zero, parameter_drift(q, state, parameters), loss, zero)
 
 
+@unrounded_products()
 def expand_at_anchor(
     model: nn.Module,
     state: AdamWState,
@@ -74,8 +80,7 @@ def expand_at_anchor(
     parameters = trainable_parameters(model)
     with fast_products(model):
         anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm)
-        with unrounded_products():
-            loss = sets.loss(model, reference_loss)
+        loss = sets.loss(model, reference_loss)
         with restored(parameters) as theta:
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -89,10 +94,6 @@ def expand_at_anchor(
                         "is not finite, though it is finite before that step: look at lr, eps and exp_avg_sq of the "
                         "optimizer; method='first_order' takes no such step"
                     ) from error
-                if rounds_products(model):
-                    # Rounded factors move a loss by more than so small a step does.
-                    with unrounded_products():
-                        loss_at_anchor = sets.loss(model, reference_loss)
             predicted = _dot_moved(q, parameters, theta)
             moved = loss_at_anchor - loss
             sizes = moved.abs() + predicted.abs()
@@ -147,7 +148,7 @@ def _changes_of_part(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.lerp_(theta[name], 1 - there / here)
-    with undisturbed(parameters), unrounded_products():
+    with undisturbed(parameters):
         loss = sets.loss(model, reference_loss, require_finite=False)
     return loss, _dot_moved(q, parameters, theta)
 

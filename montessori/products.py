@@ -94,12 +94,6 @@ def torch_rounds_products() -> bool:
     return bool((above_one @ above_one)[0, 0] == 64)
 
 
-def rounds_products(model: nn.Module) -> bool:
-    """Whether float32 products of this model are of rounded factors, with torch's switches as they are."""
-    kinds = {parameter.device.type for parameter in model.parameters()}
-    return ("cpu" in kinds and torch_rounds_products()) or ("cuda" in kinds and gpu_rounds_products())
-
-
 @contextmanager
 def fast_products(model: nn.Module) -> Iterator[None]:
     """Inside, plain linear layers call `product`, forward and for the gradient of their input, and torch's switch
