@@ -19,6 +19,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MONTESSORI_CALIBRATE"] = "0"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first: at the end the other processes would wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
 @pytest.fixture(scope="session")
 def student(tmp_path_factory):
     """A tiny student on disk: model, tokenizer with a chat template, optimizer state after two steps."""

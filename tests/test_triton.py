@@ -27,6 +27,8 @@ OTHERS = {
     "90": {"linear fp32", "elementwise", "step", "embedding", "partials", "row sums"},
     "100": set(),
 }
+# Of the checks on the pretended GPU, which take minutes: each a process of its own.
+PARTS = ["section", "every_kind", "not section and not every_kind"]
 MATRIX_INSTRUCTION = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
 
 
@@ -50,8 +52,9 @@ def require_interpreter() -> None:
 
 @pytest.mark.parametrize(
     ("checks", "chosen"),
-    [("interpreted_triton.py", ""), ("on_pretended_gpu.py", "section"), ("on_pretended_gpu.py", "not section")],
+    [("interpreted_triton.py", ""), *(("on_pretended_gpu.py", part) for part in PARTS)],
 )
+@pytest.mark.minutes
 def test_interpreted_kernels_are_as_specified(checks, chosen):
     require_interpreter()
     options = ("-q", "-p", "no:cacheprovider", "-k", chosen)
