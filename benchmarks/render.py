@@ -5,6 +5,7 @@ python -m benchmarks.render
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -315,6 +316,7 @@ def _records(pattern: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     speeds = sorted(
         _records("speed_*.json"),
         key=lambda r: (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +326,7 @@ def image(path: Path | None, text: str) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     parts = [HEAD, PEERS]
     for model, title in TITLES.items():
         parts += section(f"peers_{model}", title, "peers", peers)

@@ -121,7 +121,7 @@ def resolve(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
     record = _kept(name)
     if "triton" in record.get("failed", {}):
         _warn(f"{name}: backend 'auto' takes plain torch, since Triton's kernel failed when it was measured here "
-              f"({record['failed']['triton']})")  # fmt: skip
+              f"({record['failed']['triton']}); montessori calibrate tries it again")  # fmt: skip
         return "reference"
     if compiled and not record:
         _warn(f"{name}: backend 'auto' takes Triton; `montessori calibrate`, once and some minutes, finds out whether "
