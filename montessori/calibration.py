@@ -112,8 +112,9 @@ def resolve(impl: str, step: OptimizerStep, *tensors: Tensor | None) -> str:
 
     `tensors`: x, dy, q, exp_avg, exp_avg_sq, param and the gradient of tied rows.
     """
-    _, _, q, *moments = tensors[:5]
-    if impl != "auto" or q is None or not q.is_cuda:
+    x, _, q, *moments = tensors[:5]
+    # A measurement says nothing of wider operands.
+    if impl != "auto" or x is None or q is None or not q.is_cuda or x.dtype not in cuda.OPERANDS:
         return impl
     name, compiled = _name(q.device), cuda.unsupported(step, *tensors) is None
     if compiled and ranking(q, *moments)[:1] not in ([], ["triton"]):

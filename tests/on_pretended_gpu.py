@@ -257,9 +257,15 @@ def test_auto_takes_what_was_measured_to_be_fastest(measured, tmp_path):
         assert [taken(impl, narrow) for impl in ("auto", "cuda")] == ["wgmma_cluster", "wgmma_cluster"]
         # What the CUDA kernels do not take.
         assert taken("auto", wide, True) == "triton"
+        # A file that is damaged is none of float32's business.
+        x = torch.zeros(8, 8, device=DEVICE)
+        kept, text = tmp_path / "kernels.json", (tmp_path / "kernels.json").read_text()
+        kept.write_text("{")
+        calibration._kept.cache_clear()
+        assert calibration.resolve("auto", trial.STEP, x, x, x[None], x, x, x) == "auto"
+        kept.write_text(text)
         # Of other versions.
-        kept = tmp_path / "kernels.json"
-        kept.write_text(kept.read_text().replace(torch.__version__, "1.0"))
+        kept.write_text(text.replace(torch.__version__, "1.0"))
         calibration._kept.cache_clear()
         with pytest.warns(FallbackWarning):
             assert taken("auto", wide) == "triton"
