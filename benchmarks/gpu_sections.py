@@ -167,8 +167,14 @@ def _adam_dot(grad: Tensor, q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, para
     return (q[0] * reference.adamw_delta(grad.float(), exp_avg, exp_avg_sq, param, STEP)).sum()
 
 
-def linear(run: Callable[..., object], states=HELD, **waiting: int) -> dict[str, Any]:
-    """Time of one way to score a linear layer beside the plain dW product of the same packed tokens.
+def linear(
+    run: Callable[..., Any],
+    states: tuple[torch.dtype, ...] = HELD,
+    check: Callable[..., dict[str, Any]] = trial.spot_check,
+    **waiting: int,
+) -> dict[str, Any]:
+    """Time of one way to score a linear layer beside the plain dW product of the same packed tokens, and the error of
+    what was timed.
 
     FLOP: 2 · tokens · O · I. Bytes that must move once: 12 (6 in bfloat16) for m, v, q and 4 for θ per element.
     """
@@ -177,12 +183,12 @@ def linear(run: Callable[..., object], states=HELD, **waiting: int) -> dict[str,
         for state in states:
             shape = SHAPES[name]
             p = make_problem(shape, lengths, state=state, sets=sets)
-            times = timed(run, p, **waiting)
+            error, times = check(run, p), timed(run, p, **waiting)
             rows.append(
-                {"shape": name, "T": label, "sets": sets, "state": str(state).removeprefix("torch."), **times,
+                {"shape": name, "T": label, "sets": sets, "state": str(state).removeprefix("torch."), **error, **times,
                  "TFLOP/s": 2 * sum(lengths) * shape[0] * shape[1] / times["ms"] / 1e9}
             )  # fmt: skip
-    return {"rows": rows}
+    return passed(rows)
 
 
 def _linear_cases() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
@@ -209,7 +215,7 @@ def linear_cuda(kernel: str) -> dict[str, Any]:
 def linear_unfused() -> dict[str, Any]:
     """A product per example and a compiled Adam-dot on the stored gradient (of the first set), against plain dW."""
     run = partial(_unfused, torch.compile(_adam_dot, dynamic=False))
-    return linear(run, states=(torch.float32,), waiting_cycles=LONG_WAIT_CYCLES)
+    return linear(run, (torch.float32,), lambda run, p: {}, waiting_cycles=LONG_WAIT_CYCLES)
 
 
 def rival_tiles() -> dict[str, Any]:

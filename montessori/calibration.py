@@ -212,8 +212,10 @@ def measure(name: str) -> dict[str, Any]:
                 for state in trial.HELD:
                     p = trial.make_problem(shape, (length,) * (PACKED_TOKENS // length), state=state)
                     label = str(state).removeprefix("torch.")
-                    rows.append({"shape": shape, "T": length, "state": label, **trial.timed(run, p)})
-        return {"rows": rows}
+                    named = {"shape": shape, "T": length, "state": label}
+                    rows.append(named | trial.spot_check(run, p) | trial.timed(run, p))
+        wrong = trial.failures(rows)
+        return {"error": f"wrong results: {wrong[0]}"} if wrong else {"rows": rows}
     except Exception as error:
         if out_of_memory(error):
             raise

@@ -166,7 +166,7 @@ LITTLE = {
     # The interpreter multiplies bfloat16 as raw bits.
     "NARROW": (torch.float16,),
 }
-CHECKED = ((24, 20, (5, 0, 1), 2),)
+CHECKED = {"CHECKED": ((24, 20, (5, 0, 1), 2),), "CROWDED": (24, 40, (3, 0, 17), 5)}
 LLAMA = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -184,7 +184,8 @@ def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
         pytest.skip(cuda.load_error())
     for constant, value in LITTLE.items():
         monkeypatch.setattr(gpu_sections, constant, value)
-    monkeypatch.setattr(trial, "CHECKED", CHECKED)
+    for constant, value in CHECKED.items():
+        monkeypatch.setattr(trial, constant, value)
     for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 8}.items():
         monkeypatch.setattr(gpu_models, constant, value)
     monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
@@ -212,8 +213,8 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "SHAPES", ((24, 40),))
     monkeypatch.setattr(calibration, "LENGTHS", (8, 16))
     monkeypatch.setattr(calibration, "PACKED_TOKENS", 32)
-    monkeypatch.setattr(trial, "CHECKED", CHECKED)
-    monkeypatch.setattr(trial, "NARROW", LITTLE["NARROW"])
+    for constant, value in {**CHECKED, "NARROW": LITTLE["NARROW"]}.items():
+        monkeypatch.setattr(trial, constant, value)
     monkeypatch.setattr(trial, "milliseconds", once)
 
     def in_this_process(name):

@@ -162,7 +162,14 @@ def test_what_needs_a_section_that_failed_is_left_out(sections, tmp_path):
     for name in ("linear mma", "linear wgmma", "linear triton", "score triton"):
         assert record["sections"][name]["error"].startswith("left out: checks")
     assert "result" in record["sections"]["linear wgmma_cluster"]
-    # An error that says nothing of the kernel is not kept as the kernel's.
+    # An error that says nothing of the kernel is not kept as the kernel's, nor is too little time for its times.
+    sections |= {"linear wgmma_cluster": wrong, "linear triton": "took more than 40 s"}
+    sections.pop("checks triton")
+    assert measured(tmp_path)["calibration"]["failed"] == {
+        "mma": wrong,
+        "wgmma": "took more than 40 s",
+        "wgmma_cluster": wrong,
+    }
     assert record["calibration"] == {
         "timed": ["wgmma_cluster"],
         "failed": {"mma": wrong, "wgmma": "took more than 40 s"},

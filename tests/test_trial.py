@@ -26,6 +26,8 @@ def kernel(x, dy, spans, q, exp_avg, exp_avg_sq, param, step, rows, fault=None):
         delta = reference.delta(grad, exp_avg.float(), exp_avg_sq.float(), param, step)
         if fault == "a corner is left out":
             delta[-8:, -8:] = 0
+        if fault == "one element is left out":
+            delta.flatten()[delta.abs().argmax()] = 0
         if fault == "no moments are 0 by 0":
             delta = delta / (exp_avg_sq != 0) * (exp_avg_sq != 0)
         scores.append((q.float() * delta).double().sum((1, 2)))
@@ -57,6 +59,7 @@ def test_the_package_s_own_pass(settings):
     [
         ("another epsilon", "right"),
         ("a corner is left out", "right"),
+        ("one element is left out", "right"),
         ("no moments are 0 by 0", "right"),
         ("other bits each time", "repeats"),
     ],
@@ -64,6 +67,16 @@ def test_the_package_s_own_pass(settings):
 def test_every_fault_of_a_tile_is_seen_in_every_case(fault, told):
     rows = trial.check(partial(kernel, fault=fault), **DTYPES)
     assert not any(row[told] for row in rows)
+
+
+@pytest.mark.parametrize("fault", [None, "a corner is left out", "the next example is taken"])
+def test_of_what_is_timed_some_examples_are_checked(fault):
+    p = trial.make_problem((96, 72), (5, 1, 64, 30, 17), device="cpu")
+    assert trial.spot_check(partial(kernel, fault=fault), p)["right"] == (fault is None)
+
+
+def test_a_device_gets_more_than_a_processor():
+    assert trial.cases("cuda") == (*trial.cases("cpu"), trial.CROWDED)
 
 
 @pytest.mark.parametrize(
