@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.__future__ import get_overwrite_module_params_on_conversion, set_overwrite_module_params_on_conversion
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from montessori import cuda, tiles
 
@@ -45,6 +44,7 @@ WAITING = {
 }
 # These take indices from the host too.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+TILE = tiles.Tile(64, 64, 64, 1, 1)
 KERNEL_MODULES = ("linear", "elementwise", "embedding", "cross_entropy", "partials", "rows")
 
 
@@ -101,8 +101,20 @@ def values(tensor: Tensor) -> Tensor:
     return tensor.inner if isinstance(tensor, OnDevice) else tensor
 
 
+def mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Arguments or results of an operation with their tensors changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, list | tuple):
+        parts = [mapped(change, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return {name: mapped(change, part) for name, part in tree.items()} if isinstance(tree, dict) else tree
+
+
 def tensors_in(*trees: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    mapped(lambda tensor: found.append(tensor) or tensor, trees)
+    return found
 
 
 class PretendGpu(TorchDispatchMode):
@@ -116,9 +128,12 @@ class PretendGpu(TorchDispatchMode):
 
     def wait(self) -> None:
         """Count that the host waits for the device, by the line of the package (or the model) that makes it."""
-        frames = [f for f in traceback.extract_stack() if "/montessori/" in f.filename or "transformers" in f.filename]
-        ours = [f for f in frames if "/tests/" not in f.filename]
-        self.waits[f"{ours[-1].filename.split('/')[-1]}:{ours[-1].lineno}" if ours else "elsewhere"] += 1
+        for frame, line in traceback.walk_stack(None):
+            name = frame.f_code.co_filename
+            if ("/montessori/" in name or "transformers" in name) and "/tests/" not in name:
+                self.waits[f"{name.split('/')[-1]}:{line}"] += 1
+                return
+        self.waits["elsewhere"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.dispatch(func, args, kwargs or {})
@@ -144,9 +159,9 @@ class PretendGpu(TorchDispatchMode):
         if func is aten._fused_sdp_choice.default:
             return MATHEMATICAL_ATTENTION
         kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
-        result = func(*tree_map_only(OnDevice, values, args), **tree_map_only(OnDevice, values, kwargs))
+        result = func(*mapped(values, args), **mapped(values, kwargs))
         known = {id(values(tensor)): tensor for tensor in here}
-        return tree_map_only(Tensor, lambda new: known[id(new)] if id(new) in known else OnDevice(new), result)
+        return mapped(lambda new: known[id(new)] if id(new) in known else OnDevice(new), result)
 
     def _copy_to(self, source: Tensor, onto: bool | None, kwargs: dict[str, Any]) -> Tensor:
         from_here = isinstance(source, OnDevice)
@@ -185,7 +200,7 @@ class PretendGpu(TorchDispatchMode):
             if not all(isinstance(tensor, OnDevice) for tensor in given):
                 raise RuntimeError(f"{name}: a kernel was given a tensor of the host")
             with _disable_current_modes():
-                kernel(*tree_map_only(OnDevice, values, args), **tree_map_only(OnDevice, values, kwargs))
+                kernel(*mapped(values, args), **mapped(values, kwargs))
 
         return run
 
@@ -275,9 +290,9 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         put(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         put(torch, "tensor", make_tensor)
         put(torch, "Generator", Generator)
-        # Whole tiles would take the interpreter minutes.
-        put(tiles, "choose_tile", lambda operand: tiles.INTERPRETER)
-        put(tiles, "choose_logits_tile", lambda operand: tiles.INTERPRETER)
+        # The interpreter takes its time for each tile and step, however small.
+        put(tiles, "choose_tile", lambda operand: TILE)
+        put(tiles, "choose_logits_tile", lambda operand: TILE)
         for part in KERNEL_MODULES:
             module = importlib.import_module(f"montessori.kernels.triton.{part}")
             for name in [name for name in vars(module) if name.endswith("_launch")]:
