@@ -25,7 +25,7 @@ from montessori.errors import FallbackWarning, ModelError, MontessoriError, Untr
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, prove_packing, response_loss
-from montessori.oracle import example_gradients, norm
+from montessori.oracle import example_gradients, is_finite, norm
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode
 from montessori.products import unrounded_products
@@ -223,7 +223,7 @@ def with_gradient(
             untrained = error
             continue
         grads = [grad for grad in by_name.values() if grad is not None]
-        if any(bool(grad.any()) for grad in grads) and all(bool(grad.isfinite().all()) for grad in grads):
+        if any(bool(grad.any()) for grad in grads) and all(map(is_finite, grads)):
             # Of a pair that is long learned, say, nothing but the last bits of numbers near 0 are left.
             (found if max(map(norm, grads)) > smallest else faint).append(example)
         if len(found) == 2:
@@ -290,7 +290,7 @@ def _are_finite(grads: Mapping[str, Tensor | None], example: Example, loss: Loss
 
     Raises ModelError where those of the ordinary loss are not finite.
     """
-    wrong = [name for name, grad in grads.items() if grad is not None and not bool(grad.isfinite().all())]
+    wrong = [name for name, grad in grads.items() if grad is not None and not is_finite(grad)]
     if wrong and loss is response_loss:
         raise ModelError(
             f"{wrong[0]}: its gradient is not finite for a window of {example.num_tokens} tokens of a reference row; "

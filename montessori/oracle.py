@@ -130,7 +130,7 @@ def mean_delta(
     taken = 0
     for example in examples:
         grads, _ = candidate_gradients(model, parameters, example, loss)
-        if all(grad is None or _is_finite(grad) for grad in grads.values()):
+        if all(grad is None or is_finite(grad) for grad in grads.values()):
             _add_delta(total, parameters, state, clip_gradients(grads, max_grad_norm))
             taken += 1
     if not taken:
@@ -155,6 +155,9 @@ def _add_delta(
         ops.adam_step_(summed, summed, grad, entry.exp_avg, entry.exp_avg_sq, step)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are, by one pass without a copy: NaN and infinity reach the largest magnitude."""
-    return tensor.numel() == 0 or bool(torch.linalg.vector_norm(tensor, ord=float("inf")).isfinite())
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are, by one pass without a copy, which is a tenth of that of `isfinite`: NaN and infinity stay
+    in a sum. Where finite values overflow it, their largest magnitude tells."""
+    if tensor.numel() == 0 or bool(tensor.sum().isfinite()):
+        return True
+    return bool(torch.linalg.vector_norm(tensor, ord=float("inf")).isfinite())

@@ -16,7 +16,16 @@ from montessori import AdamWState, InfluenceEstimator, naive
 from montessori.batching import examples_from_tokens
 from montessori.errors import ArgumentError
 from montessori.losses import response_loss
-from montessori.oracle import apply_step, clip_gradients, example_gradients, mean_delta, norm, restore, restored
+from montessori.oracle import (
+    apply_step,
+    clip_gradients,
+    example_gradients,
+    is_finite,
+    mean_delta,
+    norm,
+    restore,
+    restored,
+)
 from montessori.parameters import trainable_parameters
 from montessori.referenceset import ReferenceSets
 
@@ -179,6 +188,19 @@ def test_norms_are_those_of_float64(shape, dtype):
     # Sums of a row's squares: as many roundings as it has values, of which torch's partial sums leave few.
     eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
     torch.testing.assert_close(got, want, rtol=32 * eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_told_from_what_is_large(dtype):
+    largest = torch.finfo(dtype).max
+    for values in ([], [0.0], [largest] * 4, [-largest, largest, -largest]):
+        assert is_finite(torch.tensor(values, dtype=dtype))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for place in range(3):
+            values = torch.full((3, 5), largest, dtype=dtype)
+            values[place, place] = value
+            assert not is_finite(values)
+    assert not is_finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
