@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from montessori import AdamWState, AdamWStep, InfluenceEstimator
+from montessori import AdamWState, AdamWStep, InfluenceEstimator, calibration, cuda
 from montessori.batching import collate, make_batches
 from montessori.encoding import encode_rows
 from montessori.optim_state import ParameterState
@@ -94,7 +95,7 @@ def fidelity() -> dict[str, Any]:
         for held in (torch.float32, torch.bfloat16):
             entries = {name: ParameterState(entry.step, *(tensor.to(held) for _, tensor in entry.tensors()))
                        for name, entry in state.items()}  # fmt: skip
-            for backend in ("reference", "triton"):
+            for backend in _backends(operand):
                 estimator = InfluenceEstimator(
                     narrow, AdamWState(entries), rows[::4], backend=backend, lr=5e-6, pilot=4
                 )
@@ -102,6 +103,12 @@ def fidelity() -> dict[str, Any]:
                 names = {"candidates": str(operand), "state": str(held), "backend": backend}
                 measured.append({**names, **agreement.to_dict()})
     return {"rows": measured}
+
+
+def _backends(operand: torch.dtype) -> Iterator[str]:
+    yield from ("reference", "triton")
+    if operand in cuda.OPERANDS and set(calibration.kernels()) - {"triton"}:
+        yield "cuda"
 
 
 def random_llama(dtype: torch.dtype, **shape: int) -> torch.nn.Module:
