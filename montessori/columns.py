@@ -121,7 +121,10 @@ def read_chat(row: Mapping, columns: tuple[str, ...], index: int, where: str, ne
         first_labelled = len(messages)
         messages = messages + read_messages(row[columns[1]], columns[1], where, needs_answer=True)
     else:
-        turns = [*_history(row, where), (read_question(row, columns[0], where), _filled_text(row, columns[1], where))]
+        turns = [
+            *read_history(row, where),
+            (read_question(row, columns[0], where), _filled_text(row, columns[1], where)),
+        ]
         pairs = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
         messages = [{"role": role, "content": text} for pair in pairs for role, text in pair]
     if len(columns) == 1 or _holds_messages(row, columns):
@@ -231,7 +234,7 @@ def _system(row: Mapping, messages: list[dict], where: str) -> list[dict]:
     return []
 
 
-def _history(row: Mapping, where: str) -> list[tuple[str, str]]:
+def read_history(row: Mapping, where: str) -> list[tuple[str, str]]:
     """Earlier questions with their answers, as LLaMA-Factory has them beside an instruction."""
     history = row.get("history")
     if not _is_filled(history):
@@ -259,7 +262,7 @@ def _check_history(row: Mapping, column: str, messages: list[dict], where: str) 
     if not _is_filled(row.get("history")):
         return
     with suppress(DataError):
-        earlier = [text for turn in _history(row, where) for text in turn]
+        earlier = [text for turn in read_history(row, where) for text in turn]
         turns = [message for message in messages if message["role"] in ("user", "assistant")]
         contents = [joined(message.get("content") or "") for message in turns]
         if contents[: len(earlier)] == earlier:

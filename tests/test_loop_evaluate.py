@@ -77,7 +77,24 @@ def test_fresh_influence_is_that_of_real_steps_on_the_sampled_rows(student, file
         assert found[name]["mean"]["mean"] == pytest.approx(np.mean(expected), abs=2e-6)
     difference = found["tuned"]["mean"]["mean"] - found["untuned"]["mean"]["mean"]
     assert found["comparison"]["difference"]["mean"] == pytest.approx(difference)
+    json.dumps(found)
     assert 0 < found["comparison"]["p"] <= 1
+
+
+def test_rows_without_a_token_to_learn_are_not_drawn(student, files, tmp_path):
+    """Cut at so many tokens, some rows have no answer left."""
+    usable, cut = {"tuned": (), "untuned": (0, 5, 9)}, {}
+    for name, file in files.items():
+        rows = list(student_rows(file))
+        for index in set(range(len(rows))).difference(usable[name]):
+            rows[index]["instruction"] = " ".join([rows[index]["instruction"]] * 30)
+        cut[name] = tmp_path / f"{name}.jsonl"
+        write_jsonl(cut[name], rows)
+    options = {"sample": 4, "seed": 0, "progress": False, "max_length": 24}
+    found = evaluate.fresh_influence(student, REFERENCE, cut, tmp_path, **options)
+    assert found["untuned"]["rows"] == [0, 5, 9] and found["untuned"]["mean"]["n"] == 3
+    assert found["tuned"] == {"mean": None, "rows": [], "influence": [], "drift": None}
+    assert "comparison" not in found
 
 
 def test_a_sample_takes_one_row_of_every_prompt_first_and_repeats():
@@ -202,7 +219,7 @@ def test_mt_bench_questions_are_answered_turn_by_turn(student, tmp_path):
     )
     settings = AnswerSettings(sampling=Sampling(max_new_tokens=5, temperature=0, presence_penalty=0))
     engine = open_engine(EngineSettings(batch_size=4, device="cpu"))
-    answers = answer(settings, engine, student, read_mt_bench(questions), tmp_path, "mt_bench")
+    answers = answer(settings, engine, student, read_mt_bench(questions), tmp_path, "mt_bench", seed=0)
     assert list(map(len, answers)) == [2, 1]
     # The second answer is the greedy one to the whole conversation.
     model, tokenizer = load_model(student)
@@ -220,7 +237,15 @@ def test_mt_bench_questions_are_answered_turn_by_turn(student, tmp_path):
     assert rows[0]["choices"] == [{"index": 0, "turns": answers[0]}] and rows[1]["question_id"] == 82
     assert len({row["answer_id"] for row in rows}) == 2
     # A second call answers from disk, without a model.
-    assert answer(settings, engine, student, read_mt_bench(questions), tmp_path, "mt_bench") == answers
+    assert answer(settings, engine, student, read_mt_bench(questions), tmp_path, "mt_bench", seed=0) == answers
+
+
+def test_answers_drawn_by_chance_follow_the_seed_of_the_run(student, tmp_path):
+    settings = AnswerSettings(sampling=Sampling(max_new_tokens=12, temperature=1.5, presence_penalty=0))
+    engine = open_engine(EngineSettings(batch_size=4, device="cpu"))
+    asked = [["what is red"], ["add two and three"]]
+    found = [answer(settings, engine, student, asked, tmp_path / str(n), "x", seed=n // 2) for n in range(4)]
+    assert found[0] == found[1] and found[2] == found[3] and found[0] != found[2]
 
 
 def test_questions_without_turns_name_the_line():

@@ -10,7 +10,16 @@ from support import WORDS, make_tokenizer
 from montessori.data import Rows
 from montessori.errors import ArgumentError, DataError
 from montessori.loop.filters import FilterSettings, RougeIndex
-from montessori.loop.prompts import CLOSE, OPEN, ask, chat_prompt, completion_prompt, find_instruction, instruction_text
+from montessori.loop.prompts import (
+    CLOSE,
+    OPEN,
+    ask,
+    chat_prompt,
+    completion_prompt,
+    find_instruction,
+    instruction_text,
+    user_turns,
+)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,10 @@ def test_instructions_of_all_kinds_of_rows():
         "seeds.jsonl",
     )
     assert instruction_text(rows) == ["Add.\n\n2 and 3", "Say hello.", "Hi?", "Two?", "Without an answer?"]
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."},
+             {"role": "user", "content": "And two?"}]  # fmt: skip
+    rows = Rows([{"messages": turns}, {"instruction": "Add.", "history": [["Hello?", "Yes."]]}], "seeds.jsonl")
+    assert user_turns(rows) == [["Hi?", "And two?"], ["Add.", "Hello?"]]
     with pytest.raises(DataError, match=r"seeds\.jsonl, row 0"):
         instruction_text(Rows([{"text": "x"}], "seeds.jsonl"))
     with pytest.raises(ArgumentError, match="rouge"):

@@ -274,10 +274,15 @@ def test_too_few_seeds(tmp_path):
         write_final(replace(recipe(), seeds=["Draw a map."]), 8, Speller(), tmp_path, progress=False)
 
 
-def test_nothing_that_is_held_out_is_kept(tmp_path):
-    plain = write_final(recipe(), 8, Speller(), tmp_path / "a", progress=False).rows
+@pytest.mark.parametrize("rouge", [0.7, 1.0])
+def test_nothing_that_is_held_out_is_kept(rouge, tmp_path):
+    """Whatever the kept may have in common."""
+    settings = recipe()
+    filters = settings.generate.filters.model_copy(update={"rouge": rouge})
+    settings = replace(settings, generate=settings.generate.model_copy(update={"filters": filters}))
+    plain = write_final(settings, 8, Speller(), tmp_path / "a", progress=False).rows
     held_out = [plain[2]["instruction"].upper()]
-    made = write_final(replace(recipe(), held_out=held_out), 8, Speller(), tmp_path / "b", progress=False)
+    made = write_final(replace(settings, held_out=held_out), 8, Speller(), tmp_path / "b", progress=False)
     assert made.counts["leak"] == 1
     assert plain[2]["instruction"] not in [row["instruction"] for row in made.rows]
 

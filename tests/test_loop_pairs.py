@@ -112,6 +112,11 @@ def test_signals_of_scores():
     np.testing.assert_allclose(easy.values, [1.0, -1.0, 0.0])
 
 
+def test_the_random_signal_is_of_the_candidates_that_influence_values():
+    scores = make_scores(np.array([0.1, np.nan, 0.3, 0.2]), np.ones(4))
+    assert np.isfinite(from_scores(SignalSettings(kind="random"), scores, seed=1).values).tolist() == scores.ok.tolist()
+
+
 def test_the_random_signal_repeats_with_its_seed():
     scores = make_scores(np.zeros(50), np.zeros(50))
     draws = [from_scores(SignalSettings(kind="random"), scores, seed=seed).values for seed in (1, 1, 2)]

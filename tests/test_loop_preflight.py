@@ -219,7 +219,48 @@ def test_the_same_rows_in_other_columns_are_told(kind, settings, tmp_path):
     with pytest.raises(DataError, match=r"more\.jsonl, line \d: [45] of [45] evaluation rows have an instruction of"):
         loop.run(make_config(settings, data=data), tmp_path / "run", progress=False)
     allowed = make_config(settings, data=data, split={**settings["split"], "leakage": "allow"})
-    assert loop._Material.read(allowed).evaluation
+    assert loop.Material.read(allowed).evaluation
+
+
+QUESTION = "What do all of the birds of this valley eat in winter"
+SHORT = "Make it shorter, please"
+
+
+def chats(*conversations):
+    return [
+        {
+            "messages": [
+                {"role": role, "content": text}
+                for turn in turns
+                for role, text in (("user", turn), ("assistant", "Yes"))
+            ]
+        }
+        for turns in conversations
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reference", "evaluation", "seed", "refused"),
+    [
+        (["Hi", SHORT], [SHORT.upper()], "", "evaluation rows"),
+        ([SHORT], ["Hi", SHORT], "", "evaluation rows"),
+        (["Hi", QUESTION], ["Hello", QUESTION + " "], "", "evaluation rows"),
+        (["Hi", SHORT], ["Hello", SHORT], "", None),
+        (["Hi", QUESTION], ["Hello"], QUESTION, "seeds"),
+        (["Hi"], ["Hello", QUESTION], QUESTION, "seeds"),
+    ],
+)
+def test_later_turns_are_held_out_too(reference, evaluation, seed, refused, settings, tmp_path):
+    rows = {"reference": chats(reference), "evaluation": chats(evaluation), "seeds": [{"instruction": seed or "Other"}]}
+    for name, content in rows.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", content)
+    config = make_config(settings, data={name: str(tmp_path / f"{name}.jsonl") for name in rows})
+    if refused:
+        with pytest.raises(DataError, match=refused):
+            loop.Material.read(config)
+    else:
+        # What the teacher writes is compared with all of them.
+        assert loop.Material.read(config).held_out == [*reference, *evaluation]
 
 
 def test_seeds_in_the_evaluation_set_are_refused(settings, tmp_path):

@@ -10,7 +10,7 @@ from loop_support import make_generated
 from test_loop_pairs import make_scores
 
 from montessori.cli import cli
-from montessori.errors import ArgumentError, ResourceError
+from montessori.errors import ArgumentError, DataError, ResourceError
 from montessori.loop import report
 from montessori.writing import write_json, write_jsonl
 
@@ -112,6 +112,29 @@ def test_the_numbers_of_the_round_and_the_costs(finished):
 def test_the_same_run_gives_the_same_page(finished):
     first = report.run(finished, COSTS).read_bytes()
     assert report.run(finished, COSTS).read_bytes() == first
+
+
+def test_what_is_missing_from_the_numbers_is_told(finished):
+    path = finished / "round_1/evaluate/evaluation.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    evaluation["influence"] = {"tuned": {"mean": None, "rows": [], "influence": [], "drift": None}}
+    evaluation["win_rate"]["base"]["unread"] = 7
+    write_json(path, evaluation)
+    agreement = {"pearson": 0.99987, "sign_agreement": 0.875, "num_examples": 8}
+    write_json(finished / "round_1/score/audit.json", {"agreement": {"reference": agreement}})
+    report.run(finished, COSTS)
+    numbers = dict(report.headline(finished))
+    assert numbers["real influence, tuned teacher"] == "no row can be scored"
+    assert numbers["verdicts against base that the judge did not give"] == "7"
+    told = numbers["predicted against real influence, reference"]
+    assert told == "Pearson 0.9999, signs alike 88%, n = 8"
+
+
+def test_a_damaged_file_is_named(finished):
+    path = finished / "round_1/evaluate/evaluation.json"
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"evaluation\.json: cannot be read .*redo the stage"):
+        report.run(finished, COSTS)
 
 
 def test_a_run_cut_short_is_reported_as_far_as_it_came(finished):

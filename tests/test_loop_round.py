@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import json
 import os
@@ -13,6 +14,8 @@ import time
 import weakref
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -285,6 +288,48 @@ def test_the_untuned_baseline_has_no_tuning_stages(settings, tmp_path):
     # Its rows are those of the other setting.
     with pytest.raises(ArgumentError, match="optimise"):
         loop.run(make_config(settings, teacher_mode="untuned", optimise="response"), tmp_path)
+    # Neither mode goes on from the other: found before the first stage.
+    with pytest.raises(
+        ArgumentError, match=r"another teacher_mode \('untuned', now 'tuned'\).*--from round_1/generate"
+    ):
+        loop.run(make_config(settings), tmp_path)
+    loop.run(make_config(settings), tmp_path, since="generate", until="generate", progress=False)
+    assert [folder.name for folder in (tmp_path / "round_1").iterdir()] == ["generate"]
+    with pytest.raises(
+        ArgumentError, match=r"another teacher_mode \('tuned', now 'untuned'\).*--from round_1/regenerate"
+    ):
+        loop.run(plain, tmp_path)
+    loop.run(plain, tmp_path, since="regenerate", until="regenerate", progress=False)
+    assert [folder.name for folder in (tmp_path / "round_1").iterdir()] == ["regenerate"]
+
+
+def test_scores_are_of_the_rows_that_were_scored(settings, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    probe = tmp_path / "run/round_1/generate/probe.jsonl"
+    probe.write_text("".join(reversed(probe.read_text().splitlines(keepends=True))))
+    with pytest.raises(DataError, match=r"probe\.jsonl: its rows are not those that .*score them again"):
+        loop.run(make_config(settings), tmp_path / "run", since="pairs", progress=False)
+
+
+def test_influence_of_new_rows_is_measured_as_that_of_candidates(settings, finished, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(loop.evaluate, "run", lambda *given, **options: seen.update(options))
+    chosen = make_config(settings, score={"reference_weighting": "token_mean", "max_length": 48, "device": "cpu"})
+    stage = loop.Round(chosen, RunDirectory(finished[0]), loop.Material.read(chosen), 1, None, False)
+    stage.evaluate(tmp_path)
+    expected = {"reference_weighting": "token_mean", "max_length": 48, "device": "cpu", "max_grad_norm": None}
+    assert seen | expected == seen
+
+
+def test_columns_that_nothing_reads_may_hold_anything(settings, tmp_path):
+    rows = [json.loads(line) for line in Path(settings["data"]["reference"]).read_text().splitlines()]
+    table = {name: [row[name] for row in rows] for name in rows[0]}
+    table |= {"made": [datetime.datetime(2026, 1, 2)] * len(rows), "raw": [b"\xff"] * len(rows)}
+    pq.write_table(pa.table(table), tmp_path / "reference.parquet")
+    data = {**settings["data"], "reference": str(tmp_path / "reference.parquet")}
+    loop.run(make_config(settings, data=data), tmp_path / "run", until="generate", progress=False)
+    kept = load_rows(tmp_path / "run/reference.jsonl")
+    assert kept[0]["instruction"] == rows[0]["instruction"] and kept[0]["made"].startswith("2026-01-02")
 
 
 def test_a_second_round_goes_on_from_the_teacher_of_the_first(settings, finished, tmp_path):

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from support import make_text_rows
 
 from montessori.encoding import encode_continuations, encode_rows
-from montessori.errors import DataError, ResourceError
+from montessori.errors import DataError, ModelError, ResourceError
 from montessori.loop import fit, pairs, train, tune
 from montessori.loop.rows import student_rows
 from montessori.loop.train import TrainSettings
@@ -349,6 +349,44 @@ def test_a_killed_training_goes_on_to_the_same_bytes(student, final_file, tmp_pa
     train.run(settings, student, final_file, tmp_path / "cut", seed=0, progress=False)
     for name in ("metrics.jsonl", "student/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_weights_that_are_not_finite_are_no_result(student, pairs_file, final_file, tmp_path):
+    wild = {"learning_rate": 1e30, "max_grad_norm": None, "num_train_epochs": 2}
+    with pytest.raises(ModelError, match=r"student: training has led to weights that are not finite.*learning_rate"):
+        train.run(TrainSettings(**TUNE | wild), student, final_file, tmp_path / "s", seed=0, progress=False)
+    with pytest.raises(ModelError, match=r"teacher: training has led to weights that are not finite"):
+        tune.run(TuneSettings(**TUNE | wild), student, pairs_file, tmp_path / "t", seed=0, progress=False)
+    assert not (tmp_path / "s" / train.STUDENT).exists()
+
+
+def test_the_curves_of_a_tracker_outlive_the_checkpoints(student, final_file, tmp_path, monkeypatch):
+    drop, curves = fit._drop_checkpoints, tmp_path / fit.CHECKPOINTS / fit.CURVES / "host"
+
+    def with_curves(out):
+        curves.mkdir(parents=True)
+        (curves / "events.1").write_text("curve")
+        drop(out)
+
+    monkeypatch.setattr(fit, "_drop_checkpoints", with_curves)
+    train.run(TrainSettings(**TUNE), student, final_file, tmp_path, seed=0, progress=False)
+    assert (tmp_path / fit.CURVES / "host" / "events.1").read_text() == "curve"
+    assert not (tmp_path / fit.CHECKPOINTS).exists()
+
+
+def test_the_share_of_validation_pairs_is_one_of_pairs(student, pairs_file, tmp_path):
+    """Not of batches, of which the last one may be short."""
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    held_out = tune.validation_prompts([row["prompt_id"] for row in rows], 0.5, seed=0)
+    validation = [row for row in rows if row["prompt_id"] in held_out][1:]
+    write_jsonl(tmp_path / "pairs.jsonl", [row for row in rows if row["prompt_id"] not in held_out] + validation)
+    settings = TuneSettings(**TUNE, validation_fraction=0.5)
+    tune.run(settings, student, tmp_path / "pairs.jsonl", tmp_path, seed=0, progress=False)
+    last = metrics(tmp_path)[-1]
+    margins = [margin(tmp_path / tune.TEACHER, student, row) for row in validation]
+    assert len(margins) % 2 and 0 < sum(m > 0 for m in margins) < len(margins)
+    assert last["eval_rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
+    assert last["eval_rewards/margins"] == pytest.approx(0.1 * sum(margins) / len(margins), rel=1e-3, abs=1e-6)
 
 
 def test_a_full_disk_is_an_error_of_one_line(student, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ def answer(
     questions: Sequence[Sequence[str]],
     folder: Path,
     name: str,
+    seed: int,
 ) -> list[list[str]]:
     """Answers of `model` to `questions`, each the user's turns of one conversation; as many answers as turns.
 
@@ -46,7 +47,8 @@ def answer(
     """
     engine.load(model)
     journal = ScoreJournal(folder / f"answers.{name}.jsonl")
-    with journal.opened({"questions": str(derive_seed(*(turn for turns in questions for turn in turns)))}):
+    asked = str(derive_seed(*(turn for turns in questions for turn in turns)))
+    with journal.opened({"questions": asked, "seed": seed}):
         memory = SampleMemory(journal)
         answers: list[list[str]] = [[] for _ in questions]
         for turn in range(max(map(len, questions), default=0)):
@@ -59,7 +61,7 @@ def answer(
                         _messages(questions[index][: turn + 1], answers[index]),
                         **settings.chat,
                     ),
-                    derive_seed(name, index, turn),
+                    derive_seed(seed, name, index, turn),
                 )
                 for index in open_ones
             ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from montessori.data import Rows, load_rows
+from montessori.encoding import encode_rows
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
 from montessori.loop.answers import AnswerSettings, answer, read_mt_bench, write_alpaca_eval, write_mt_bench
@@ -20,7 +21,7 @@ from montessori.loop.harness import check_tasks, harness
 from montessori.loop.heldout import encode_heldout, row_losses
 from montessori.loop.judge import JudgeSettings, open_judge
 from montessori.loop.prompts import instruction_text
-from montessori.loop.rows import student_rows
+from montessori.loop.rows import length_limit, student_rows
 from montessori.loop.section import Section
 from montessori.loop.statistics import bootstrap_mean, compare_means
 from montessori.loop.winrate import win_rate
@@ -30,6 +31,8 @@ from montessori.scores import OK
 from montessori.writing import write_json
 
 EVALUATION_FILE = "evaluation.json"
+# Options of the estimator that decide how text becomes tokens.
+TEXT_OPTIONS = ("max_length", "chat_template", "chat_template_kwargs")
 
 
 class EvaluateSettings(Section):
@@ -62,6 +65,7 @@ def held_out(
     seed: int,
     resamples: int = 10_000,
     max_length: int | None = None,
+    device: str = "auto",
     out: Path | None = None,
     progress: bool = False,
     **chat: Any,
@@ -77,7 +81,7 @@ def held_out(
     losses: dict[str, np.ndarray] = {}
     for name, source in models.items():
         model, tokenizer = load_model(source)
-        model.to(resolve_device())
+        model.to(resolve_device(device))
         examples = encode_heldout(rows, model, tokenizer, max_length=max_length, **chat)
         journal = None if out is None else ScoreJournal(out / _journal_of_losses(name))
         losses[name] = row_losses(model, examples, journal=journal, progress=progress)
@@ -92,13 +96,17 @@ def held_out(
     }
 
 
-def sample_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int]:
-    """Row numbers of a random sample, in file order; a second row of one prompt only when prompts run out.
+def sample_rows(
+    rows: Sequence[Mapping[str, Any]], count: int, seed: int, usable: Container[int] | None = None
+) -> list[int]:
+    """Row numbers of a random sample of the `usable` rows, by default of all, in file order; a second row of one
+    prompt only when prompts run out.
 
     Siblings share their prompt, so a sample of distinct prompts is closer to independent.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
+    order = [index for index in order if usable is None or index in usable]
     seen: set[str] = set()
     first: list[int] = []
     later: list[int] = []
@@ -118,37 +126,47 @@ def fresh_influence(
     sample: int,
     seed: int,
     resamples: int = 10_000,
+    device: str = "auto",
     progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Real influence (method "exact") of a sample of each file of generated rows on the warmed-up `student`.
 
-    `student`: a checkpoint with its optimizer state. `files`: "tuned" and "untuned", rows of each teacher.
+    `student`: a checkpoint with its optimizer state. `files`: "tuned" and "untuned", rows of each teacher, of which
+    those are drawn from that have a token to learn.
     `options`: as in InfluenceEstimator (max_length, chat_template, max_grad_norm, …). Finished steps are
     kept below `out`, so that a killed run goes on.
 
-    Returns {"tuned": {"mean": interval, "rows": numbers, "influence": values}, "untuned": …, "comparison":
-    {"difference": interval, "p": one-sided}}, influence in nats per token.
+    Returns {"tuned": {"mean": interval, "rows": numbers, "influence": values, "drift": mean}, "untuned": …,
+    "comparison": {"difference": interval, "p": one-sided}}, influence in nats per token; "mean" is None where no row
+    has a value, and then there is no comparison.
     """
     model, tokenizer = load_model(student)
-    model.to(resolve_device())
+    model.to(resolve_device(device))
     options = {"truncation": "right", **options}
+    text = {key: options[key] for key in (*TEXT_OPTIONS, "truncation") if key in options}
+    text["max_length"] = length_limit(model, options.get("max_length"), "score")
     estimator = InfluenceEstimator(model, student, reference, method="exact", tokenizer=tokenizer, **options)
     result: dict[str, Any] = {}
     values: dict[str, np.ndarray] = {}
     for name, file in files.items():
-        chosen = sample_rows(load_rows(file), sample, seed)
         rows = student_rows(file)
+        usable = {example.index for example in encode_rows(rows, tokenizer, **text).examples}
+        chosen = sample_rows(load_rows(file), sample, seed, usable)
+        result[name] = {"mean": None, "rows": chosen, "influence": [], "drift": None}
+        if not chosen:
+            continue
         journal = ScoreJournal(out / _journal_of_steps(name))
         scores = estimator.score([rows[index] for index in chosen], progress=progress, journal=journal)
         influence = scores.influence.reshape(len(scores), -1).mean(axis=1)
-        values[name] = influence[scores.status == OK]
-        result[name] = {
-            "mean": bootstrap_mean(values[name], seed=seed, resamples=resamples).to_dict(),
-            "rows": chosen,
+        found = influence[scores.status == OK]
+        result[name] |= {
             "influence": [float(value) if np.isfinite(value) else None for value in influence],
             "drift": float(np.mean(scores.drift)),
         }
+        if len(found):
+            values[name] = found
+            result[name]["mean"] = bootstrap_mean(found, seed=seed, resamples=resamples).to_dict()
     if {"tuned", "untuned"} <= values.keys():
         compared = compare_means(values["tuned"], values["untuned"], seed=seed, resamples=resamples)
         result["comparison"] = compared.to_dict()
@@ -171,7 +189,7 @@ def win_rates(
     """
     chosen = list(instructions[: settings.count])
     answers = {
-        name: [turns[0] for turns in answer(settings, engine, model, [[text] for text in chosen], out, name)]
+        name: [turns[0] for turns in answer(settings, engine, model, [[text] for text in chosen], out, name, seed)]
         for name, model in students.items()
     }
     for name, texts in answers.items():
@@ -202,6 +220,7 @@ def run(
     seed: int,
     engine: Engine | None = None,
     judge: JudgeSettings | None = None,
+    device: str = "auto",
     progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
@@ -209,16 +228,17 @@ def run(
 
     `warm_student`: checkpoint with optimizer state at which influence is measured. `files`: as in
     `fresh_influence`. `engine` writes answers where `settings.answers` asks for them, `judge` compares them.
-    `options`: as in InfluenceEstimator.
+    `device`: of losses and influence. `options`: as in InfluenceEstimator.
     """
-    text = {key: options[key] for key in ("max_length", "chat_template", "chat_template_kwargs") if key in options}
+    text = {key: options[key] for key in TEXT_OPTIONS if key in options}
     repeat: dict[str, Any] = {"seed": seed, "resamples": settings.resamples}
+    where: dict[str, Any] = {"out": out, "device": device, "progress": progress}
     models = {"student": student, "base": base}
-    found = held_out(models, evaluation, out=out, progress=progress, **repeat, **text)
+    found = held_out(models, evaluation, **where, **repeat, **text)
     content: dict[str, Any] = {"held_out": found}
     if settings.sample:
         content["influence"] = fresh_influence(
-            warm_student, reference, files, out, sample=settings.sample, progress=progress, **repeat, **options
+            warm_student, reference, files, sample=settings.sample, **where, **repeat, **options
         )
     if settings.answers.count and engine is not None:
         others = {"opponent" if settings.answers.opponent else "base": settings.answers.opponent or base}
@@ -226,7 +246,7 @@ def run(
         content["win_rate"] = win_rates(settings.answers, judge, engine, students, asked, out, **repeat)
     if settings.answers.questions is not None and engine is not None:
         questions = load_rows(settings.answers.questions, name="questions")
-        answers = answer(settings.answers, engine, student, read_mt_bench(questions), out, "mt_bench")
+        answers = answer(settings.answers, engine, student, read_mt_bench(questions), out, "mt_bench", seed)
         write_mt_bench(out / "mt_bench_student.jsonl", questions, answers, "student")
     if settings.tasks:
         content["harness"] = harness(student, settings.tasks)

@@ -37,7 +37,8 @@ class FilterSettings(Section):
 
     `min_characters`, `max_characters`: of the instruction. `blocked_words`: words that it may not have, such as those
     for what a model of text cannot do. `no_leading_punctuation`, `no_leading_non_ascii`: of its first character.
-    `rouge`: highest ROUGE-L F measure against anything kept so far and the examples of the own prompt.
+    `rouge`: highest ROUGE-L F measure against anything kept so far and the examples of the own prompt; against the
+    reference and evaluation set it is at most 0.7.
     """
 
     min_characters: int = Field(default=6, ge=1)

@@ -6,7 +6,6 @@ written by the first.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,9 +21,10 @@ from typing_extensions import Self
 
 from montessori import processes
 from montessori.batching import Example
-from montessori.errors import ArgumentError, ResourceError
+from montessori.errors import ArgumentError, ModelError, ResourceError
 from montessori.loop.section import Section
 from montessori.models import copy_processor
+from montessori.oracle import is_finite
 from montessori.training import (
     EXAMPLE_COLUMNS,
     check_batch_size,
@@ -36,11 +36,12 @@ from montessori.training import (
     tokens_trained,
     train,
 )
-from montessori.writing import write_json, write_jsonl
+from montessori.writing import read_json, write_json, write_jsonl
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
+CURVES = "runs"  # as TensorBoard's callback names it
 
 _LOGS_PER_RUN = 50
 # Timings differ from run to run, sums and means over a run between one that was resumed and one that was not.
@@ -189,26 +190,45 @@ def finish(
 ) -> None:
     """Save `target`, a plain checkpoint directory, with metrics and summary beside it; drop the checkpoints.
 
-    Every rank calls it; the first writes. Raises ResourceError when the disk is full.
+    Every rank calls it; the first writes. Raises ModelError where training has led to weights that are not finite,
+    ResourceError when the disk is full.
     """
     out = target.parent
+    _check_weights(model, target)
     if processes.is_main():
         save_model(model, tokenizer, target)
         write_jsonl(out / METRICS_FILE, [dict(entry) for entry in metrics])
         write_json(out / SUMMARY_FILE, summary)
         # Last, so that a run killed before goes on from them.
-        shutil.rmtree(out / CHECKPOINTS)
+        _drop_checkpoints(out)
     processes.wait_for_all()
+
+
+def _check_weights(model: Any, target: Path) -> None:
+    wrong = [name for name, parameter in model.named_parameters() if not is_finite(parameter.detach())]
+    if wrong:
+        raise ModelError(
+            f"{target}: training has led to weights that are not finite, such as {wrong[0]}: lower learning_rate, or "
+            "set max_grad_norm"
+        )
+
+
+def _drop_checkpoints(out: Path) -> None:
+    """Delete the checkpoints of Trainer; the curves that a tracker has put beside them stay, in `out`/runs."""
+    curves = out / CHECKPOINTS / CURVES
+    if curves.is_dir():
+        shutil.copytree(curves, out / CURVES, dirs_exist_ok=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def finished(target: Path) -> dict[str, Any] | None:
     """The summary that `finish` wrote beside `target`, None where it did not come so far; drops what it left."""
     out = target.parent
     file = out / SUMMARY_FILE
-    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    summary = read_json(file) if file.is_file() else None
     summary = processes.from_main(summary)
     if summary is not None and processes.is_main():
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        _drop_checkpoints(out)
     return summary
 
 

@@ -147,7 +147,8 @@ def _no_pairs(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal:
     finite = values[np.isfinite(values)]
     counts = f"pairs: none from {len(finite)} of {len(rows)} rows that have a value"
     if all(len(siblings) < 2 for siblings in _by_prompt(rows, values)):
-        missing = "raise score.max_length, or " if len(finite) < len(rows) else ""
+        unvalued = "use another judge, or " if signal.name == "judge" else "raise score.max_length, or "
+        missing = unvalued if len(finite) < len(rows) else ""
         return f"{counts}: no prompt has two candidates with a value: {missing}sample more per prompt, filter less"
     if finite.min() == finite.max():
         return f"{counts}: all values are the same: use another signal, or another judge"

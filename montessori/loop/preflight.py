@@ -19,7 +19,7 @@ from montessori.loop.engines import context_length, leaves_room, open_engine
 from montessori.loop.fit import FitSettings, check_reports
 from montessori.loop.heldout import encode_heldout
 from montessori.loop.judge import JudgeSettings
-from montessori.loop.prompts import instruction_text, plain
+from montessori.loop.prompts import Asked, instruction_text, user_turns
 from montessori.loop.warmup import WarmupSettings
 from montessori.models import check_checkpoint, checkpoint_name, load_tokenizer
 from montessori.options import default_max_length, resolve_device
@@ -118,8 +118,8 @@ def check_rows(config: Config, reference: Rows, evaluation: Rows) -> None:
 def check_apart(evaluation: Rows, reference: Rows, leakage: str) -> None:
     """Raise DataError when evaluation rows ask what reference rows ask, which the teacher is tuned for, unless allowed:
     in other columns they are the same rows."""
-    known = {plain(text) for text in instruction_text(reference)}
-    shared = [i for i, text in enumerate(instruction_text(evaluation)) if plain(text) in known]
+    known = Asked(user_turns(reference))
+    shared = [index for index, turns in enumerate(user_turns(evaluation)) if known.has_one_of(turns)]
     if shared and leakage == "refuse":
         raise DataError(
             f"{evaluation.where(shared[0])}: {len(shared)} of {len(evaluation)} evaluation rows have an instruction of "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from montessori.columns import column_set, read_chat, read_question
+from montessori.columns import column_set, read_chat, read_history, read_question
 from montessori.errors import DataError
 from montessori.files import Rows
 from montessori.messages import joined
 from montessori.templates import Template, beginning
 
+_WORDS_ALONE = 8  # of a turn that says something without the ones before it
 OPEN, CLOSE = "<instruction>", "</instruction>"
 
 CHAT_REQUEST = (
@@ -32,16 +33,47 @@ def plain(text: str) -> str:
 
 
 def instruction_text(rows: Rows) -> list[str]:
-    """The instruction of every row of a seed, reference or evaluation set, with its input where it has one.
+    """The instruction of every row of a seed, reference or evaluation set, with its input where it has one: the first
+    turn of a conversation.
 
     Rows need no answer. Raises DataError, naming file and line.
     """
-    return [_instruction(row, index, rows.where(index)) for index, row in enumerate(rows)]
+    return [turns[0] for turns in user_turns(rows)]
 
 
-def _instruction(row: Mapping[str, Any], index: int, where: str) -> str:
+def user_turns(rows: Rows) -> list[list[str]]:
+    """All that the user asks in every row; errors as `instruction_text`."""
+    return [_asked(row, index, rows.where(index)) for index, row in enumerate(rows)]
+
+
+class Asked:
+    """What the user asks in some conversations, whatever its case and blanks."""
+
+    def __init__(self, conversations: Iterable[Sequence[str]]) -> None:
+        self._first: set[str] = set()
+        self._later: set[str] = set()
+        for turns in conversations:
+            self._first.add(plain(turns[0]))
+            self._later.update(map(plain, turns[1:]))
+
+    def has_one_of(self, turns: Sequence[str]) -> bool:
+        """Whether another conversation asks one of them too. Two later turns must say something alone: any two may go
+        on with "Make it shorter, please"."""
+        first, *later = map(plain, turns)
+        return (
+            first in self._first
+            or first in self._later
+            or any(text in self._first or (text in self._later and _says_something(text)) for text in later)
+        )
+
+
+def _says_something(text: str) -> bool:
+    return len(text.split()) >= _WORDS_ALONE
+
+
+def _asked(row: Mapping[str, Any], index: int, where: str) -> list[str]:
     if isinstance(row.get("instruction"), str) and "messages" not in row:
-        return read_question(row, "instruction", where)
+        return [read_question(row, "instruction", where), *(question for question, _ in read_history(row, where))]
     columns = column_set(row, where)
     if "input_ids" in columns:
         raise DataError(f"{where}: expected text, got token ids")
@@ -49,7 +81,7 @@ def _instruction(row: Mapping[str, Any], index: int, where: str) -> str:
     asked = [joined(message["content"]) for message in messages if message["role"] == "user"]
     if not asked:
         raise DataError(f"{where}: expected a message of the user, got none")
-    return asked[0]
+    return asked
 
 
 def chat_prompt(tokenizer: Any, examples: Sequence[str], **chat: Any) -> str:

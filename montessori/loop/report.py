@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -19,8 +18,9 @@ from montessori.errors import ArgumentError
 from montessori.loop.evaluate import EVALUATION_FILE
 from montessori.loop.fit import METRICS_FILE, SUMMARY_FILE
 from montessori.loop.rundir import RunDirectory
+from montessori.loop.score import AUDIT_FILE
 from montessori.scores import Scores
-from montessori.writing import written_whole
+from montessori.writing import read_json, written_whole
 
 REPORT_FILE = "report.html"
 EXTREMES = 5
@@ -85,6 +85,10 @@ def _describe(folder: Path, directory: Path) -> _Round:
 def _numbers(folder: Path) -> list[tuple[str, str]]:
     numbers: list[tuple[str, str]] = []
     pairs, tuning = _json(folder / "pairs" / SUMMARY_FILE), _json(folder / "tune" / SUMMARY_FILE)
+    audit = _json(folder / "score" / AUDIT_FILE)
+    for name, found in (audit or {}).get("agreement", {}).items():
+        told = "Pearson {pearson:.4f}, signs alike {sign_agreement:.0%}, n = {num_examples}".format(**found)
+        numbers.append((f"predicted against real influence, {name}", told))
     if pairs:
         numbers += [
             ("candidates with a value", str(pairs["num_valued"])),
@@ -108,7 +112,9 @@ def _evaluation_numbers(evaluation: Mapping[str, Any], before: str) -> list[tupl
     influence = evaluation.get("influence", {})
     for name, teacher in (("untuned", before), ("tuned", "tuned teacher")):
         if name in influence:
-            numbers.append((f"real influence, {teacher}", _interval(influence[name]["mean"], "{:+.2e}")))
+            mean = influence[name]["mean"]
+            told = "no row can be scored" if mean is None else _interval(mean, "{:+.2e}")
+            numbers.append((f"real influence, {teacher}", told))
     if "comparison" in influence:
         compared = influence["comparison"]
         text = f"{_interval(compared['difference'], '{:+.2e}')}, one-sided p = {compared['p']:.4f}"
@@ -120,6 +126,8 @@ def _evaluation_numbers(evaluation: Mapping[str, Any], before: str) -> list[tupl
     for name, rate in evaluation.get("win_rate", {}).items():
         numbers.append((f"win rate against {name}", _interval(rate["win_rate"], "{:.1%}")))
         numbers.append((f"win rate against {name}, length-controlled", f"{rate['length_controlled']:.1%}"))
+        if rate.get("unread"):
+            numbers.append((f"verdicts against {name} that the judge did not give", str(rate["unread"])))
     return numbers
 
 
@@ -133,7 +141,9 @@ def _add_influence(page: _Round, folder: Path, directory: Path) -> None:
 
     scores_file, rows_file = folder / "score" / "scores.parquet", folder / "generate" / "probe.jsonl"
     evaluation = _json(folder / "evaluate" / EVALUATION_FILE) or {}
-    real = {name: entry["influence"] for name, entry in evaluation.get("influence", {}).items() if "influence" in entry}
+    real = {
+        name: entry["influence"] for name, entry in evaluation.get("influence", {}).items() if entry.get("influence")
+    }
     values, scores = None, None
     if scores_file.is_file():
         scores = Scores.load(scores_file)
@@ -200,9 +210,9 @@ def _written(row: Mapping[str, Any]) -> str:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return list(load_rows(path)) if path.is_file() and path.stat().st_size else []

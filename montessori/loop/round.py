@@ -5,22 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from montessori import processes
-from montessori.data import Rows, load_rows
-from montessori.errors import ArgumentError, DataError
+from montessori.data import load_rows
+from montessori.errors import ArgumentError
 from montessori.loop import evaluate, generate, pairs, report, score, train, tune, warmup
-from montessori.loop.config import Config, data_path, write_config
+from montessori.loop.config import Config, write_config
 from montessori.loop.engines import UNSEEN, Engine, derive_seed, open_engine, tokens_written
 from montessori.loop.generate import Recipe
 from montessori.loop.inputs import by_content, identity, text_digest
 from montessori.loop.judge import open_judge
-from montessori.loop.preflight import check_apart, check_config, check_place, check_rows
-from montessori.loop.prompts import instruction_text
+from montessori.loop.material import Material
+from montessori.loop.preflight import check_config, check_place, check_rows
 from montessori.loop.rundir import RunDirectory
 from montessori.loop.signals import around_median, from_scores
 from montessori.models import free_models
@@ -99,7 +98,7 @@ def run(
     if {until, only} <= {None, "evaluate"}:
         evaluate.check(config.evaluate)
     with ExitStack() as stack:
-        material = _Material.read(config)
+        material = Material.read(config)
         check_rows(config, material.reference, material.evaluation)
         directory = stack.enter_context(RunDirectory(path))
         engine = open_engine(config.engine)
@@ -126,43 +125,11 @@ def run(
         return report.run(path, directory.costs()) if processes.is_main() else None
 
 
-@dataclass(frozen=True)
-class _Material:
-    """The text of the user that a run works with."""
-
-    seeds: list[str]
-    reference: Rows
-    evaluation: Rows
-
-    @classmethod
-    def read(cls, config: Config) -> _Material:
-        data = config.data
-        seeds = instruction_text(load_rows(data_path(data.seeds), name="seeds"))
-        reference = load_rows(data_path(data.reference), name="reference")
-        used = len(reference) if data.reference_rows is None else min(data.reference_rows, len(reference))
-        evaluation = reference.part(used)
-        if data.evaluation is not None:
-            evaluation = load_rows(data_path(data.evaluation), name="evaluation")
-        if not evaluation:
-            raise DataError(
-                f"{evaluation.source}: {len(reference)} rows and data.reference_rows={data.reference_rows} leave none "
-                "for evaluation: lower it, or give data.evaluation"
-            )
-        material = cls(seeds, reference.part(0, used), evaluation.part(0, data.evaluation_rows))
-        check_apart(material.evaluation, material.reference, config.split.leakage)
-        generate.check_leakage(seeds, material.held_out, config.split.leakage)
-        return material
-
-    @cached_property
-    def held_out(self) -> list[str]:
-        return instruction_text(self.reference) + instruction_text(self.evaluation)
-
-
 class Round:
     """The stages of round `number`, each a method of its name: it reads what earlier stages wrote to disk."""
 
     def __init__(
-        self, config: Config, run: RunDirectory, material: _Material, number: int, engine: Engine, progress: bool
+        self, config: Config, run: RunDirectory, material: Material, number: int, engine: Engine, progress: bool
     ) -> None:
         self.config, self.run, self.material, self.number = config, run, material, number
         self.engine, self.progress = engine, progress
@@ -179,7 +146,10 @@ class Round:
 
         Raises ArgumentError if one that is there was made from other inputs than it would be now.
         """
-        for name in stages_of(self.config):
+        names = stages_of(self.config)
+        if until != names[0]:
+            self._check_mode(names)
+        for name in names:
             if name == until:
                 return True
             if not self.exists(name):
@@ -188,6 +158,17 @@ class Round:
             if not self.is_done(name):
                 return False
         return True
+
+    def _check_mode(self, names: Sequence[str]) -> None:
+        """Raise ArgumentError where what is there was made with the other `teacher_mode`: now, and not when the stages
+        that it lacks are done."""
+        first = next((name for name in STAGES if self.exists(name)), names[0])
+        made, mode = "untuned" if first in UNTUNED_STAGES else "tuned", self.config.teacher_mode
+        if made != mode:
+            raise ArgumentError(
+                f"{self.run.path / self.name}: was made with another teacher_mode ({made!r}, now {mode!r}); use the "
+                f"same, another --out, or redo all of it: montessori run --from {self.name}/{names[0]}"
+            )
 
     def work(self, name: str) -> None:
         """Run the stage `name` unless it is done."""
@@ -271,6 +252,7 @@ class Round:
                 signal = around_median("judge", judge.grade(rows))
                 tokens = judge.tokens
         else:
+            score.check_candidates(self._folder("generate") / "probe.jsonl", self._folder("score"))
             scores = Scores.load(self._folder("score") / score.SCORES_FILE)
             signal = from_scores(self.config.signal, scores, derive_seed(self.config.seed, self.name, "signal"))
         summary = pairs.run(self.config.pairs, rows, signal, out)
@@ -316,6 +298,8 @@ class Round:
             engine=self.engine,
             judge=self.config.judge,
             progress=self.progress,
+            device=self.config.score.device,
+            reference_weighting=self.config.score.reference_weighting,
             max_length=self.config.score.max_length,
             **self.config.score.chat,
             max_grad_norm=self.config.warmup.max_grad_norm,
@@ -378,20 +362,24 @@ def _check_before(run: RunDirectory, names: Sequence[str], number: int, since: s
 def _forget(run: RunDirectory, first_round: Round | None, first: str | None) -> None:
     """Delete the stages of a round from `first` on, and all later rounds; all rounds where none is given."""
     kept = 0 if first_round is None else first_round.number
-    if first_round is not None and first is not None:
-        for name in STAGES[STAGES.index(first) :]:
-            run.drop(f"{first_round.name}/{name}")
+    # The last first, so that a kill in between leaves no stage without those that it was made from.
     # Of all processes together: one that sees less would wait less often.
-    for folder in processes.from_main([folder.name for folder in run.rounds()]):
+    for folder in reversed(processes.from_main([folder.name for folder in run.rounds()])):
         if int(folder.removeprefix("round_")) > kept:
             run.drop(folder)
+    if first_round is not None and first is not None:
+        # Before the first stage of an untuned round are those that it may have had as a tuned one.
+        begun = 0 if first == stages_of(first_round.config)[0] else STAGES.index(first)
+        for name in reversed(STAGES[begun:]):
+            run.drop(f"{first_round.name}/{name}")
 
 
-def _start(config: Config, run: RunDirectory, material: _Material) -> None:
+def _start(config: Config, run: RunDirectory, material: Material) -> None:
     """Write config, versions and the rows of reference and evaluation."""
     if processes.is_main():
         write_config(config, run.path / CONFIG_FILE)
         write_json(run.path / "run.json", {"versions": versions(), "seed": config.seed})
-        write_jsonl(run.path / "reference.jsonl", material.reference.rows)
-        write_jsonl(run.path / "evaluation.jsonl", material.evaluation.rows)
+        # Columns that nothing reads may hold anything.
+        write_jsonl(run.path / "reference.jsonl", material.reference.rows, default=str)
+        write_jsonl(run.path / "evaluation.jsonl", material.evaluation.rows, default=str)
     processes.wait_for_all()

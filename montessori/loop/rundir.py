@@ -19,7 +19,7 @@ from typing import Any
 
 from montessori import processes
 from montessori.errors import ArgumentError, ResourceError
-from montessori.writing import write_json
+from montessori.writing import read_json, write_json
 
 DONE, INPUTS, COST, LOG = "DONE", "inputs.json", "cost.json", "log.txt"
 _DROPPED = ".dropped_"
@@ -93,13 +93,16 @@ class RunDirectory:
             self._lock = None
 
     def drop(self, name: str) -> None:
-        """Delete the stage or round `name`; a kill in the midst of it leaves nothing that looks finished."""
+        """Delete the stage or round `name`, and the pictures of a round; a kill in the midst of it leaves nothing that
+        looks finished."""
         path = self.path / name
         if processes.is_main() and path.exists():
             dropped = self.path / f"{_DROPPED}{name.replace('/', '_')}"
             shutil.rmtree(dropped, ignore_errors=True)
             os.rename(path, dropped)
             shutil.rmtree(dropped)
+            for picture in self.path.glob(f"{name}_*.png"):
+                picture.unlink()
         processes.wait_for_all()
 
     def rounds(self) -> list[Path]:
@@ -121,10 +124,9 @@ class RunDirectory:
 
     def digest(self, name: str) -> str:
         """Digest of all that the finished stage `name` was made from; an input of the stages after it."""
-        try:
-            return json.loads((self.path / name / DONE).read_text(encoding="utf-8"))["digest"]
-        except OSError as error:
-            raise ArgumentError(f"{self.path / name}: expected a finished stage; run it first") from error
+        if not self.is_done(name):
+            raise ArgumentError(f"{self.path / name}: expected a finished stage; run it first")
+        return read_json(self.path / name / DONE)["digest"]
 
     @contextmanager
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator[Stage]:
@@ -166,7 +168,7 @@ class RunDirectory:
     def costs(self) -> dict[str, dict[str, Any]]:
         """cost.json of every stage that has one, by stage name in order of first start."""
         found = {
-            str(file.parent.relative_to(self.path)): json.loads(file.read_text(encoding="utf-8"))
+            str(file.parent.relative_to(self.path)): read_json(file)
             for folder in self.rounds()
             for file in folder.glob(f"*/{COST}")
         }
@@ -180,7 +182,7 @@ def _has_output(path: Path) -> bool:
 
 
 def _compare(path: Path, flat: dict[str, Any]) -> None:
-    before = json.loads((path / INPUTS).read_text(encoding="utf-8"))
+    before = read_json(path / INPUTS)
     changed = sorted(key for key in {*before, *flat} if before.get(key) != flat.get(key))
     if changed:
         key = changed[0]
@@ -209,7 +211,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def _counting_cost(stage: Stage) -> Iterator[None]:
     """Add the seconds within to the cost of the stage: on leaving, and every few on the way, as a kill leaves none."""
     file = stage.path / COST
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"started": time.time(), "seconds": 0.0}
+    before = read_json(file) if file.exists() else {"started": time.time(), "seconds": 0.0}
     started = time.monotonic()
     left = threading.Event()
 

@@ -10,17 +10,20 @@ from typing_extensions import Self
 
 from montessori import processes
 from montessori.data import Rows
-from montessori.errors import ArgumentError, ResourceError
+from montessori.errors import ArgumentError, DataError, ResourceError
 from montessori.estimator import InfluenceEstimator
 from montessori.journal import ScoreJournal
+from montessori.loop.inputs import text_digest
 from montessori.loop.rows import length_limit, student_rows
 from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.options import check_method, resolve_device
 from montessori.runs import DTYPES, audit_record
-from montessori.writing import write_json
+from montessori.writing import read_json, write_json
 
 SCORES_FILE = "scores.parquet"
+AUDIT_FILE = "audit.json"
+CANDIDATES_FILE = "candidates.json"
 
 
 class ScoreSettings(ChatSection):
@@ -76,6 +79,12 @@ def open_estimator(
     )
 
 
+def check_candidates(data: Path, scored: Path) -> None:
+    """Raise DataError unless `data` has the rows that were scored in the folder `scored`."""
+    if read_json(scored / CANDIDATES_FILE)["digest"] != text_digest(student_rows(data).rows):
+        raise DataError(f"{data}: its rows are not those that {scored / SCORES_FILE} is of; score them again")
+
+
 def run(
     settings: ScoreSettings,
     checkpoint: Path,
@@ -86,7 +95,7 @@ def run(
     max_grad_norm: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score the rows of `data`; write `out`/scores.parquet, and audit.json where an audit is asked for.
+    """Score the rows of `data`; write `out`/scores.parquet, their digest, and audit.json where an audit is asked for.
 
     Returns counts of rows, rows without a score, and tokens. Killed and called again it goes on with the
     first unfinished batch. Under torchrun the processes share the rows.
@@ -102,8 +111,9 @@ def run(
         raise ResourceError(f"score, {data}: {error}") from error
     if processes.is_main():
         scores.save(out / SCORES_FILE)
+        write_json(out / CANDIDATES_FILE, {"digest": text_digest(rows.rows)})
         if settings.audit:
-            write_json(out / "audit.json", audit_record(estimator.audit(rows, k=settings.audit, progress=progress)))
+            write_json(out / AUDIT_FILE, audit_record(estimator.audit(rows, k=settings.audit, progress=progress)))
     processes.wait_for_all()
     journal.remove()
     return {"num_rows": len(scores), "num_unscored": int((~scores.ok).sum()), "tokens": int(scores.num_tokens.sum())}

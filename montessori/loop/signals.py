@@ -57,7 +57,8 @@ def from_scores(settings: SignalSettings, scores: Scores, seed: int) -> Signal:
     if settings.kind == "training_loss":
         return around_median("training_loss", scores.loss if settings.prefer == "high" else -scores.loss)
     if settings.kind == "random":
-        draws = np.random.default_rng(seed).standard_normal(len(scores))
+        # On the candidates that the influence would have valued.
+        draws = np.where(scores.ok, np.random.default_rng(seed).standard_normal(len(scores)), np.nan)
         return Signal("random", draws, draws)
     raise ArgumentError("signal.kind=judge: expected grades by a judge, got scores of influence")
 

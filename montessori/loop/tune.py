@@ -171,6 +171,8 @@ def _dpo(
         progress,
         beta=settings.beta,
         precompute_ref_log_probs=True,
+        # TRL's shares are means over batches, and a last one of fewer pairs would count as much.
+        per_device_eval_batch_size=1,
         max_length=None,
         eval_strategy="no",
         **_without_router_loss(trl),
@@ -190,6 +192,9 @@ def _dpo(
     tuned = trainer.accelerator.unwrap_model(trainer.model)
     if settings.lora is not None:
         tuned = tuned.merge_and_unload()
+    # The adapter that a teacher came with, which TRL has kept to compare with.
+    if "ref" in getattr(tuned, "peft_config", {}):
+        tuned.delete_adapter("ref")
     return tuned, metrics_of(trainer)
 
 

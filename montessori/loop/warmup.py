@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from montessori.loop.section import ChatSection
 from montessori.models import load_model
 from montessori.training import check_batch_size, tokens_trained
 from montessori.warmup import warmup
-from montessori.writing import write_json
+from montessori.writing import read_json, write_json
 
 RESULT_FILE = "result.json"
 
@@ -84,4 +83,4 @@ def run(
 
 def checkpoint(out: Path) -> Path:
     """The checkpoint that a finished warm-up in `out` left."""
-    return out / json.loads((out / RESULT_FILE).read_text(encoding="utf-8"))["checkpoint"]
+    return out / read_json(out / RESULT_FILE)["checkpoint"]
