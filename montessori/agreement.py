@@ -34,7 +34,8 @@ class Agreement:
             )
         varied = np.ptp(predicted) > 0 and np.ptp(real) > 0
         with np.errstate(divide="ignore", invalid="ignore"):
-            error = np.abs(predicted - real) / np.abs(real)
+            # 0 where 0 was foreseen: a row of advantage 0, say.
+            error = np.where(predicted == real, 0.0, np.abs(predicted - real) / np.abs(real))
         return cls(
             num_examples=predicted.size,
             pearson=float(stats.pearsonr(predicted, real)[0]) if varied else float("nan"),

@@ -60,6 +60,17 @@ def print_summary(console: Console, scores: Scores) -> None:
         )
 
 
+def bin_edges(values: np.ndarray, bins: int) -> np.ndarray:
+    """Edges of so many bins of equal width over finite `values`; around them where they are all the same."""
+    low, high = float(values.min()), float(values.max())
+    size = max(abs(low), abs(high))
+    size = size if size > 1e-290 else 1.0
+    # No bin can be narrower than the roundings of such values; and they are to lie within one, not at an edge.
+    if high - low <= 1e-12 * size:
+        low, high = low - size, high + 1.1 * size
+    return np.linspace(low, high, bins + 1)
+
+
 def print_histogram(console: Console, values: np.ndarray, title: str) -> None:
     """Counts per bin as bars of text, and how many of the `values`, float [n], are not finite and in no bin."""
     finite = values[np.isfinite(values)]
@@ -68,7 +79,7 @@ def print_histogram(console: Console, values: np.ndarray, title: str) -> None:
         console.print(f"not finite: {len(values) - len(finite)}")
     if not len(finite):
         return
-    counts, edges = np.histogram(finite, bins=BINS)
+    counts, edges = np.histogram(finite, bins=bin_edges(finite, BINS))
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR * count / max(counts.max(), 1)) or ("▏" if count else "")
         console.print(Text(f"{low:+.2e} … {high:+.2e} {count:5d} {bar}"))
@@ -92,7 +103,7 @@ def save_histogram(scores: Scores, path: Path, quantity: str = "influence", name
         values = values[scores.ok & np.isfinite(values)]
         if not len(values):
             raise ArgumentError(f"{path}: expected a finite {quantity} on {name} of some candidate, got none to draw")
-        axes.hist(values, bins=40, alpha=0.7, label=name)
+        axes.hist(values, bins=bin_edges(values, 40).tolist(), alpha=0.7, label=name)
     axes.axvline(0, color="black", linewidth=0.8)
     if quantity == "influence":
         for name in names:

@@ -80,6 +80,12 @@ def encode_pairs(
             index, reason = next(iter(found.skipped.items()))
             raise DataError(f"{rows.where(index)}: {side}: {reason}; every pair must count, remove it or shorten it")
         sides.append(found.examples)
+    for index, (chosen, rejected) in enumerate(zip(*sides, strict=True)):
+        if torch.equal(chosen.input_ids, rejected.input_ids) and torch.equal(chosen.labels, rejected.labels):
+            raise DataError(
+                f"{rows.where(index)}: expected chosen and rejected to differ, got the same {chosen.num_tokens} "
+                "tokens; they differ beyond max_length, or in what has no tokens"
+            )
     taken = {"prompt", *_SIDES, *_OF_TOKENS}
     others = [{key: value for key, value in row.items() if key not in taken} for row in rows]
     both = [_tokens(chosen, rejected, as_texts) for chosen, rejected in zip(*sides, strict=True)]

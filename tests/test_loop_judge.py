@@ -60,6 +60,25 @@ def test_grades_are_read_from_replies(tmp_path):
         ("4-5", np.nan),
         ("3. 8", 8),
         ("8. It is clear.", 8),
+        ("4/5", np.nan),
+        ("4 out of 5", np.nan),
+        ("8/100", np.nan),
+        ("5%", np.nan),
+        ("6 or 7", np.nan),
+        ("6~7", np.nan),
+        ("7,5", np.nan),
+        ("7½", np.nan),
+        ("2 of the 3 steps are wrong. Grade: 8", 8),
+        ("3 reasons why this is bad. Score: **2**/10", 2),
+        ("Grade: 7. There are 2-3 slips", 7),
+        ("Grade: 7. No, grade: 3", np.nan),
+        ("The answer has 2 errors.", np.nan),
+        ("Grade: N/A. The 2 statements", np.nan),
+        ("Less than 5", np.nan),
+        ("I'd give it an 8.", 8),
+        ("9 (excellent)", 9),
+        ("9\n\nIt has 3 points.", 9),
+        ("8 because 3 of 4 facts are right", 8),
     ],
 )
 def test_a_scale_is_no_grade(reply, grade):
@@ -94,10 +113,56 @@ def test_a_scale_is_no_grade(reply, grade):
         ("Answer B has an error.\n\nVerdict: A", 1),
         ("Both have flaws.\n**Better answer: B**", 0),
         ("Worse answer: A", np.nan),
+        ("A provides a clearer and more helpful answer than B.", 1),
+        ("B provides a clearer and more helpful answer than A.", 0),
+        ("I think A answers the question better than B.", 1),
+        ("While A is shorter, B is better than A.", 0),
+        ("A is longer than B", np.nan),
+        ("A is hardly better than B", np.nan),
+        ("A over B", 1),
+        ("I would choose B rather than A", 0),
+        ("A beats B", 1),
+        ("A >> B", 1),
+        ("A is good, but B is better", np.nan),
+        ("A is slightly longer; B is better.", np.nan),
+        ("A follows the instruction but B is clearer", np.nan),
+        ("A is fine. Better: B", 0),
+        ("A is more verbose. I prefer B.", 0),
+        ("A is equal to B", np.nan),
+        ("A is as good as B", np.nan),
+        ("A as good as B", np.nan),
+        ("B because answer A rambles", 0),
+        ("A stays on topic, B drifts.", np.nan),
+        ("The answer A gives is vague; B is better", np.nan),
+        ("The loser: A", np.nan),
+        ("The winner is **A**", 1),
+        ("A\nB", np.nan),
+        ("A\n\nB is worse", 1),
+        ("Judging by length A, by content B", np.nan),
+        ("tie, leaning A", np.nan),
+        ("A?", np.nan),
+        ("A is longer.", np.nan),
+        ("A does it better; B is longer", np.nan),
+        ("I'd pick A.", 1),
+        ("Option B", 0),
     ],
 )
 def test_an_article_is_no_verdict(reply, value):
     np.testing.assert_equal(read_choice(reply), value)
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        "{} provides a clearer answer than {}.",
+        "{} answers the question better than {}.",
+        "I prefer {} to {}",
+        "{}, since {} rambles",
+        "{} is more helpful than {}",
+    ],
+)
+def test_a_sentence_counts_alike_for_both(verdict):
+    assert (read_choice(verdict.format("A", "B")), read_choice(verdict.format("B", "A"))) == (1, 0)
 
 
 def test_preferences_are_ours_in_both_orders(tmp_path):

@@ -112,6 +112,18 @@ def test_signals_of_scores():
     np.testing.assert_allclose(easy.values, [1.0, -1.0, 0.0])
 
 
+def test_two_texts_make_one_pair():
+    rows = make_generated(1)
+    for row, text in zip(rows, "AABC", strict=True):
+        row["completion"] = text
+    settings = PairSettings(rule="difference", per_prompt=2)
+    found = pairs.make_pairs(settings, rows, make_signal([3.0, 2.9, -1.0, -2.0]))
+    assert [(pair["chosen"], pair["rejected"]) for pair in found] == [("A", "C"), ("A", "B")]
+    # Nor its reverse, where a signal says two things of one text.
+    found = pairs.make_pairs(PairSettings(rule="difference"), rows, make_signal([3.0, -3.0, 1.0, -1.0]))
+    assert [(pair["chosen"], pair["rejected"]) for pair in found] == [("A", "C"), ("B", "A"), ("B", "C")]
+
+
 def test_the_random_signal_is_of_the_candidates_that_influence_values():
     scores = make_scores(np.array([0.1, np.nan, 0.3, 0.2]), np.ones(4))
     assert np.isfinite(from_scores(SignalSettings(kind="random"), scores, seed=1).values).tolist() == scores.ok.tolist()

@@ -63,6 +63,19 @@ def test_equal_samples_do_not_differ():
     assert compare_means(np.ones(5), np.ones(5), resamples=100).p == 1.0
 
 
+def test_equal_means_of_unequal_spread_seldom_differ():
+    """Of a plain difference one sample in ten would, where one in twenty may."""
+    rng = np.random.default_rng(0)
+    samples = [(rng.normal(0, 2, 16), rng.normal(0, 1, 64)) for _ in range(400)]
+    found = [compare_means(a, b, seed=seed, resamples=100).p for seed, (a, b) in enumerate(samples)]
+    # Two standard errors of such a share.
+    assert abs(np.mean(np.array(found) <= 0.05) - 0.05) <= 2 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_one_value_is_compared_by_its_difference():
+    assert compare_means(np.array([9.0]), np.arange(9.0), resamples=2000).p == pytest.approx(0.1, abs=0.02)
+
+
 def test_empty_and_broken_values_are_refused():
     for values in ([], [1.0, np.nan]):
         with pytest.raises(ArgumentError, match="at least one value and all of them finite"):
@@ -90,9 +103,17 @@ def test_a_judge_that_goes_by_length_alone_gives_no_length_controlled_win():
     assert found.length_controlled == pytest.approx(0.5, abs=0.02)
 
 
-def test_unanimous_verdicts_stay_finite():
+def test_unanimous_verdicts_are_won_at_any_length():
     found = win_rate([1.0] * 5, [1.0] * 5, [10, 20, 30, 40, 50], [10] * 5)
-    assert 0.5 < found.length_controlled < 1
+    assert found.length_controlled == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("wins", [1.0, 0.75, 0.0])
+def test_of_equal_lengths_the_rate_is_the_one_at_equal_length(wins):
+    verdict = [1.0] * round(4 * wins) + [0.0] * round(4 * (1 - wins))
+    assert win_rate(verdict, verdict, [10] * 4, [10] * 4).length_controlled == wins
+    # If all differ alike, nothing is known of equal ones.
+    assert win_rate(verdict, verdict, [20] * 4, [10] * 4).length_controlled is None
 
 
 def test_wrong_verdicts_are_refused():

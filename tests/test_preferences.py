@@ -235,6 +235,14 @@ def test_a_row_that_is_no_pair_is_named(row, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_pair_that_is_cut_to_the_same_tokens_is_refused():
+    row = {"prompt": "what is", "chosen": "the capital of france a", "rejected": "the capital of france red"}
+    cut = {"max_length": 11, "truncation": "right"}
+    with pytest.raises(DataError, match=r"pairs, row 1: .* the same 11 tokens; they differ beyond max_length"):
+        encode_pairs([TEXTS, row], make_tokenizer(), **cut)
+    assert len(encode_pairs([TEXTS, row], make_tokenizer(), **cut | {"max_length": 12})) == 2
+
+
 def test_what_does_not_fit_is_one_line():
     with pytest.raises(ArgumentError, match="truncation='skip': expected 'error' or 'right'"):
         encode_pairs([TEXTS], make_tokenizer(), truncation="skip")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from montessori.inspection import bin_edges
+
 BEFORE, AFTER, NEUTRAL = "#8a8f98", "#1f6fb4", "#c4582a"
 
 
@@ -18,7 +20,9 @@ def influence_figure(scored: np.ndarray | None, drift: float | None, real: Mappi
     axes = list(np.atleast_1d(figure.subplots(1, len(panels))))
     if scored is not None:
         left = axes.pop(0)
-        left.hist(scored[np.isfinite(scored)], bins=40, color=BEFORE)
+        finite = scored[np.isfinite(scored)]
+        if len(finite):
+            left.hist(finite, bins=bin_edges(finite, 40), color=BEFORE)
         left.set(title="probing set, as scored", xlabel="influence (nats per token)", ylabel="candidates")
         if drift is not None:
             left.axvline(drift, color=NEUTRAL, linestyle="--", linewidth=1, label="step with g = 0")
@@ -26,7 +30,7 @@ def influence_figure(scored: np.ndarray | None, drift: float | None, real: Mappi
     if real:
         right = axes.pop(0)
         values = {name: np.array([v for v in found if v is not None]) for name, found in real.items()}
-        edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=20)
+        edges = bin_edges(np.concatenate(list(values.values())), 20)
         for name, color in (("untuned", BEFORE), ("tuned", AFTER)):
             if name in values:
                 right.hist(values[name], bins=edges, color=color, alpha=0.6, label=f"{name} teacher")

@@ -28,58 +28,92 @@ CHOICE_REQUEST = (
     "correct, more helpful, clearer? Do not prefer an answer for its place or its length. Reply with A, B or tie and "
     "nothing else.\n\nInstruction:\n{instruction}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nBetter answer:"
 )
-# Not one end of a range, nor the number of a line: "4-5", "3. 8".
-_NUMBER = r"(10(?:\.0+)?|[1-9](?:\.\d+)?)(?!\.?\d|\w|\s*[-–.]\s*\d)"
-_FIRST_GRADE = re.compile(r"^[\s*_#\"'(]*(?:(?:grade|score|rating)\b[\s*_:]*)?" + _NUMBER, re.IGNORECASE)
-_GRADE = re.compile(r"(?<![\w.-])" + _NUMBER)
-_SCALE = re.compile(r"\b1\s*(?:to|-|–)\s*10\b|(?:/|\bout of)\s*10\b")
-_VERB = r"(?:is|was|wins|follows|gives|has|because|as|since)\b"
-_NAME = r"(?:[Aa]nswer\W+|[Rr]esponse\W+)?(A|B|(?i:tie))\b"
-# A verdict alone in the first line; in the last one, after what it is the verdict of or without.
-_ALONE_FIRST = re.compile(rf"^\W*{_NAME}[^\w\n]*(?:\n|$)")
-_ALONE_LAST = re.compile(rf"(?:^|\n)\W*(?:([\w '-]+)\W*:)?\W*{_NAME}\W*$")
-_FIRST_CHOICE = re.compile(rf"^\W*{_NAME}\W+{_VERB}")
-_NAMED_CHOICE = re.compile(
-    r"(?:answer|better|prefer|choose|choice|verdict|winner)\b(?:\W+is)?\W+(A|B)\b", re.IGNORECASE
-)
-_TIE = re.compile(r"\btie\b(?!-)", re.IGNORECASE)
-# With one of these a sentence may say which answer is the worse one.
-_AGAINST = re.compile(
-    r"n't\b|\b(?:not|no|never|neither|nor|cannot|without|less|least|worse|worst|weaker|poorer|wrong\w*|incorrect\w*|"
-    r"inaccurate\w*|errors?|mistakes?|mistaken|flaws?|fails?|failed|lacks?|loses?|lost|missing|misses|missed|ignores?|"
-    r"ignored|false|bad|poor|inferior|unhelpful)\b",
+# Not one end of a range, of another scale or of a choice, nor the number of a line: "4-5", "4/5", "4 or 5", "3. 8".
+_NUMBER = r"(10(?:\.0+)?|[1-9](?:\.\d+)?)(?!\.?\d|\w|\s*[-–.]\s*\d|\s*(?:[/%~→½]|or\b|to\b|out of\b)|,\d)"
+_SCALE = re.compile(r"\b1\s*(?:to|and|-|–)\s*10\b|(?:/|\bout of)\s*10(?:\.0+)?\b")
+_OF_TWO = re.compile(r"\d\s*(?:[/~→½–-]|or|to|out of)\s*\d|\d½")
+_LABELLED_GRADE = re.compile(r"\b(?:grade|score|rating)\b(?:[\s*_:=()\[\]\"'>]|-\s)*" + _NUMBER, re.IGNORECASE)
+# Not how many of something there are: "2 of the 3 steps", "3 reasons why".
+_FIRST_GRADE = re.compile(
+    r"^[\s*_#\"'(\[]*" + _NUMBER + r"(?![ \t]+(?!(?:of 10|because|since|as|for|points?)\b)[a-z]|\)\s*[a-z])",
     re.IGNORECASE,
 )
-# An article is no verdict: the letter before a word in small letters is one.
-_CHOICE = re.compile(r"\b(A(?! (?!and\b|or\b)[a-z])|B)\b")
+_GRADE = re.compile(r"(?<![\w.-])(?<!\d,)" + _NUMBER)
+_ENDS = re.compile(r"\W*(?:$|[.!\n])")
+
+_BEFORE = r"(?:(?i:answer|response|option|assistant)\W+)?"
+_NAME, _VERDICT = rf"{_BEFORE}(A|B)\b", rf"{_BEFORE}(A|B|(?i:tie))\b"
+_OTHER = rf"{_BEFORE}(?:A|B)"
+# A verdict alone in the first line; in the last one, after what it is the verdict of or without.
+_ALONE_FIRST = re.compile(rf"^\W*{_VERDICT}[^\w\n?]*(?:\n|$)")
+_ALONE_LAST = re.compile(rf"(?:^|\n)\W*(?:([\w '-]+)\W*:)?\W*{_VERDICT}[^\w?]*$")
+# With one of these a sentence may say which answer is the worse one.
+_AGAINST = re.compile(
+    r"n't\b|\b(?:not|no|never|neither|nor|cannot|hardly|barely|without|less|least|worse|worst|weak\w*|poorer|wrong\w*|"
+    r"incorrect\w*|inaccurate\w*|errors?|mistakes?|mistaken|flaws?|fails?|failed|lacks?|los(?:es?|er|ing)|lost|missing|"
+    r"misses|missed|ignores?|ignored|false|bad|poor|inferior|unhelpful)\b",
+    re.IGNORECASE,
+)
+_BETTER = (
+    r"(?i:better|clearer|stronger|superior|preferable|more\s+(?:accurate|complete|correct|detailed|direct|helpful|"
+    r"informative|precise|relevant|thorough|useful))"
+)
+_ON = r"(?:(?!\b[AB]\b)[^.;:?\n])*?"  # within a sentence, up to the next letter
+_SENTENCES = [
+    # Which answer is better than the other, or is taken before it.
+    re.compile(rf"\b(A|B)\b{_ON}\b{_BETTER}\b{_ON}\b(?i:than|to)\b{_ON}\b(?:A|B)\b"),
+    re.compile(rf"\b(A|B)\s+(?i:over|rather than|instead of|beats|outperforms|surpasses)\s+{_OTHER}\b"),
+    re.compile(rf"\b(?i:choose|prefer|pick|select|favou?r|vote for|go with)\s+[*\"'(\[]*{_NAME}"),
+    # What is said to be it.
+    re.compile(
+        r"\b(?i:better|best|preferred|winning|winner|verdict|choice)(?:\s+(?i:answer|response|one|choice|option))?"
+        rf"[\s*_]*(?:[:=]|\b(?i:is|would be)\b)[\s*_\"'(\[]*{_NAME}"
+    ),
+    re.compile(rf"^\W*{_NAME}\W+(?i:because|since|as(?!\s+\w+\s+as\b))\b"),
+    re.compile(r"\b(A|B)\s*>+\s*(?:A|B)\b"),
+]
+_ANY_LETTER = re.compile(r"\b[AB]\b")
+# Not an article: it stands before a verb, before a word that joins it to another, or before no word at all.
+_LETTER = re.compile(r"\b(A(?!\s+(?!(?:and|or|is|was|wins)\b)[a-z])|B)\b")
+# One letter is a verdict where it is said to be so, or is the last of few words: "Option B".
+_SAYS_SO = re.compile(rf"\b(?:{_BETTER}|(?i:best|wins))\b|^\W*(?:\w+\W+){{0,3}}[AB]\W*$")
+_TIE = re.compile(r"\b(?:tie|tied)\b(?!-)", re.IGNORECASE)
 _PREFERENCE = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 def read_grade(reply: str) -> float:
-    """The grade that a reply begins with, else its only one; NaN where it gives none or several."""
+    """The grade that a reply names as such, that it begins with, or that is its only number and ends a sentence; NaN
+    where it gives none, several, or one of another scale than 1 to 10."""
     reply = _SCALE.sub(" ", reply)
-    first = _FIRST_GRADE.match(reply)
-    found = {float(first[1])} if first else {float(grade) for grade in _GRADE.findall(reply)}
-    return found.pop() if len(found) == 1 else np.nan
+    named = {float(grade) for grade in _LABELLED_GRADE.findall(reply)}
+    if named:
+        return named.pop() if len(named) == 1 else np.nan
+    if first := _FIRST_GRADE.match(reply):
+        return float(first[1])
+    found = list(_GRADE.finditer(reply))
+    ends = len(found) == 1 and _ENDS.match(reply, found[0].end())
+    return float(found[0][1]) if ends and not (_OF_TWO.search(reply) or _AGAINST.search(reply)) else np.nan
 
 
 def read_choice(reply: str) -> float:
     """1 for A, 0 for B, 0.5 for a tie; NaN where the reply has no verdict or several, or says what is wrong."""
     first, last = _ALONE_FIRST.match(reply), _ALONE_LAST.search(reply)
-    if first:
-        return _PREFERENCE[first[1].lower()]
-    if last and not _AGAINST.search(last[1] or ""):
-        return _PREFERENCE[last[2].lower()]
+    if last and _AGAINST.search(last[1] or ""):
+        last = None
+    alone = {found.lower() for found in ((first and first[1]), (last and last[2])) if found}
+    if alone:
+        return _PREFERENCE[alone.pop()] if len(alone) == 1 else np.nan
     if _AGAINST.search(reply):
         return np.nan
-    first = _FIRST_CHOICE.match(reply)
-    if first:
-        return _PREFERENCE[first[1].lower()]
+    chosen = {found for sentence in _SENTENCES for found in sentence.findall(reply)}
+    if chosen:
+        return _PREFERENCE[chosen.pop().lower()] if len(chosen) == 1 else np.nan
     if _TIE.search(reply):
-        return 0.5
-    named = {choice.upper() for choice in _NAMED_CHOICE.findall(reply)}
-    found = named if len(named) == 1 else set(_CHOICE.findall(reply))
-    return _PREFERENCE[found.pop().lower()] if len(found) == 1 else np.nan
+        # "A tie, leaning B" is none.
+        return 0.5 if len(set(_LETTER.findall(reply))) != 1 else np.nan
+    letters = set(_ANY_LETTER.findall(reply))
+    told = len(letters) == 1 and _LETTER.search(reply) and _SAYS_SO.search(reply) and "?" not in reply
+    return _PREFERENCE[letters.pop().lower()] if told else np.nan
 
 
 class JudgeSettings(ChatSection):

@@ -54,17 +54,25 @@ def run(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal: Signa
 
 
 def make_pairs(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal: Signal) -> list[dict[str, Any]]:
-    """The pairs, prompts in the order of `rows`, within a prompt by falling difference."""
+    """The pairs, prompts in the order of `rows`, within a prompt by falling difference; of siblings with the same text
+    two texts make one pair, that of the largest difference."""
     values = signal.centred if settings.rule == "centred" else signal.values
     pairs = []
     for siblings in _by_prompt(rows, values):
         found = [_pair(rows, values, *both) for both in _ordered(settings, rows, values, siblings)]
         found.sort(key=lambda pair: (-_difference(pair), pair["chosen_id"], pair["rejected_id"]))
-        pairs += found[: settings.per_prompt]
+        pairs += _distinct(found)[: settings.per_prompt]
     if settings.top_k is None or len(pairs) <= settings.top_k:
         return pairs
     kept = sorted(range(len(pairs)), key=lambda i: (-_difference(pairs[i]), i))[: settings.top_k]
     return [pairs[i] for i in sorted(kept)]
+
+
+def _distinct(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    first: dict[frozenset[str], dict[str, Any]] = {}
+    for pair in pairs:
+        first.setdefault(frozenset((pair["chosen"], pair["rejected"])), pair)
+    return list(first.values())
 
 
 def summarise(

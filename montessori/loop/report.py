@@ -125,7 +125,9 @@ def _evaluation_numbers(evaluation: Mapping[str, Any], before: str) -> list[tupl
         numbers.append((f"student below {name} by", _interval(entry, "{:+.4f}")))
     for name, rate in evaluation.get("win_rate", {}).items():
         numbers.append((f"win rate against {name}", _interval(rate["win_rate"], "{:.1%}")))
-        numbers.append((f"win rate against {name}, length-controlled", f"{rate['length_controlled']:.1%}"))
+        controlled = rate["length_controlled"]
+        told = "all lengths differ alike" if controlled is None else f"{controlled:.1%}"
+        numbers.append((f"win rate against {name}, length-controlled", told))
         if rate.get("unread"):
             numbers.append((f"verdicts against {name} that the judge did not give", str(rate["unread"])))
     return numbers

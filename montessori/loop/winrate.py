@@ -12,8 +12,9 @@ from scipy.optimize import minimize
 from montessori.errors import ArgumentError
 from montessori.loop.statistics import Interval, bootstrap_mean
 
-# Keeps the weights finite when every verdict agrees; its pull fades with the number of verdicts.
+# Keeps the weight of the length finite where it decides every verdict; its pull fades with the number of verdicts.
 _RIDGE = 0.1
+_LARGEST = 30.0  # weight: a rate of 1 or 0 to the last bit but few
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class WinRate:
     """Share of prompts that the first set of answers wins, a tie counting half.
 
     `win_rate`: over both orders, with a bootstrap interval over prompts. `length_controlled`: the share at
-    equal length, from a logistic regression on the difference in length. `first_position`: mean
+    equal length, from a logistic regression on the difference in length, None where all differences are the same
+    and not 0, which tells nothing of equal lengths. `first_position`: mean
     preference for the answer shown first; 0.5 is a judge without a bias for the position.
     """
 
     win_rate: Interval
-    length_controlled: float
+    length_controlled: float | None
     first_position: float
     mean_length: tuple[float, float]
 
@@ -68,17 +70,20 @@ def win_rate(
     )
 
 
-def _at_equal_length(preference: np.ndarray, difference: np.ndarray) -> float:
-    """σ(w) of preference ~ σ(w + c · tanh(Δ / std Δ)), fitted by penalised cross-entropy on soft labels."""
+def _at_equal_length(preference: np.ndarray, difference: np.ndarray) -> float | None:
+    """σ(w) of preference ~ σ(w + c · tanh(Δ / std Δ)), fitted by cross-entropy on soft labels with a penalty on c."""
     spread = difference.std()
-    x = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
+    if spread == 0:
+        return None if difference.any() else float(preference.mean())
+    x = np.tanh(difference / spread)
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         z = weights[0] + weights[1] * x
         loss = np.logaddexp(0, z) - preference * z
         error = 1 / (1 + np.exp(-z)) - preference
-        penalty = _RIDGE / 2 * float(weights @ weights)
-        return float(loss.sum()) + penalty, np.array([error.sum(), error @ x]) + _RIDGE * weights
+        penalty = _RIDGE / 2 * float(weights[1] ** 2)
+        return float(loss.sum()) + penalty, np.array([error.sum(), error @ x + _RIDGE * weights[1]])
 
-    fitted = minimize(objective, np.zeros(2), jac=True, method="L-BFGS-B")
+    bounds = [(-_LARGEST, _LARGEST)] * 2
+    fitted = minimize(objective, np.zeros(2), jac=True, method="L-BFGS-B", bounds=bounds)
     return float(1 / (1 + np.exp(-fitted.x[0])))
