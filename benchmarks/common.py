@@ -10,6 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def warm_student(candidates: Rows, arguments: argparse.Namespace) -> Path:
-    """Checkpoint of SmolLM2-135M after 12 AdamW steps at lr 5e-6 on rows that are not scored."""
+    """Checkpoint of SmolLM2-135M after 12 AdamW steps, with lr rising towards 5e-6, on rows that are not scored."""
     model, tokenizer = load_model("smollm2-135m")
     rows = Rows(
         list(candidates)[arguments.num_candidates :] or load_rows(demo_file("warmup.jsonl")).rows, candidates.source
@@ -145,7 +146,8 @@ def write_result(name: str, arguments: argparse.Namespace, content: dict[str, An
     """One JSON under benchmarks/results with settings and machine beside the numbers."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings_of(arguments), "machine": machine(), **content}
+    made = {"date": date.today().isoformat(), "settings": settings_of(arguments), "machine": machine()}
+    record = {**made, **content}
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
 

@@ -19,7 +19,7 @@ from montessori.errors import ArgumentError
 PAGE = Path(__file__).parent / "RESULTS.md"
 OURS = "montessori"
 EFFECTS = {"small": "responses tuned", "instructions": "instructions tuned instead"}
-TITLES = {"smollm2": "SmolLM2-135M", "tiny": "four layers, random weights"}
+TITLES = {"smollm2": "SmolLM2-135M", "tiny": "four layers, briefly trained"}
 
 HEAD = """# Results against peers, naive loops and real steps
 

@@ -91,7 +91,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, examples: list[Exa
 
 
 def student_checkpoint(arguments: argparse.Namespace, examples: list[Example]) -> Path:
-    """Checkpoint of the model after 12 AdamW steps at lr 5e-6 on rows that are not scored."""
+    """Checkpoint of the model after 12 AdamW steps, with lr rising towards 5e-6, on rows that are not scored."""
     if arguments.model == "smollm2":
         return warm_student(load_data(arguments)[0], arguments)
     tokenizer = load_tokenizer(checkpoint_name("smollm2-135m"))

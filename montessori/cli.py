@@ -89,7 +89,7 @@ SCORING_OPTIONS = [
         default="auto",
         show_default=True,
         help="What computes the scores. auto: compiled kernels; on a GPU the fastest there, which calibrate measures, "
-        "or else the first score.",
+        "or else the first score in bfloat16 or float16.",
     ),
     click.option(
         "--pilot",
@@ -182,7 +182,13 @@ def cli() -> None:
 @click.option("--student", required=True, help="smollm2-135m, a checkpoint directory or a hub name.")
 @click.option("--data", required=True, help=DATA_HELP)
 @click.option("--out", required=True, type=OutputFolder(), help="Directory of the checkpoints.")
-@click.option("--learning-rate", type=POSITIVE, default=5e-6, show_default=True)
+@click.option(
+    "--learning-rate",
+    type=POSITIVE,
+    default=5e-6,
+    show_default=True,
+    help="Reached at the end, from 0; kept for scoring.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option("--per-device-train-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--epochs", type=POSITIVE, default=1.0, show_default=True)

@@ -77,7 +77,7 @@ class InfluenceEstimator:
             sets: influence then has a column for each.
         method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
         backend: implementation of `montessori.ops`, "auto" or one of `montessori.ops.available_impls()`. The first
-            "auto" on a GPU measures which is fastest there, once (`montessori.calibration`).
+            "auto" on a GPU in bfloat16 or float16 measures which is fastest there, once (`montessori.calibration`).
         lr: takes the place of the optimizer's own in every group.
         tokenizer: needed for rows of text; rows with `input_ids` and `labels` do without.
         max_length: tokens an example may have; by default 2048 or the model's own limit if smaller.
@@ -180,7 +180,8 @@ class InfluenceEstimator:
 
     @property
     def coverage(self) -> dict[str, int]:
-        """Trainable scalars per capture rule; `autograd` counts those left to the per-example fallback."""
+        """Trainable scalars per capture rule, but for those held fixed without moments; `autograd` counts those left to
+        the per-example fallback."""
         with self._at_work():
             return self._proofs.plan().coverage()
 

@@ -1,4 +1,4 @@
-"""Input of `make demo`, written by the project: 80 mixed-quality candidate, 32 reference and 64 warm-up pairs."""
+"""Rows to try things with, written by the project: 80 mixed-quality candidate, 32 reference and 64 warm-up pairs."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class EvaluateSettings(Section):
     """What is measured after a round.
 
     `sample`: rows of each teacher whose influence is measured by real steps, 0 for none: new ones of the tuned
-    teacher, of the untuned one some of the candidates.
+    teacher, of the untuned one some of the candidates; with `teacher_mode: untuned` there is no such step to take.
     `resamples`: of the bootstrap and of the permutation test. `answers`: to the evaluation prompts, for a
     win rate where there is a judge. `tasks`: of lm-evaluation-harness, by name or as
     YAML files, run on the student.

@@ -72,7 +72,7 @@ class ResponseSettings(ChatSection):
 class SplitSettings(Section):
     """Rows of the warm-up set, of the probing set, and of the final set of each round.
 
-    `leakage`: what happens when a seed is also in the reference or evaluation set.
+    `leakage`: what happens when a seed is also in the reference or evaluation set, or the two ask the same.
     """
 
     warmup: int = Field(default=1000, ge=1)

@@ -31,7 +31,8 @@ class ScoreSettings(ChatSection):
 
     `method`, `backend`, `pilot`, `reference_weighting`, `sample`, `reference_dtype`: how influence is computed.
     `batch_tokens`, `reference_batch_tokens`: padded tokens of a batch. `dtype`: of the weights. Longer rows are
-    cut at `max_length`. `audit`: so many rows are compared with real float32 steps.
+    cut at `max_length`. `audit`: so many rows are compared with real float32 steps. Gradients are clipped as in the
+    warm-up (`warmup.max_grad_norm`).
     """
 
     method: Literal["anchored", "first_order", "exact"] = "anchored"
