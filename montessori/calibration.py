@@ -4,8 +4,9 @@
 
 The first estimator in bfloat16 or float16 on a GPU does the same where it finds nothing kept and has a choice. Every
 kernel is first checked against float64, then timed beside the plain dW product, in a process of its own: one that is
-wrong, hangs or breaks the device is left out. The choice goes by device and dtype of the state and never by the examples of a call, so that an example has the
-same bits alone and in any batch. Without a measurement, "auto" takes Triton.
+wrong, hangs or breaks the device is left out. The choice goes by device and dtype of the state and never by the
+examples of a call, so that an example has the same bits alone and in any batch. Without a measurement, "auto" takes
+Triton.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ RESULT_FILE = "result.json"
 
 
 class WarmupSettings(ChatSection):
-    """As in `montessori.warmup`: the learning rate rises from 0 over the whole run. Examples longer than `max_length` are
-    cut at the end."""
+    """As in `montessori.warmup`: the learning rate rises from 0 over the whole run. Examples longer than `max_length`
+    are cut at the end."""
 
     learning_rate: float = Field(default=5e-6, gt=0)
     batch_size: int = Field(default=32, ge=1)
