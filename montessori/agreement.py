@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy import stats
 
 from montessori.errors import ArgumentError
 
@@ -32,6 +31,9 @@ class Agreement:
             raise ArgumentError(
                 f"agreement: expected two arrays of one length >= 2, got {list(predicted.shape)} and {list(real.shape)}"
             )
+        # A second of its own, which most of what imports this package does without.
+        from scipy import stats
+
         varied = np.ptp(predicted) > 0 and np.ptp(real) > 0
         with np.errstate(divide="ignore", invalid="ignore"):
             # 0 where 0 was foreseen: a row of advantage 0, say.

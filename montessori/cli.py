@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from montessori import calibration, inspection, processes, runs
 from montessori.data import Rows, load_rows
 from montessori.encoding import INVALID_ROWS, TRUNCATIONS, encode_rows
 from montessori.errors import MontessoriError
+from montessori.fingerprint import check_outside
 from montessori.loop.commands import demo_command, generate_command, run_command, settings_command
 from montessori.loop.training_commands import STAGE_COMMANDS
 from montessori.models import check_checkpoint, check_token_ids, load_model
@@ -152,6 +154,7 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     text = {"max_length": None, "truncation": "error", "split": "train", **(text or {})}
     check_training(**{name: value for name, value in training.items() if name != "progress"})
     check_checkpoint(student)
+    check_outside(out, "--out", {"--student": student, "--data": data})
     rows = load_rows(data, split=text.pop("split"), name="data")
     # Before the model, which may take long to load; where nothing comes of it, no empty folder is left.
     runs.check_writable(out / RECORD_FILE if out.exists() else out)
@@ -252,15 +255,14 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     """Compare predicted influence with real float32 steps on a sample of the candidates."""
     settings = _settings(values)
     if out is not None:
-        runs.check_out(settings, out)
-        runs.check_writable(out)
+        runs.check_audit_out(settings, out)
     with bars_of_libraries(shown=not quiet):
         bench = runs.open_workbench(settings, audit=size)
         result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()
     console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))
     console.print(inspection.agreement_table("centred: the same without the shared drift", result.centred_agreement))
-    if out is not None:
+    if out is not None and processes.is_main():
         write_json(out, runs.audit_record(result))
 
 
@@ -280,10 +282,10 @@ def inspect(scores_file: str, candidates: str | None, split: str, top: int, quan
     if rows is not None and len(rows) != len(scores):
         raise MontessoriError(f"{candidates}: expected the {len(scores)} scored rows, got {len(rows)}")
     if rows is not None:
-        runs.check_scored(Path(scores_file), rows)
+        runs.check_scored(Path(scores_file).expanduser(), rows)
     console = Console()
     _show(console, scores, rows, quantity, name, top)
-    if png is not None:
+    if png is not None and processes.is_main():
         inspection.save_histogram(scores, png, quantity, () if name is None else (name,))
         console.print(f"wrote {png}", soft_wrap=True, markup=False)
 
@@ -313,6 +315,10 @@ for command in (run_command, generate_command, *STAGE_COMMANDS, demo_command, se
 def main() -> None:
     """Entry point: errors for people are one line on stderr and exit status 2. Of several processes one speaks."""
     processes.start_processes()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that has no "…" gets "?".
+            stream.reconfigure(errors="replace")
     try:
         with ExitStack() as stack:
             if not processes.is_main():
@@ -329,9 +335,19 @@ def main() -> None:
     except MontessoriError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        # Of Path.expanduser.
+        if "home directory" not in str(error):
+            raise
+        click.echo("error: a path begins with ~ and the name of somebody who has no home here", err=True)
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE):
-            raise
+            if error.filename is None:
+                raise
+            # A file that may not be read, a name that is too long, links that lead nowhere.
+            click.echo(f"error: {os.fsdecode(error.filename)}: {error.strerror}", err=True)
+            sys.exit(2)
         # Of output that nothing takes; what remains of it is not written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:

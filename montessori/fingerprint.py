@@ -112,15 +112,21 @@ def _local_base(adapter: Path) -> Path | None:
 def check_outside(
     out: str | os.PathLike[str], option: str, folders: Mapping[str, str | os.PathLike[str] | None]
 ) -> None:
-    """Raise ArgumentError when `out` lies in a folder that is read: what is written there would change it.
+    """Raise ArgumentError when `out` is a file that is read, or lies in a folder that is: what is written there would
+    change it.
 
     `folders`: by option, the path of a file or folder, a name that is neither, or None.
     """
-    place = Path(out).expanduser().absolute().resolve()
+    place = _real(out)
     for name, path in folders.items():
-        folder = None if path is None else Path(path).expanduser().resolve()
-        if folder is not None and folder.is_dir() and (place == folder or folder in place.parents):
+        read = None if path is None else _real(path)
+        if read is not None and (place == read or (read.is_dir() and read in place.parents)):
             raise ArgumentError(
                 f"{option} {out}: expected a path outside of {path}, which {name} reads: what is written there would "
                 "change it"
             )
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    # As Path has it, but for a user or a loop of links that it raises at.
+    return Path(os.path.realpath(os.path.expanduser(path)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,11 @@ def all_do(work: Callable[[], T]) -> list[T]:
         if why is not None:
             raise ResourceError(f"process {other} failed ({why})")
     return [done for done, _ in told]
+
+
+def main_does(work: Callable[[], T]) -> T:
+    """What `work` gives on the first process. Where it fails there, the others raise ResourceError."""
+    return cast(T, all_do(work if is_main() else lambda: None)[0])
 
 
 def check_same(own: Mapping[str, str]) -> None:

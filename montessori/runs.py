@@ -112,6 +112,9 @@ def check_settings(settings: ScoreSettings) -> None:
     for option in ("student", "optimizer", "candidates"):
         if not getattr(settings, option):
             raise ArgumentError(f"--{option}: expected a path or a name, got an empty one")
+    for entry in settings.reference:
+        if not _reference_path(entry)[2]:
+            raise ArgumentError(f"--reference {entry}: expected name=path, the path is empty")
     options = _options(settings)
     Options(**{**options, "max_length": DEFAULT_MAX_LENGTH if settings.max_length is None else settings.max_length})
 
@@ -153,11 +156,8 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
     own = f".{processes.rank()}" if processes.rank() else ""
     journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
     # Read before anything else: a mistyped path must not cost what is there.
-    config = processes.from_main(
-        {"command": "score", "settings": asdict(settings), "inputs": _inputs(settings), "versions": versions()}
-        if processes.is_main()
-        else None
-    )
+    made = {"command": "score", "settings": asdict(settings), "versions": versions()}
+    config = processes.main_does(lambda: made | {"inputs": _inputs(settings)})
     bench = None
     scored = not fresh and processes.from_main(out.exists() and not journal.path.exists())
     if scored:
@@ -261,7 +261,7 @@ def check_scored(out: Path, rows: Rows) -> None:
 
 def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         return {**config, "settings": dict(config["settings"])}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -310,6 +310,19 @@ def check_out(settings: ScoreSettings, out: Path) -> None:
     references = {f"--reference {entry}": _reference_path(entry)[2] for entry in settings.reference}
     own = {"--candidates": settings.candidates, "--student": settings.student, "--optimizer": settings.optimizer}
     check_outside(out, "--out", own | references)
+
+
+def check_audit_out(settings: ScoreSettings, out: Path) -> None:
+    """Raise ArgumentError or ResourceError unless an audit can be written at `out`, where nothing but another is."""
+    check_out(settings, out)
+    check_writable(out)
+    if out.exists():
+        try:
+            is_audit = "agreement" in json.loads(out.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            is_audit = False
+        if not is_audit:
+            raise ArgumentError(f"--out {out}: exists and is no audit; choose another --out")
 
 
 def check_writable(out: Path) -> None:

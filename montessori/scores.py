@@ -114,7 +114,7 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a Parquet file, whole or not at all. Raises ResourceError when it cannot be written."""
-        path = Path(path)
+        path = Path(path).expanduser()
         with written_whole(path) as partial:
             pq.write_table(self.to_table(), partial)
         return path
@@ -122,8 +122,9 @@ class Scores:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Read what `save` wrote. Raises DataError for anything else."""
-        if not Path(path).is_file():
-            raise DataError(f"{path}: {'expected a file, got a directory' if Path(path).is_dir() else 'no such file'}")
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise DataError(f"{path}: {'expected a file, got a directory' if path.is_dir() else 'no such file'}")
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:

@@ -23,7 +23,7 @@ class OutputFile(click.Path):
         self.suffix = suffix
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        path = _path(super().convert(value, param, ctx))
         if not path.name.lower().endswith(self.suffix):
             option = "" if param is None else f"--{param.name} "
             raise ArgumentError(f"{option}{path}: expected a name that ends in {self.suffix}, which is what is written")
@@ -39,7 +39,12 @@ class OutputFolder(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if not os.fspath(value):
             self.fail("expected a folder, got an empty name", param, ctx)
-        return Path(os.fsdecode(super().convert(value, param, ctx)))
+        return _path(super().convert(value, param, ctx))
+
+
+def _path(value: Any) -> Path:
+    # Of --out=~/x a shell leaves the ~ to us.
+    return Path(os.path.expanduser(os.fsdecode(value)))
 
 
 class JsonObject(click.ParamType):

@@ -52,6 +52,16 @@ def test_a_kill_while_a_stage_is_dropped_leaves_nothing_that_looks_finished(tmp_
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("dropped", ["round_2", "round_2/tune"])
+def test_what_shows_a_dropped_stage_goes_with_it(dropped, tmp_path):
+    (tmp_path / "round_2/tune").mkdir(parents=True)
+    for name in ("round_1_influence.png", "round_2_influence.png", "round_2_training_losses.png", "report.html"):
+        (tmp_path / name).touch()
+    with RunDirectory(tmp_path) as run:
+        run.drop(dropped)
+    assert {path.name for path in tmp_path.iterdir()} - {"lock", "round_2"} == {"round_1_influence.png"}
+
+
 def test_folders_that_only_begin_like_a_round_are_none(tmp_path):
     for name in ("round_10", "round_2", "round_1_old"):
         (tmp_path / name).mkdir()

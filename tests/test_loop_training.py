@@ -90,6 +90,13 @@ def test_dpo_moves_the_teacher_from_rejected_to_chosen(tuned, student, pairs_fil
     assert not (out / fit.CHECKPOINTS).exists()
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_bars_are_shown_where_progress_is(shown, student, pairs_file, tmp_path, capfd):
+    tune.run(TuneSettings(**TUNE), student, pairs_file, tmp_path, seed=0, progress=shown)
+    told = capfd.readouterr().err
+    assert ("reference log prob" in told) == shown
+
+
 def test_the_loss_of_dpo_is_minus_log_sigmoid_of_the_margin(student, pairs_file, tmp_path):
     """Against the definition, on one validation pair set, by plain forward passes."""
     settings = TuneSettings(**{**TUNE, "beta": 0.3, "max_steps": 3})

@@ -93,16 +93,16 @@ class RunDirectory:
             self._lock = None
 
     def drop(self, name: str) -> None:
-        """Delete the stage or round `name`, and the pictures of a round; a kill in the midst of it leaves nothing that
-        looks finished."""
+        """Delete the stage or round `name`, and the page and pictures that show it; a kill in the midst of it leaves
+        nothing that looks finished."""
         path = self.path / name
         if processes.is_main() and path.exists():
             dropped = self.path / f"{_DROPPED}{name.replace('/', '_')}"
             shutil.rmtree(dropped, ignore_errors=True)
             os.rename(path, dropped)
             shutil.rmtree(dropped)
-            for picture in self.path.glob(f"{name}_*.png"):
-                picture.unlink()
+            for shown in (*self.path.glob(f"{name.partition('/')[0]}_*.png"), self.path / "report.html"):
+                shown.unlink(missing_ok=True)
         processes.wait_for_all()
 
     def rounds(self) -> list[Path]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,14 +180,15 @@ def _dpo(
         **_without_router_loss(trl),
     )
     tokenizer = copy.deepcopy(tokenizer)
-    trainer = _trainer_class(trl)(
-        model=model,
-        args=arguments,
-        train_dataset=_on_disk(training, out / CHECKPOINTS / "training_pairs"),
-        eval_dataset=_on_disk(validation, out / CHECKPOINTS / "validation_pairs") if validation else None,
-        processing_class=tokenizer,
-        peft_config=_lora(settings.lora, model),
-    )
+    with _bars(trl, progress):
+        trainer = _trainer_class(trl)(
+            model=model,
+            args=arguments,
+            train_dataset=_on_disk(training, out / CHECKPOINTS / "training_pairs"),
+            eval_dataset=_on_disk(validation, out / CHECKPOINTS / "validation_pairs") if validation else None,
+            processing_class=tokenizer,
+            peft_config=_lora(settings.lora, model),
+        )
     run_trainer(trainer, out)
     if validation:
         trainer.evaluate()
@@ -196,6 +199,21 @@ def _dpo(
     if "ref" in getattr(tuned, "peft_config", {}):
         tuned.delete_adapter("ref")
     return tuned, metrics_of(trainer)
+
+
+@contextmanager
+def _bars(trl: Any, shown: bool) -> Iterator[None]:
+    """TRL's own bar of the reference's log-probabilities, which Trainer's arguments do not hide."""
+    module = importlib.import_module(trl.DPOTrainer.__module__)
+    bar = getattr(module, "tqdm", None)
+    if shown or bar is None:
+        yield
+        return
+    module.tqdm = lambda *given, **options: bar(*given, **options | {"disable": True})  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.tqdm = bar  # type: ignore[attr-defined]
 
 
 def _without_router_loss(trl: Any) -> dict[str, float]:
