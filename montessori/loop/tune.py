@@ -189,9 +189,9 @@ def _dpo(
             processing_class=tokenizer,
             peft_config=_lora(settings.lora, model),
         )
-    run_trainer(trainer, out)
-    if validation:
-        trainer.evaluate()
+        run_trainer(trainer, out)
+        if validation:
+            trainer.evaluate()
     tuned = trainer.accelerator.unwrap_model(trainer.model)
     if settings.lora is not None:
         tuned = tuned.merge_and_unload()
