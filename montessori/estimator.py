@@ -180,8 +180,7 @@ class InfluenceEstimator:
 
     @property
     def coverage(self) -> dict[str, int]:
-        """Trainable scalars per capture rule, but for those held fixed without moments; `autograd` counts those left to
-        the per-example fallback."""
+        """Scalars per capture rule, without those held fixed; `autograd` counts those of the per-example fallback."""
         with self._at_work():
             return self._proofs.plan().coverage()
 

@@ -26,7 +26,7 @@ from montessori.models import check_checkpoint, load_model
 from montessori.options import DEFAULT_MAX_LENGTH, Options, check_lr, resolve_device
 from montessori.scores import Audit, Scores
 from montessori.wording import one_line
-from montessori.writing import write_json
+from montessori.writing import read_json, write_json
 
 # All that some installation accepts; `ops.check_impl` says why one is not to be had here.
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -318,8 +318,8 @@ def check_audit_out(settings: ScoreSettings, out: Path) -> None:
     check_writable(out)
     if out.exists():
         try:
-            is_audit = "agreement" in json.loads(out.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+            is_audit = "agreement" in read_json(out)
+        except (DataError, TypeError):
             is_audit = False
         if not is_audit:
             raise ArgumentError(f"--out {out}: exists and is no audit; choose another --out")

@@ -117,7 +117,8 @@ def test_the_same_run_gives_the_same_page(finished):
 def test_what_is_missing_from_the_numbers_is_told(finished):
     path = finished / "round_1/evaluate/evaluation.json"
     evaluation = json.loads(path.read_text(encoding="utf-8"))
-    evaluation["influence"] = {"tuned": {"mean": None, "rows": [], "influence": [], "drift": None}}
+    nothing = {"mean": None, "rows": [], "influence": [], "drift": None}
+    evaluation["influence"] = {"tuned": nothing, "untuned": {**nothing, "rows": [1], "influence": [None]}}
     evaluation["win_rate"]["base"]["unread"] = 7
     write_json(path, evaluation)
     agreement = {"pearson": 0.99987, "sign_agreement": 0.875, "num_examples": 8}

@@ -17,12 +17,11 @@ from montessori.data import load_rows
 from montessori.errors import ArgumentError
 from montessori.loop.evaluate import EVALUATION_FILE
 from montessori.loop.fit import METRICS_FILE, SUMMARY_FILE
-from montessori.loop.rundir import RunDirectory
+from montessori.loop.rundir import REPORT_FILE, RunDirectory
 from montessori.loop.score import AUDIT_FILE
 from montessori.scores import Scores
 from montessori.writing import read_json, written_whole
 
-REPORT_FILE = "report.html"
 EXTREMES = 5
 
 
@@ -143,9 +142,8 @@ def _add_influence(page: _Round, folder: Path, directory: Path) -> None:
 
     scores_file, rows_file = folder / "score" / "scores.parquet", folder / "generate" / "probe.jsonl"
     evaluation = _json(folder / "evaluate" / EVALUATION_FILE) or {}
-    real = {
-        name: entry["influence"] for name, entry in evaluation.get("influence", {}).items() if entry.get("influence")
-    }
+    measured = {name: entry.get("influence", ()) for name, entry in evaluation.get("influence", {}).items()}
+    real = {name: found for name, found in measured.items() if any(value is not None for value in found)}
     values, scores = None, None
     if scores_file.is_file():
         scores = Scores.load(scores_file)

@@ -22,6 +22,7 @@ from montessori.errors import ArgumentError, ResourceError
 from montessori.writing import read_json, write_json
 
 DONE, INPUTS, COST, LOG = "DONE", "inputs.json", "cost.json", "log.txt"
+REPORT_FILE = "report.html"
 _DROPPED = ".dropped_"
 _SECONDS_BETWEEN_COSTS = 10
 LOGGER = logging.getLogger("montessori.loop")
@@ -101,7 +102,7 @@ class RunDirectory:
             shutil.rmtree(dropped, ignore_errors=True)
             os.rename(path, dropped)
             shutil.rmtree(dropped)
-            for shown in (*self.path.glob(f"{name.partition('/')[0]}_*.png"), self.path / "report.html"):
+            for shown in (*self.path.glob(f"{name.partition('/')[0]}_*.png"), self.path / REPORT_FILE):
                 shown.unlink(missing_ok=True)
         processes.wait_for_all()
 
