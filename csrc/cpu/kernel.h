@@ -7,17 +7,21 @@ namespace montessori {
 
 enum class Step { kAdamW, kSgd };
 
-// One weight tile of `rows` × columns (padded), constants of the step folded in by the packing:
-// m = a1·exp_avg and v = s1·exp_avg_sq are [rows, columns], q is [sets, rows, columns]. Padding holds
-// m = q = 0 and v = 1. SGD has neither m nor v; its update is a2·g.
+// One weight tile of `rows` × columns (padded), constants of the step folded in by the packing: the update is
+// (m + a g) / (2 sqrt(v + s g²) + eps) with m and v [rows, columns]; q is [sets, rows, columns]. Padding holds
+// m = q = 0 and v = 1. SGD has neither m nor v; its update is a·g.
 struct TileJob {
   const float* m;
   const float* v;
   const float* q;
   int64_t rows;
   int64_t sets;
-  float a2, s2, eps;
+  float a, s, eps;
 };
+
+// With an eps far above the root of the smallest normal number, v is that at least (`keep_normal`), and kernels need
+// not look for 0.
+constexpr float kSmallestFastEps = 1e-12f, kSmallestNormal = 1.17549435e-38f;
 
 // Adds Σ q·u of one example to scores [sets]. A cell is four bytes: one token's float32, or two tokens'
 // bfloat16 in the kernels for pairs, the earlier one low. x is [steps, columns] cells; register tile r of dy, at

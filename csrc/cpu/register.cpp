@@ -71,10 +71,18 @@ const montessori::Kernel& kernel() {
 
 StepConstants constants_of(bool adamw, double a1, double a2, double s1, double s2, double eps, double decay,
                            double on_param, double on_exp_avg) {
-  const auto step = adamw ? montessori::Step::kAdamW : montessori::Step::kSgd;
   const auto narrow = [](double value) { return static_cast<float>(value); };
-  return {step,        narrow(a1),    narrow(a2),       narrow(s1),        narrow(s2),
-          narrow(eps), narrow(decay), narrow(on_param), narrow(on_exp_avg)};
+  // Of AdamW both sides of the fraction twice, which spares the kernels a product.
+  const double by = adamw ? 2 : 1;
+  return {adamw ? montessori::Step::kAdamW : montessori::Step::kSgd,
+          narrow(by * a1),
+          narrow(s1),
+          narrow(by * a2),
+          narrow(s2),
+          narrow(by * eps),
+          narrow(decay),
+          narrow(on_param),
+          narrow(on_exp_avg)};
 }
 
 // What the step reads is there: kernels do not ask again.

@@ -36,26 +36,22 @@ inline Vector root(Vector w) {
 #endif
 }
 
-// numerator / (sqrt(w) + eps). Where the processor has 14-bit seeds, one Newton step each takes the place of
+// numerator / (2 sqrt(w) + eps). Where the processor has 14-bit seeds, one Newton step each takes the place of
 // the square root and of the division, within 2.5 units in the last place: the divider needs 16 cycles a vector on
-// Intel's processors. w below the normal numbers counts as 0, so kFast is for eps far above its root (1e-19).
+// Intel's processors. kFast is for w among the normal numbers (TileJob).
 template <bool kFast>
 inline Vector quotient(Vector numerator, Vector w, float eps) {
 #if MONTESSORI_SIMD_BITS == 512
   if constexpr (kFast) {
-    // max returns its second operand where that is NaN, which must come through.
-    const Vector x = (Vector)_mm512_max_ps(_mm512_set1_ps(1.17549435e-38f), (__m512)w);
-    const Vector seed = (Vector)_mm512_rsqrt14_ps((__m512)x);
-    const Vector near = x * seed;
-    const Vector below = near * (1.5f - (0.5f * near) * seed) + eps;
-    const Vector inverse = (Vector)_mm512_rcp14_ps((__m512)(near + eps));
+    const Vector seed = (Vector)_mm512_rsqrt14_ps((__m512)w);
+    const Vector near = w * seed;
+    const Vector below = near * (3.f - near * seed) + eps;
+    const Vector inverse = (Vector)_mm512_rcp14_ps((__m512)below);
     return numerator * inverse * (2.f - below * inverse);
   }
 #endif
-  return numerator / (root(w) + eps);
+  return numerator / (2.f * root(w) + eps);
 }
-
-constexpr float kSmallestFastEps = 1e-12f;
 
 // Sum of all lanes in float64, in a fixed order.
 struct WideSum {

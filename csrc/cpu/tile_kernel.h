@@ -1,7 +1,7 @@
 // One weight tile against one example: the gradient tile lives in registers only.
 //
 //   g[o, i] = Σ_t dy[t, o] x[t, i]                                          (Eq. 5)
-//   score  += Σ_{o, i} q[o, i] (m[o, i] + a2 g) / (sqrt(v[o, i] + s2 g²) + ε)   (Eq. 1, constants folded)
+//   score  += Σ_{o, i} q[o, i] (m[o, i] + a g) / (2 sqrt(v[o, i] + s g²) + ε)   (Eq. 1, constants folded)
 //
 // Included as simd.h is. Dimensions: T tokens, MR rows and NR vectors of a register tile, K reference sets.
 #pragma once
@@ -11,6 +11,7 @@
 
 namespace {
 
+using montessori::kSmallestFastEps;
 using montessori::Step;
 using montessori::TileJob;
 
@@ -38,8 +39,8 @@ class Sums {
 // The update of one vector of gradients; the step changes the weight by -lr times it.
 template <Step step, bool kFast>
 inline Vector update(Vector g, const float* m, const float* v, const TileJob& job) {
-  if constexpr (step == Step::kSgd) return job.a2 * g;
-  return quotient<kFast>(load(m) + job.a2 * g, load(v) + (job.s2 * g) * g, job.eps);
+  if constexpr (step == Step::kSgd) return job.a * g;
+  return quotient<kFast>(load(m) + job.a * g, load(v) + (job.s * g) * g, job.eps);
 }
 
 // How a cell of x and of dy enter a product.

@@ -20,6 +20,12 @@ int64_t l2_bytes() {
   return 512 * 1024;
 }
 
+// See kSmallestFastEps; NaN stays NaN.
+void keep_normal(float* v, int64_t count, float eps) {
+  if (eps < kSmallestFastEps) return;
+  for (int64_t i = 0; i < count; ++i) v[i] = v[i] < kSmallestNormal ? kSmallestNormal : v[i];
+}
+
 // m, v, q of one tile, widened, with the constants folded in.
 class TileState {
  public:
@@ -39,8 +45,9 @@ class TileState {
       pack_tile(from, offset, stride, rows, columns, height, width, factor, fill, widen_, to);
     };
     if (c_.step == Step::kAdamW) {
-      pack(s_.exp_avg, 0, c_.a1, 0.f, m_.data());
-      pack(s_.exp_avg_sq, 0, c_.s1, 1.f, v_.data());
+      pack(s_.exp_avg, 0, c_.m, 0.f, m_.data());
+      pack(s_.exp_avg_sq, 0, c_.v, 1.f, v_.data());
+      keep_normal(v_.data(), height * width, c_.eps);
     }
     for (int64_t k = 0; k < s_.sets; ++k)
       pack(s_.q, k * matrix_rows * stride, 1.f, 0.f, q_.data() + k * height * width);
@@ -58,7 +65,7 @@ class TileState {
     for (int64_t k = 0; k < s_.sets; ++k) prefetch_tile(s_.q, k * matrix_rows * stride, stride, rows, columns);
   }
 
-  TileJob job(int64_t rows) const { return {m_.data(), v_.data(), q_.data(), rows, s_.sets, c_.a2, c_.s2, c_.eps}; }
+  TileJob job(int64_t rows) const { return {m_.data(), v_.data(), q_.data(), rows, s_.sets, c_.a, c_.s, c_.eps}; }
   // λθ, which every gradient starts from; null without.
   const float* decay() const { return decay_.empty() ? nullptr : decay_.data(); }
   // The part of every example's score that no gradient changes, [K].
@@ -342,10 +349,11 @@ void take_step(void* param, const Array& source, const Array& grad, const State&
       widen(source, at, count, 1.f - lr * c.on_param, base.data());
       if (c.on_exp_avg != 0.f) widen_add(state.exp_avg, at, count, -lr * c.on_exp_avg, base.data());
       if (adamw) {
-        widen(state.exp_avg, at, count, c.a1, m.data());
-        widen(state.exp_avg_sq, at, count, c.s1, v.data());
+        widen(state.exp_avg, at, count, c.m, m.data());
+        widen(state.exp_avg_sq, at, count, c.v, v.data());
+        keep_normal(v.data(), count, c.eps);
       }
-      const TileJob job{m.data(), v.data(), nullptr, 1, 0, c.a2, c.s2, c.eps};
+      const TileJob job{m.data(), v.data(), nullptr, 1, 0, c.a, c.s, c.eps};
       (adamw ? kernel.step_adamw : kernel.step_sgd)(job, g.data(), base.data(), lr, round_up(count, kernel.lanes),
                                                     base.data());
       narrow(base.data(), count, source.dtype, at, param);

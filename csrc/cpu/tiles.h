@@ -9,11 +9,12 @@
 
 namespace montessori {
 
-// Eq. 1 with its constants folded; `decay` is λ where weight decay is part of the gradient (Adam with L2).
-// Every example's score has Σ q·(on_param θ + on_exp_avg exp_avg) beside the kernel's sum.
+// Eq. 1 with its constants folded: the update is (m exp_avg + a g) / (2 sqrt(v exp_avg_sq + s g²) + eps), or a·g of
+// SGD; `decay` is λ where weight decay is part of the gradient (Adam with L2). Every example's score has Σ q·(on_param
+// θ + on_exp_avg exp_avg) beside the kernel's sum.
 struct StepConstants {
   Step step;
-  float a1, a2, s1, s2, eps, decay, on_param, on_exp_avg;
+  float m, v, a, s, eps, decay, on_param, on_exp_avg;
 };
 
 // A parameter's optimizer state: q [K, n], exp_avg, exp_avg_sq and param [n], contiguous; SGD has no
