@@ -1,18 +1,15 @@
-"""Engines: penalties, nucleus, stop strings, seeds and batches; a server that speaks the protocol."""
+"""Engines: penalties, nucleus, stop strings, seeds and batches."""
 
 from __future__ import annotations
 
-import json
-import threading
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 import transformers
-from support import WORDS, make_tokenizer
+from support import make_tokenizer
 
-from montessori.errors import ArgumentError, DataError, ModelError, ResourceError
+from montessori.errors import DataError, ModelError
 from montessori.loop import cache
 from montessori.loop.decoding import _Chooser, _draw, cut_at_stop
 from montessori.loop.engines import EngineSettings, Request, Sampling, derive_seed, open_engine
@@ -48,10 +45,7 @@ def requests(prompts, siblings=1, seed=0):
 
 
 def write_all(engine, asked, sampling, stop=()):
-    texts = {}
-    for batch in engine.batches(asked):
-        for request, sample in zip(batch, engine.generate(batch, sampling, stop), strict=True):
-            texts[request.id] = sample
+    texts = {request.id: sample for part in engine.write(asked, sampling, stop) for request, sample in part}
     return [texts[request.id] for request in asked]
 
 
@@ -195,122 +189,3 @@ def test_an_engine_that_is_not_installed_names_its_package():
         pytest.skip("vllm is installed")
     with pytest.raises(ModelError, match=r"pip install vllm"):
         open_engine(EngineSettings(name="vllm"))
-
-
-class Server:
-    """A completions server: answers with words drawn from the seed, after `failures` refusals."""
-
-    def __init__(self, failures=0, status=503, answer=None):
-        self.seen: list[dict] = []
-        self.headers: list[str | None] = []
-        outer, left = self, [failures]
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                outer.headers.append(self.headers.get("Authorization"))
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if left[0]:
-                    left[0] -= 1
-                    self.send_response(status)
-                    self.end_headers()
-                    self.wfile.write(b"model not\nknown")
-                    return
-                outer.seen.append(asked)
-                content = answer or outer.answer(asked)
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(json.dumps(content).encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def answer(self, asked):
-        words = [WORDS[(asked["seed"] + place) % len(WORDS)] for place in range(min(4, asked["max_tokens"]))]
-        reason = (asked.get("stop") or [None])[0] if asked["seed"] % 2 else None
-        choice = {"text": " ".join(words), "finish_reason": "stop", "stop_reason": reason}
-        return {"choices": [choice], "usage": {"completion_tokens": len(words)}}
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def endpoint(teacher, server, **settings):
-    return opened(teacher, name="endpoint", base_url=server.url, model="m", batch_size=3, **settings)
-
-
-def test_the_endpoint_is_sent_token_ids_and_settings_and_answers_in_order(teacher, monkeypatch):
-    monkeypatch.setenv("LOOP_TEST_KEY", "secret")
-    with Server() as server:
-        engine = endpoint(teacher, server, api_key_env="LOOP_TEST_KEY")
-        asked = requests(PROMPTS, siblings=2)
-        sampling = Sampling(max_new_tokens=9, repetition_penalty=1.5)
-        samples = write_all(engine, asked, sampling, stop=("</x>",))
-    assert set(server.headers) == {"Bearer secret"}
-    body = next(body for body in server.seen if body["seed"] == asked[4].seed)
-    assert body["prompt"] == engine.tokenizer(PROMPTS[2], add_special_tokens=False)["input_ids"]
-    sent = [
-        body[key] for key in ("model", "temperature", "top_p", "presence_penalty", "repetition_penalty", "max_tokens")
-    ]
-    assert sent == ["m", 1.0, 0.9, 1.0, 1.5, 9] and body["stop"] == ["</x>"]
-    for request, sample in zip(asked, samples, strict=True):
-        assert sample.text.startswith(WORDS[request.seed % len(WORDS)])
-        # The stop string is put back where the server says that it ended the text.
-        assert sample.text.endswith("</x>") == bool(request.seed % 2)
-        assert sample.num_tokens == 4 and sample.finish == "stop"
-
-
-def test_the_endpoint_tries_again_while_the_server_is_busy(teacher):
-    with Server(failures=1, status=429) as server:
-        samples = endpoint(teacher, server).generate(requests(["say"]), Sampling(max_new_tokens=2))
-    assert samples[0].num_tokens == 2
-
-
-def test_endpoint_failures_are_one_line(teacher):
-    with Server(failures=9, status=404) as server, pytest.raises(ResourceError, match="404 Not Found: model not known"):
-        endpoint(teacher, server).generate(requests(["say"]), Sampling())
-    with Server(failures=9) as server, pytest.raises(ResourceError, match="no answer after 1 tries"):
-        endpoint(teacher, server, retries=0).generate(requests(["say"]), Sampling())
-    with Server(answer={"error": "x"}) as server, pytest.raises(ResourceError, match="expected choices with a text"):
-        endpoint(teacher, server).generate(requests(["say"]), Sampling())
-    with pytest.raises(ResourceError, match="no answer after 1 tries"):
-        endpoint(teacher, server, retries=0).generate(requests(["say"]), Sampling())
-    with pytest.raises(ModelError, match="NO_SUCH_KEY is not set"):
-        endpoint(teacher, server, api_key_env="NO_SUCH_KEY")
-    with pytest.raises(ArgumentError, match=r"engine\.base_url"):
-        EngineSettings.read({"name": "endpoint"}, "x")
-    for url in ("", "foo", "localhost:8000/v1", "http://"):
-        with pytest.raises(ArgumentError, match="expected http:// or https:// and a host"):
-            EngineSettings.read({"name": "endpoint", "model": "m", "base_url": url}, "x")
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        {"choices": [{"text": None, "finish_reason": "stop"}]},
-        {"choices": [{"text": 5}]},
-        {"choices": [{"text": "half \ud83d of it"}]},
-        {"choices": [{"text": "say"}], "usage": [1]},
-        {"choices": [{"text": "say"}], "usage": {"completion_tokens": "3"}},
-        {"choices": []},
-        ["say"],
-    ],
-)
-def test_an_answer_of_another_form_is_one_line(answer, teacher):
-    with Server(answer=answer) as server, pytest.raises(ResourceError, match="expected choices with a text and a num"):
-        endpoint(teacher, server).generate(requests(["say"]), Sampling(), stop=("</x>",))
-
-
-def test_a_key_that_no_header_may_hold_is_refused_and_not_shown(teacher, monkeypatch):
-    for key in ("sk-secret\n", "sk-sécret"):
-        monkeypatch.setenv("LOOP_TEST_KEY", key)
-        with pytest.raises(ModelError, match="LOOP_TEST_KEY holds a character that no header may have") as caught:
-            endpoint(teacher, Server(), api_key_env="LOOP_TEST_KEY")
-        assert "sk-" not in str(caught.value)

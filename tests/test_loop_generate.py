@@ -10,7 +10,7 @@ import pytest
 from loop_models import make_word_tokenizer
 
 from montessori.errors import DataError, ResourceError
-from montessori.loop.engines import Sample, Sampling
+from montessori.loop.engines import BatchedEngine, Sample, Sampling
 from montessori.loop.generate import (
     GenerateSettings,
     Recipe,
@@ -27,7 +27,7 @@ from montessori.loop.prompts import CLOSE, OPEN
 SEEDS = [f"Seed task {word} about {word}ing {word}s" for word in "abcdefghij"]
 
 
-class Speller:
+class Speller(BatchedEngine):
     """An engine whose text is a function of the request: five words spelled from the seed, in batches of three."""
 
     tokenizer = make_word_tokenizer()

@@ -7,11 +7,11 @@ import pytest
 from loop_models import make_teacher, make_word_tokenizer
 
 from montessori.errors import DataError
-from montessori.loop.engines import Sample
+from montessori.loop.engines import BatchedEngine, Sample
 from montessori.loop.judge import Judge, JudgeSettings, open_judge, read_choice, read_grade
 
 
-class Replies:
+class Replies(BatchedEngine):
     """An engine that replies with what `reply` makes of the prompt."""
 
     tokenizer = make_word_tokenizer()

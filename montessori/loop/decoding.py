@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
+from montessori.loop.engines import (
+    BatchedEngine,
+    EngineSettings,
+    Request,
+    Sample,
+    Sampling,
+    context_length,
+    leaves_room,
+    prompt_ids,
+)
 from montessori.loop.sequences import Cached, Sequences, proved_sequences
 from montessori.models import free_models, load_model
 from montessori.options import resolve_device
@@ -25,7 +34,7 @@ from montessori.options import resolve_device
 _NUCLEUS = 512
 
 
-class TransformersEngine:
+class TransformersEngine(BatchedEngine):
     """Decodes up to `batch_size` sequences together; siblings share the pass over their prompt."""
 
     def __init__(self, settings: EngineSettings) -> None:

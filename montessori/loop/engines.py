@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Sequence
+import urllib.parse
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,12 +15,16 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from montessori.errors import DataError
+from montessori.errors import ArgumentError, DataError
 from montessori.journal import ScoreJournal
 from montessori.loop.section import Section
 
 # Settings of an engine that say where and how long it works, not what it writes.
 UNSEEN = frozenset({"device", "base_url", "api_key_env", "timeout", "retries", "gpu_memory_utilization"})
+
+
+# Tokens that prompt and output of an endpoint share, whose model's own limit nothing here tells.
+ENDPOINT_LIMIT = 4096
 
 
 class Sampling(Section):
@@ -43,12 +47,13 @@ class EngineSettings(Section):
     `batch_size`: sequences decoded together (`transformers`), most sequences in flight (`vllm`), or
     simultaneous requests (`endpoint`). `dtype`: of the weights; a teacher tuned with a small learning rate
     differs from its base by less than bfloat16 can hold, hence float32. `device`: auto, cpu or cuda. `max_length`:
-    tokens of prompt and output together, by default the model's own limit.
+    tokens of prompt and output together, by default the model's own limit, and 4,096 of an endpoint's.
 
     Of vllm alone: `tensor_parallel_size` devices share the weights, and `gpu_memory_utilization` of each is taken. Of
     an endpoint alone: `base_url` (http://host:port/v1) and `model`, its name there, of an OpenAI-compatible server; the
     key, if it needs one, is read from the environment variable `api_key_env`; `timeout` seconds without a byte of its
-    answer are a failed try, of which there may be `retries` more.
+    answer are a failed try, of which there may be `retries` more; `extra_body` has more fields for every request, such
+    as `top_k` and `min_p` of servers that know them.
     """
 
     name: Literal["transformers", "vllm", "endpoint"] = "transformers"
@@ -63,13 +68,14 @@ class EngineSettings(Section):
     api_key_env: str | None = None
     timeout: float = Field(default=600.0, gt=0)
     retries: int = Field(default=5, ge=0)
+    extra_body: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.name == "endpoint" and (self.base_url is None or self.model is None):
             raise ValueError("engine.name=endpoint: expected engine.base_url and engine.model as well")
-        if self.base_url is not None and not re.match(r"https?://[^/\s]+", self.base_url):
-            raise ValueError(f"engine.base_url={self.base_url!r}: expected http:// or https:// and a host")
+        if self.base_url is not None:
+            _check_url(self.base_url)
         return self
 
 
@@ -87,7 +93,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """`text` up to and with its stop string; `finish` is "stop", or "length" where the limit cut it.
+    """`text` up to and with its stop string; `finish` is "stop", or "length" where the limit or a server cut it.
 
     `ids`: what the model wrote, with the token that ended it; None where the engine does not tell.
     """
@@ -109,14 +115,55 @@ class Engine(Protocol):
     def fits(self, prompt: str) -> bool:
         """Whether `prompt` leaves room for output in the context of the model."""
 
-    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """The calls of `generate` that `requests` take: what is kept on disk before the next one starts."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = ()) -> list[Sample]:
-        """One sample per request, in order."""
+    def write(
+        self, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = (), done: Container[str] = ()
+    ) -> Iterator[list[tuple[Request, Sample]]]:
+        """One sample of every request whose id is not `done`, as they come: a list is kept on disk before the next."""
 
     def release(self) -> None:
         """Give the memory of the model back; `load` brings the engine to life again."""
+
+
+class BatchedEngine:
+    """Engines whose texts depend, if in their last bits alone, on what shares a batch: where one request of a batch is
+    not done, all are written again."""
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """The calls of `generate` that `requests` take."""
+        raise NotImplementedError
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = ()) -> list[Sample]:
+        """One sample per request, in order."""
+        raise NotImplementedError
+
+    def write(
+        self, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = (), done: Container[str] = ()
+    ) -> Iterator[list[tuple[Request, Sample]]]:
+        for batch in self.batches(requests) if requests else []:
+            if not all(request.id in done for request in batch):
+                yield list(zip(batch, self.generate(batch, sampling, stop), strict=True))
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        parts = urllib.parse.urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname or any(map(str.isspace, url)):
+        raise ValueError(f"engine.base_url={url!r}: expected http:// or https:// and a host")
+    if parts.username is not None:
+        raise ValueError("engine.base_url: expected no name or password in it: give a key by engine.api_key_env")
+    if parts.query or parts.fragment:
+        raise ValueError(f"engine.base_url={url!r}: expected an address that /completions can follow, without ? and #")
+
+
+def check_room(settings: EngineSettings, sampling: Sampling, key: str) -> None:
+    """Raise ArgumentError where an endpoint's default limit would cut answers short of max_new_tokens."""
+    if settings.name == "endpoint" and settings.max_length is None and sampling.max_new_tokens >= ENDPOINT_LIMIT:
+        raise ArgumentError(
+            f"{key}.max_length: prompt and output share {ENDPOINT_LIMIT} tokens of an endpoint by default, and "
+            f"max_new_tokens is {sampling.max_new_tokens}: set it to what the server takes"
+        )
 
 
 def open_engine(settings: EngineSettings) -> Engine:
@@ -149,15 +196,10 @@ class SampleMemory:
         self, engine: Engine, requests: Sequence[Request], sampling: Sampling, stop: Sequence[str] = ()
     ) -> list[Sample]:
         """One sample per request; those not on disk are written by the engine and put there."""
-        for batch in engine.batches(requests) if requests else []:
-            if not all(request.id in self.samples for request in batch):
-                samples = engine.generate(batch, sampling, stop)
-                rows = [
-                    {"id": request.id, **dataclasses.asdict(sample)}
-                    for request, sample in zip(batch, samples, strict=True)
-                ]
-                self.journal.append({"samples": rows})
-                self._take({"samples": rows})
+        for written in engine.write(requests, sampling, stop, self.samples):
+            rows = [{"id": request.id, **dataclasses.asdict(sample)} for request, sample in written]
+            self.journal.append({"samples": rows})
+            self._take({"samples": rows})
         return [self.samples[request.id] for request in requests]
 
     def _take(self, record: dict[str, Any]) -> None:

@@ -196,7 +196,11 @@ class Judge:
             fitting = [request for request in requests if self.engine.fits(request.prompt)]
             samples = SampleMemory(journal).complete(self.engine, fitting, self.settings.sampling)
         self.tokens += sum(sample.num_tokens for sample in samples)
-        replies = {request.id: sample.text for request, sample in zip(fitting, samples, strict=True)}
+        # What it thought before is no verdict.
+        replies = {
+            request.id: prompts.outside_thoughts(prompts.opening_thought(request.prompt) + sample.text)
+            for request, sample in zip(fitting, samples, strict=True)
+        }
         return [replies.get(request.id, "") for request in requests]
 
     def _check(self, values: np.ndarray, expected: str) -> None:

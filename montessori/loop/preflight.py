@@ -15,7 +15,7 @@ from montessori.fingerprint import check_outside
 from montessori.loop import prompts
 from montessori.loop.answers import read_mt_bench
 from montessori.loop.config import Config
-from montessori.loop.engines import context_length, leaves_room, open_engine
+from montessori.loop.engines import check_room, context_length, leaves_room, open_engine
 from montessori.loop.fit import FitSettings, check_reports
 from montessori.loop.heldout import encode_heldout
 from montessori.loop.judge import JudgeSettings
@@ -41,6 +41,8 @@ def check_config(config: Config) -> None:
     resolve_device(config.score.device, "score.device")
     resolve_device(config.engine.device, "engine.device")
     ops.check_impl(config.score.backend, "score.backend")
+    for sampling in (config.generate.sampling, config.responses.sampling, config.evaluate.answers.sampling):
+        check_room(config.engine, sampling, "engine")
     if config.judge is not None and _is_judged(config):
         _check_judge(config.judge)
     for key, section in _trained(config):
@@ -78,6 +80,7 @@ def _check_judge(judge: JudgeSettings) -> None:
         open_engine(judge.engine)
     except ModelError as error:
         raise ModelError(f"judge.{error}") from error
+    check_room(judge.engine, judge.sampling, "judge.engine")
 
 
 def check_place(path: Path, config: Config) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from montessori.errors import ModelError
-from montessori.loop.engines import EngineSettings, Request, Sample, Sampling, context_length, leaves_room, prompt_ids
+from montessori.loop.engines import (
+    BatchedEngine,
+    EngineSettings,
+    Request,
+    Sample,
+    Sampling,
+    context_length,
+    leaves_room,
+    prompt_ids,
+)
 from montessori.models import checkpoint_name
 
 # A call keeps the engine busy for this many rounds of its sequences; finished calls survive a kill.
@@ -20,7 +29,7 @@ _CALL_ROUNDS = 8
 _INCIDENTAL = ("_name_or_path", "dtype", "transformers_version", "use_cache")
 
 
-class VllmEngine:
+class VllmEngine(BatchedEngine):
     """One `vllm.LLM` for the whole run.
 
     On GPUs `release` puts it to sleep (weights and cache are discarded) and `load` wakes it and reads the
@@ -87,7 +96,7 @@ class VllmEngine:
             Sample(
                 output.text,
                 len(output.token_ids),
-                "length" if output.finish_reason == "length" else "stop",
+                "stop" if output.finish_reason in (None, "stop") else "length",
                 list(output.token_ids),
             )
             for output in outputs
