@@ -7,7 +7,7 @@ loss function of the user's own. Such rows are taken one at a time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +41,9 @@ LONG_SLACK = 4
 # Of a loss function of the user's own whole batches are compared: rows that meet in it, those of one prompt, say, need
 # not be any three.
 WHOLE_BATCHES = 4
+# And rows of each in another order: a model that groups them by a column, and puts their losses back in place, has its
+# layers see other rows than the batch's.
+REORDERED = 8
 
 
 @missing_inputs_named()
@@ -104,16 +107,23 @@ class Apart:
     @failures_named()
     @unrounded_products()
     def apart(
-        self, model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction
+        self,
+        model: nn.Module,
+        batches: Sequence[Sequence[Example]],
+        loss: LossFunction,
+        alike: Callable[[Sequence[Example]], bool],
     ) -> Sequence[Sequence[Example]]:
         """`batches`, longest first; or each example by itself, with a FallbackWarning, where rows of a batch change
-        each other's loss."""
-        alone = self._long_alone(model, batches) if loss is response_loss else self._whole_alone(model, batches, loss)
+        each other's loss, or, of a loss of the user's own, where captured gradients are not `alike` in every order."""
+        if loss is response_loss:
+            alone = self._long_alone(model, batches)
+        else:
+            alone = self._whole_alone(model, batches, loss, alike)
         if alone:
             return batches
         warnings.warn(
-            f"the losses of candidates of {batches[0][0].num_tokens} tokens depend on what shares their batch: "
-            "candidates are scored one at a time, which is slower",
+            f"the losses of candidates of {batches[0][0].num_tokens} tokens, or their gradients, depend on what shares "
+            "their batch: candidates are scored one at a time, which is slower",
             FallbackWarning,
             stacklevel=4,
         )
@@ -129,9 +139,18 @@ class Apart:
         self.tokens = most
         return True
 
-    def _whole_alone(self, model: nn.Module, batches: Sequence[Sequence[Example]], loss: LossFunction) -> bool:
+    def _whole_alone(
+        self,
+        model: nn.Module,
+        batches: Sequence[Sequence[Example]],
+        loss: LossFunction,
+        alike: Callable[[Sequence[Example]], bool],
+    ) -> bool:
         for batch in _spread(batches, WHOLE_BATCHES - self.batches):
             if not _rows_stand_alone(model, batch, loss, LONG_TOKENS, LONG_SLACK):
+                return False
+            places = [place * len(batch) // REORDERED for place in range(REORDERED)] if len(batch) > REORDERED else ()
+            if not alike([batch[place] for place in places] if places else batch):
                 return False
             self.batches += 1
         return True

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from montessori import ops
 from montessori.batching import Batch
 from montessori.calls import EmbeddingCalls, ProductCalls
-from montessori.errors import ModelError
+from montessori.errors import ModelError, UntrainedLossError
 from montessori.experts import ExpertStack, chosen_by_expert, expert_matrix, experts_forward
 from montessori.head import ChunkedHead, hidden_states
 from montessori.local import local_gradients
@@ -32,6 +32,7 @@ from montessori.products import fast_products, forward_replaced, linear
 from montessori.replay import ReplayedCalls
 from montessori.rowmap import RowMap, Rows, UnmappableRowsError
 from montessori.rules import CONV1D, EMBEDDING, EXPERTS, LOCAL, PRODUCT, ModuleRule, Plan
+from montessori.strangers import leaves_below
 from montessori.uses import DenseUse, LinearUse, RestUse, RowsUse, Use, merge
 
 
@@ -110,6 +111,25 @@ class Capture:
             for parameter in self._plan.trainable.values():
                 parameter.grad = None
         return losses.detach()
+
+    def reached(self, batch: Batch, loss: LossFunction, names: Iterable[str]) -> set[str]:
+        """Which of the parameters `names`, frozen while the hooks are in place, the losses depend on, by another pass
+        over the same batch: in another one a model may use them otherwise."""
+        asked, head = {id(self._plan.trainable[name]): name for name in names}, self._plan.head
+        try:
+            for name in asked.values():
+                self._plan.trainable[name].requires_grad_(True)
+            # The logits of a whole batch are more than it may hold.
+            output = (
+                example_losses(self._model, batch, loss) if head is None else hidden_states(self._model, head, batch)
+            )
+            leaves = leaves_below(output)
+        except UntrainedLossError:
+            leaves = []
+        finally:
+            for name in asked.values():
+                self._plan.trainable[name].requires_grad_(False)
+        return {asked[id(leaf)] for leaf in leaves if id(leaf) in asked}
 
     def _labelled(self) -> str | None:
         """The module that labelled rows alone may reach, where a loss of the user's own may have other texts."""

@@ -25,6 +25,7 @@ from montessori.errors import FallbackWarning, ModelError, MontessoriError, Untr
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, prove_packing, response_loss
+from montessori.norms import NormSink
 from montessori.oracle import example_gradients, is_finite, norm
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode
@@ -157,9 +158,12 @@ def missing_inputs_named() -> Iterator[None]:
 
 
 @unrounded_products()
-def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunction) -> Plan:
-    """A plan whose captured gradients equal autograd's on windows of `examples` (one or two); of a loss of the user's
-    own, on the first two whole `examples` that have a gradient.
+def verified_plan(
+    model: nn.Module, examples: Sequence[Example], loss: LossFunction, longer: Example | None = None
+) -> Plan:
+    """A plan whose captured gradients equal autograd's on windows of `examples` (one or two), and of one `longer`
+    example that need not have a finite gradient; of a loss of the user's own, on the first two whole `examples` that
+    have a gradient.
 
     Parameters that fail are captured by replayed calls; those that fail so too or are too large for it, and those that
     none of the examples reaches, are moved to the fallback, with one FallbackWarning that names them.
@@ -168,40 +172,87 @@ def verified_plan(model: nn.Module, examples: Sequence[Example], loss: LossFunct
     parameters = plan.trainable
     if loss is response_loss:
         examples = of_two_lengths([window(example, PROOF_TOKENS[i > 0]) for i, example in enumerate(examples)])
+        examples = [*examples[:-1], *([] if longer is None else [window(longer, PROOF_TOKENS[0])]), examples[-1]]
     else:
         examples = with_gradient(model, parameters, examples, loss)
-    proved: set[str] = set()
-    doubted: set[str] = set()
-    tolerance = widest(TOLERANCE, model)
+    proof = _Proof(model, plan, loss, several=len(examples) > 1)
     for position, example in enumerate(examples):
         expected, _ = example_gradients(model, parameters, example, loss)
-        if not _are_finite(expected, example, loss):
+        if not _are_finite(expected, example, loss, needed=longer is None or position != len(examples) - 2):
             continue
-        scale = sum(float(norm(grad)) ** 2 for grad in expected.values() if grad is not None) ** 0.5
-        while True:
-            sink = _CompareSink(expected, position, scale, parameters, tolerance)
-            group = examples
-            if plan.per_example:
-                group, sink.position = [example], 0
-            wrong, unmappable = _disagreeing(model, plan, group, loss, sink)
-            # Where there is one example, nothing else can say so.
-            wrong |= sink.doubtful & doubted if len(examples) > 1 else sink.doubtful
-            if not wrong - plan.fallback:
-                break
-            plan.leave(wrong, unmappable)
-        doubted |= sink.doubtful
-        # Where the loss has no gradient at all, every rule would pass.
-        proved |= sink.used if scale else set()
-    plan.fallback |= parameters.keys() - proved
+        proof.of(examples, position, expected)
+        if position and loss is not response_loss:
+            # Such a loss has the model see rows in an order of its own, and may do so for those in this order alone.
+            proof.of(examples[::-1], len(examples) - 1 - position, expected)
+    plan.fallback |= parameters.keys() - proof.proved
     plan.settle()
     if plan.fallback:
         _warn(plan)
     elif loss is response_loss:
-        last = _CompareSink(expected, len(examples) - 1, scale, parameters, tolerance, HEAD_SLACK)
+        last = proof.sink(len(examples) - 1, expected, HEAD_SLACK)
         plan.head = _proved_head(model, plan.rules, examples)
         if plan.head is not None and (_disagreeing(model, plan, examples, loss, last)[0] or last.doubtful):
             plan.head = None
     return plan
+
+
+@dataclass
+class _Proof:
+    """Goes on leaving what disagrees with autograd to other ways of capture, until nothing does. `several` examples are
+    compared; `proved` has been seen to agree, `doubted` was off once."""
+
+    model: nn.Module
+    plan: Plan
+    loss: LossFunction
+    several: bool
+    proved: set[str] = field(default_factory=set)
+    doubted: set[str] = field(default_factory=set)
+
+    def sink(self, position: int, expected: dict[str, Tensor | None], slack: float = 1.0) -> _CompareSink:
+        scale = sum(float(norm(grad)) ** 2 for grad in expected.values() if grad is not None) ** 0.5
+        return _CompareSink(expected, position, scale, self.plan.trainable, widest(TOLERANCE, self.model), slack)
+
+    def of(self, group: Sequence[Example], position: int, expected: dict[str, Tensor | None]) -> None:
+        """The gradient of the example at `position` of `group` against the `expected` one."""
+        while True:
+            sink, some = self.sink(position, expected), group
+            if self.plan.per_example:
+                some, sink.position = [group[position]], 0
+            wrong, unmappable = _disagreeing(self.model, self.plan, some, self.loss, sink)
+            # Where there is one example, nothing else can say so.
+            wrong |= sink.doubtful & self.doubted if self.several else sink.doubtful
+            if not wrong - self.plan.fallback:
+                break
+            self.plan.leave(wrong, unmappable)
+        self.doubted |= sink.doubtful
+        # Where the loss has no gradient at all, every rule would pass.
+        self.proved |= sink.used if sink.scale else set()
+
+
+@unrounded_products()
+def alike_in_any_order(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> bool:
+    """Whether the gradients captured of `examples` in one batch are, by their norms, those captured in reverse order.
+
+    Also where they cannot be captured in one batch at all, which scoring finds on its own.
+    """
+    try:
+        one, other = (_norms(model, plan, loss, some) for some in (examples, examples[::-1]))
+    except (UnmappableRowsError, UntrainedLossError):
+        return True
+    tolerance = SURELY * widest(TOLERANCE, model)
+    scale = torch.stack(list(one.values())).sum(0).sqrt()
+    pairs = [(squares.sqrt(), other[name].flip(0).sqrt()) for name, squares in one.items()]
+    errors = (((there - here).abs(), tolerance * (here + NOISE_SHARE * scale)) for here, there in pairs)
+    # What is not finite is reported by its row.
+    return all(bool(((error <= allowed) | ~error.isfinite()).all()) for error, allowed in errors)
+
+
+def _norms(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Squared norms of the captured gradient of every parameter, float64 [B]."""
+    capture, sink = Capture(model, plan, rows_checked=loss is not response_loss), NormSink(len(examples))
+    with capture.installed():
+        capture.run(collate(examples).to(next(iter(plan.trainable.values())).device), loss, sink)
+    return sink.squares
 
 
 def with_gradient(
@@ -285,13 +336,13 @@ def window(example: Example, most: int) -> Example:
     return Example(example.input_ids[start : start + most], example.labels[start : start + most], example.index)
 
 
-def _are_finite(grads: Mapping[str, Tensor | None], example: Example, loss: LossFunction) -> bool:
+def _are_finite(grads: Mapping[str, Tensor | None], example: Example, loss: LossFunction, needed: bool) -> bool:
     """Whether the gradients say something; those of a loss of the user's own need not, where no row has better ones.
 
-    Raises ModelError where those of the ordinary loss are not finite.
+    Raises ModelError where those of the ordinary loss are not finite and `needed`.
     """
     wrong = [name for name, grad in grads.items() if grad is not None and not is_finite(grad)]
-    if wrong and loss is response_loss:
+    if wrong and needed and loss is response_loss:
         raise ModelError(
             f"{wrong[0]}: its gradient is not finite for a window of {example.num_tokens} tokens of a reference row; "
             "check the weights, and whether their dtype is wide enough"

@@ -351,6 +351,8 @@ class InfluenceEstimator:
             # The truth of an audit has the bits of the real optimizer.
             impl = self.options.backend if self.options.method == "exact" else "reference"
             of_reference = self._reference_loss if impl == "reference" else self._proofs.chunked_reference_loss(full)
+            if self._idle.parameters:
+                self.references.check_reached(full, self._reference_loss)
             delta, loss = real_drift(full, self.state, self.references, of_reference, impl)
             scorer = ExactScorer(
                 full,

@@ -23,21 +23,26 @@ from montessori.losses import LossFunction
 from montessori.optim_state import AdamWState
 from montessori.optimizers import LiveOptimizer
 from montessori.parameters import trainable_parameters
-from montessori.passes import evaluation_mode, example_losses
+from montessori.passes import HELD_FIXED, evaluation_mode, example_losses
 from montessori.strangers import leaves_below
 
 
 @dataclass(frozen=True)
 class Idle:
-    """Trainable `parameters` by name, and the modules that hold some of them and took no part in the forward pass."""
+    """Trainable `parameters` by name, and the modules that hold some of them and took no part in the forward pass.
+
+    A silent module that is called makes every pass fail, one without gradients too; of other uses a pass with gradients
+    tells (`montessori.passes.HELD_FIXED`).
+    """
 
     parameters: Mapping[str, nn.Parameter]
     silent: Mapping[str, nn.Module]
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Frozen inside; raises StateError where one of the silent modules is called after all."""
+        """Frozen inside; StateError is raised where a row takes one of them after all."""
         with ExitStack() as stack:
+            stack.callback(HELD_FIXED.reset, HELD_FIXED.set(frozenset(self.parameters)))
             for parameter in self.parameters.values():
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)

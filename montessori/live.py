@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
@@ -23,6 +24,8 @@ from montessori.shared import Shared
 _COLUMNS, _ROWS = 256, 256
 # Attributes of a module that do not change what it computes here, where every module is in eval mode.
 _IDLE = {"training", "name_or_path", "warnings_issued"}
+# Values of a buffer that is put back: what counts tokens is small, what holds quantised weights is not written.
+_MOST_COUNTED = 1 << 20
 # transformers notes here that a model has the hooks by which it collects hidden states.
 _HOOKS_INSTALLED = {"_output_capturing_hooks_installed"}
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -32,16 +35,39 @@ _NEW_LOCK = threading.Lock()
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """The model for oneself: other threads that would score it wait. Where an error or an interrupt ends this, whenever
-    it comes, modes, hooks and gradients are as they were before."""
+    it comes, modes, hooks and gradients are as they were before; buffers are in any case."""
     with _NEW_LOCK:
         lock = _LOCKS.setdefault(model, threading.RLock())
     with lock:
-        put_back = _arrangement(model)
+        put_back, counted = _arrangement(model), _buffers(model)
         try:
             yield
         except BaseException:
             to_the_end(put_back)
             raise
+        finally:
+            to_the_end(counted)
+
+
+def _buffers(model: nn.Module) -> Callable[[], None]:
+    """What puts back the values that forward passes have written into buffers, such as counts of an expert's tokens.
+
+    A buffer that was replaced, as by a longer table of positions, stays so: other attributes tell of it.
+    """
+    found = [(module, key, buffer) for module in model.modules() for key, buffer in module.named_buffers(recurse=False)]
+    kept = [
+        (module, key, buffer, buffer.detach().clone())
+        for module, key, buffer in found
+        if _is_plain(buffer) and buffer.numel() <= _MOST_COUNTED and buffer.layout is torch.strided
+    ]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for module, key, buffer, before in kept:
+            if module._buffers.get(key) is buffer and not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+    return put_back
 
 
 def _arrangement(model: nn.Module) -> Callable[[], None]:
@@ -130,11 +156,24 @@ def own_precision(model: nn.Module) -> Iterator[None]:
         eager = _EAGER.on() if "torch._dynamo" in sys.modules else nullcontext()
         # A default device of the owner's would also be that of offsets and sums, which belong on the host.
         host = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-        with host, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), eager:
+        exact = torch.autocast(device, enabled=False)
+        with host, torch.inference_mode(False), torch.enable_grad(), exact, eager, _made_anew():
             yield
     finally:
         if aside:
             attributes["forward"] = forward
+
+
+@contextmanager
+def _made_anew() -> Iterator[None]:
+    """Weights that are made of others are made in every pass, whatever the owner keeps by `parametrize.cached`: of
+    moved weights they are others."""
+    kept = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = kept
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -113,6 +113,8 @@ def validate_model(model: nn.Module) -> None:
             )
         if parameter.is_meta:
             raise ModelError(f"{name} is on the meta device, without values: load the model without offloading")
+        if parameter.is_complex() and parameter.requires_grad:
+            raise ModelError(f"{name}: expected a real weight, got {parameter.dtype}: freeze it, or keep it as two")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         if _is_quantised(model):
             raise ModelError(

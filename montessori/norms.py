@@ -7,7 +7,7 @@ all examples in one call. Dimensions: B examples, L rows of the longest, a weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -22,6 +22,27 @@ from montessori.uses import DenseUse, ExpertsUse, LinearUse, RestUse, RowsUse, U
 
 # Values of [examples, L, L] at a time.
 _HELD = 1 << 24
+
+
+@dataclass
+class NormSink:
+    """A sink of `Capture`: the squared norm of every parameter's gradient of each of `size` examples, float64 [B]."""
+
+    size: int
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def use(self, name: str, use: Use | RestUse) -> None:
+        self._of(name).add_(squared_norms(use, self.size).cpu())
+
+    def part(self, name: str, first: int, use: LinearUse, _rows: slice) -> None:
+        count = use.offsets.numel() - 1
+        self._of(name)[first : first + count] += squared_norms(use, count).cpu()
+
+    def absent(self, name: str) -> None:
+        self._of(name)
+
+    def _of(self, name: str) -> Tensor:
+        return self.squares.setdefault(name, torch.zeros(self.size, dtype=torch.float64, device="cpu"))
 
 
 def squared_norms(use: Use | RestUse, size: int, impl: str = "auto") -> Tensor:

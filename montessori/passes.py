@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 from montessori.batching import Batch
-from montessori.errors import ModelError, MontessoriError, UntrainedLossError
+from montessori.errors import ModelError, MontessoriError, StateError, UntrainedLossError
 from montessori.losses import LossFunction, response_loss
 from montessori.quantised_layers import quantised_layers
-from montessori.strangers import look_for_strangers
+from montessori.strangers import leaves_below, look_for_strangers
 from montessori.wording import clipped
 
 # What a RuntimeError says where memory ran out: torch's allocators, its check of a call of CUDA, the CUDA kernels'
@@ -27,11 +28,17 @@ MEMORY_ERRORS = (
 )
 
 
+# Names of trainable parameters that are held fixed, since the optimizer has no moments of them (`montessori.idle`).
+HELD_FIXED: ContextVar[frozenset[str]] = ContextVar("held_fixed", default=frozenset())
+
+
 def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
     """The loss function's result, checked to be one differentiable value per example [B]."""
     own = loss is not response_loss and any(batch.rows)
     try:
-        losses = loss(model, batch)
+        with _fixed_ones_seen(model, batch) as look:
+            losses = loss(model, batch)
+            look(losses)
     except Exception as error:
         if not own or isinstance(error, MontessoriError) or out_of_memory(error):
             raise
@@ -50,6 +57,34 @@ def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor
     if torch.is_grad_enabled() and own:
         look_for_strangers(model, losses)
     return losses
+
+
+@contextmanager
+def _fixed_ones_seen(model: nn.Module, batch: Batch) -> Iterator[Callable[[object], None]]:
+    """Gives what raises StateError where losses depend on one of HELD_FIXED. They train while the losses are made, so
+    that the graph shows them, and get no gradient."""
+    names = HELD_FIXED.get()
+    if not names or not torch.is_grad_enabled():
+        yield lambda losses: None
+        return
+    fixed = {id(entry): name for name, entry in model.named_parameters() if name in names}
+
+    def look(losses: object) -> None:
+        leaves = leaves_below(losses) if isinstance(losses, Tensor) else []
+        reached = next((fixed[id(leaf)] for leaf in leaves if id(leaf) in fixed), None)
+        if reached is not None:
+            raise StateError(
+                f"{reached} enters the loss of row {', '.join(map(str, batch.index[:4]))}, though not that of others, "
+                "and the optimizer has no moments of it: expected an optimizer that has stepped it; train it first, or "
+                "freeze it"
+            )
+
+    with ExitStack() as stack:
+        for name, entry in model.named_parameters():
+            if name in names:
+                entry.requires_grad_(True)
+                stack.callback(entry.requires_grad_, False)
+        yield look
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
 from montessori.apart import Apart, proved_rows
 from montessori.batching import Example, spread
-from montessori.coverage import failures_named, prove_head, proved_loss, verified_plan, with_gradient
+from montessori.coverage import (
+    alike_in_any_order,
+    failures_named,
+    prove_head,
+    proved_loss,
+    verified_plan,
+    with_gradient,
+)
 from montessori.holdings import held_modules
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, response_loss
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode, gradients_aside
-from montessori.referenceset import ReferenceSets, shortest, telling
+from montessori.referenceset import PROOF_TOKENS, ReferenceSets, shortest, telling
 from montessori.rules import Plan
 
 # Candidates among which a loss of the user's own finds two with a gradient.
@@ -33,6 +41,7 @@ class Proofs:
     reference_loss: LossFunction
     backend: str
     _provers: Sequence[Example] = ()
+    _longest: Example | None = None
     _plan: Plan | None = None
     _rows_proved: bool = False
     _has_gradient: bool = False
@@ -47,8 +56,15 @@ class Proofs:
     def meet(self, candidates: Sequence[Example]) -> None:
         """Where one of the losses is the user's own, rows of the other kind may not do for a proof: the loss of
         candidates is proved on the first that come, and again on the first of another length, since examples of one
-        length show neither padding nor, alone, mixing."""
-        if not candidates or not (self.own_loss or self.reference_loss is not response_loss):
+        length show neither padding nor, alone, mixing. Otherwise on references, and on a candidate where all of them
+        are shorter than it and than a window: a model may take another way with longer texts."""
+        if not candidates:
+            return
+        if not (self.own_loss or self.reference_loss is not response_loss):
+            shown = self._longest or self.references.telling()[0]
+            longest = telling([shown, *candidates])[0]
+            if min(longest.num_tokens, PROOF_TOKENS[0]) > shown.num_tokens:
+                self._longest, self._plan = longest, None
             return
         known = self._provers
         some = telling([*known, *candidates])
@@ -66,7 +82,7 @@ class Proofs:
             with failures_named():
                 prove_head(self.model, shortest(examples), self.loss)
                 self.references.check_shortest(self.model, self.reference_loss)
-                self._plan = verified_plan(self.model, examples, self.loss)
+                self._plan = verified_plan(self.model, examples, self.loss, self._longest)
         return self._plan
 
     def prove_rows(self, full: nn.Module) -> None:
@@ -87,7 +103,11 @@ class Proofs:
     def batches(self, batches: Sequence[Sequence[Example]], full: nn.Module) -> Sequence[Sequence[Example]]:
         """`Apart.apart` of the batches of one call. What rows do to each other in a loss of the user's own may be less
         than a narrow model rounds."""
-        return self._apart.apart(full if self.own_loss else self.model, batches, self.loss)
+        plan = self.plan()
+        alike = partial(alike_in_any_order, self.model, plan, self.loss)
+        if plan.per_example:
+            return batches
+        return self._apart.apart(full if self.own_loss else self.model, batches, self.loss, alike)
 
     @contextmanager
     def companions_aside(self) -> Iterator[None]:

@@ -105,6 +105,13 @@ class ReferenceSets:
                     totals[k] += (losses.double() * weight).sum().cpu()
         return totals
 
+    def check_reached(self, model: nn.Module, loss: LossFunction) -> None:
+        """A pass with gradients over all examples, none of which is taken: for the checks of `example_losses`."""
+        with evaluation_mode(model):
+            for name in self.sets:
+                for batch, _ in self._weighted_batches(model, name):
+                    example_losses(model, batch, loss)
+
     def gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], loss: LossFunction
     ) -> tuple[dict[str, Tensor], Tensor]:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from montessori import processes
-from montessori.batching import Example, collate
+from montessori.batching import Batch, Example, collate
 from montessori.capture import Capture
 from montessori.cpu import TileSample
-from montessori.errors import FallbackWarning, IdleWarning, ResourceError, UntrainedLossError
+from montessori.errors import FallbackWarning, IdleWarning, ModelError, ResourceError, UntrainedLossError
 from montessori.expansion import Expansion, real_products
 from montessori.journal import ScoreJournal
 from montessori.live import undisturbed
@@ -80,6 +80,7 @@ class LinearScorer:
         self._capture = Capture(self.model, self.plan, self.impl, rows_checked=self.loss is not response_loss)
         self._draws: dict[str, TileSample] = {}
         self._unreached: set[str] = set()
+        self._cleared: set[str] = set()
         self._device = next(iter(self.plan.trainable.values())).device
         with undisturbed(self.plan.trainable), self._capture.installed():
             yield
@@ -134,10 +135,24 @@ class LinearScorer:
                 sink.absent(name)
             with torch.no_grad():
                 losses = example_losses(self.model, batch, self.loss)
+        else:
+            self._check_missing(batch, sink.missing - self.plan.fallback - self._cleared)
         if clipping is not None:
             clipping.release()
         variance = sink.variance.cpu() if self.sample < 1 else None
         return Scored(expansion.constant + sink.scores.cpu(), losses.double().cpu(), variance)
+
+    def _check_missing(self, batch: Batch, names: set[str]) -> None:
+        """Raise ModelError for one of `names`, which no hook saw used, that the losses depend on all the same. A name
+        is looked for once."""
+        past = self._capture.reached(batch, self.loss, names) if names else ()
+        if past:
+            rows = ", ".join(map(str, batch.index[:4])) + (", ..." if batch.size > 4 else "")
+            raise ModelError(
+                f"{min(past)} enters the loss of row {rows} past the module that holds it, as in no row that the "
+                "capture was proved on: its part of the score would be missing; use method='exact'"
+            )
+        self._cleared |= names
 
     def _score_halves(self, group: Sequence[Example]) -> Scored:
         tokens = len(group) * max(example.num_tokens for example in group)

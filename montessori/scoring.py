@@ -30,7 +30,8 @@ class InfluenceSink:
 
     `drift` is ⟨q, Δ(0)⟩ per parameter, [K]: the score where an example has no gradient. With `sample` below 1,
     matrices are scored on that share of their tiles, and `variance` [B, K] is that of the sum; `draws` keeps the
-    tiles, the same for every batch. `unreached` are the parameters with a drift that no example of some batch reached.
+    tiles, the same for every batch. `missing` are the parameters that no example of the batch reached, `unreached` the
+    ones with a drift that none of some batch did.
     """
 
     q: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class InfluenceSink:
     sample: float = 1.0
     draws: dict[str, cpu.TileSample] = field(default_factory=dict)
     unreached: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
     scores: Tensor = field(init=False)
     variance: Tensor = field(init=False)
 
@@ -127,6 +129,7 @@ class InfluenceSink:
 
     def absent(self, name: str) -> None:
         self.scores += self.drift[name]
+        self.missing.add(name)
         if self.drift[name].any():
             self.unreached.add(name)
 
