@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from montessori.batching import Example, collate
+from montessori.capture import Capture
 from montessori.copies import check_copy
 from montessori.coverage import (
     LOSS_TOKENS,
+    NOISE_SHARE,
+    SURELY,
+    TOLERANCE,
     failures_named,
     missing_inputs_named,
     of_two_lengths,
@@ -24,13 +28,16 @@ from montessori.coverage import (
     widest,
     window,
 )
-from montessori.errors import FallbackWarning, ModelError
+from montessori.errors import FallbackWarning, ModelError, UntrainedLossError
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, response_loss
+from montessori.norms import NormSink
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode, example_losses
 from montessori.products import unrounded_products
 from montessori.referenceset import ReferenceSets, shortest
+from montessori.rowmap import UnmappableRowsError
+from montessori.rules import Plan
 
 # Rounding allowed in a mean of token losses: 30 layers of float32 show 1.4e-6 for windows of LOSS_TOKENS.
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -154,6 +161,32 @@ class Apart:
                 return False
             self.batches += 1
         return True
+
+
+@unrounded_products()
+def alike_in_any_order(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> bool:
+    """Whether the gradients captured of `examples` in one batch are, by their norms, those captured in reverse order.
+
+    Also where they cannot be captured in one batch at all, which scoring finds on its own.
+    """
+    try:
+        one, other = (_norms(model, plan, loss, some) for some in (examples, examples[::-1]))
+    except (UnmappableRowsError, UntrainedLossError):
+        return True
+    tolerance = SURELY * widest(TOLERANCE, model)
+    scale = torch.stack(list(one.values())).sum(0).sqrt()
+    pairs = [(squares.sqrt(), other[name].flip(0).sqrt()) for name, squares in one.items()]
+    errors = (((there - here).abs(), tolerance * (here + NOISE_SHARE * scale)) for here, there in pairs)
+    # What is not finite is reported by its row.
+    return all(bool(((error <= allowed) | ~error.isfinite()).all()) for error, allowed in errors)
+
+
+def _norms(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Squared norms of the captured gradient of every parameter, float64 [B]."""
+    capture, sink = Capture(model, plan, rows_checked=loss is not response_loss), NormSink(len(examples))
+    with capture.installed():
+        capture.run(collate(examples).to(next(iter(plan.trainable.values())).device), loss, sink)
+    return sink.squares
 
 
 def _ends_and_middle(examples: Sequence[Example]) -> Sequence[Example]:

@@ -25,7 +25,6 @@ from montessori.errors import FallbackWarning, ModelError, MontessoriError, Untr
 from montessori.head import ChunkedLoss, HeadError, chunkable_head, returns_logits
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, prove_packing, response_loss
-from montessori.norms import NormSink
 from montessori.oracle import example_gradients, is_finite, norm
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode
@@ -227,32 +226,6 @@ class _Proof:
         self.doubted |= sink.doubtful
         # Where the loss has no gradient at all, every rule would pass.
         self.proved |= sink.used if sink.scale else set()
-
-
-@unrounded_products()
-def alike_in_any_order(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> bool:
-    """Whether the gradients captured of `examples` in one batch are, by their norms, those captured in reverse order.
-
-    Also where they cannot be captured in one batch at all, which scoring finds on its own.
-    """
-    try:
-        one, other = (_norms(model, plan, loss, some) for some in (examples, examples[::-1]))
-    except (UnmappableRowsError, UntrainedLossError):
-        return True
-    tolerance = SURELY * widest(TOLERANCE, model)
-    scale = torch.stack(list(one.values())).sum(0).sqrt()
-    pairs = [(squares.sqrt(), other[name].flip(0).sqrt()) for name, squares in one.items()]
-    errors = (((there - here).abs(), tolerance * (here + NOISE_SHARE * scale)) for here, there in pairs)
-    # What is not finite is reported by its row.
-    return all(bool(((error <= allowed) | ~error.isfinite()).all()) for error, allowed in errors)
-
-
-def _norms(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Squared norms of the captured gradient of every parameter, float64 [B]."""
-    capture, sink = Capture(model, plan, rows_checked=loss is not response_loss), NormSink(len(examples))
-    with capture.installed():
-        capture.run(collate(examples).to(next(iter(plan.trainable.values())).device), loss, sink)
-    return sink.squares
 
 
 def with_gradient(

@@ -9,10 +9,9 @@ from functools import partial
 
 from torch import nn
 
-from montessori.apart import Apart, proved_rows
+from montessori.apart import Apart, alike_in_any_order, proved_rows
 from montessori.batching import Example, spread
 from montessori.coverage import (
-    alike_in_any_order,
     failures_named,
     prove_head,
     proved_loss,
