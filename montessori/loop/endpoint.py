@@ -225,7 +225,7 @@ class EndpointEngine:
         if finish == "stop" and stop and not any(mark in text for mark in stop):
             reason = choice.get("stop_reason", choice.get("matched_stop", stop[0]))
             text += reason if reason in stop else ""
-        tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if counted is None else counted
+        tokens = counted or len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return Sample(cut_at_stop(text, stop), tokens, "stop" if finish in _ENDED else "length")
 
 
@@ -258,7 +258,7 @@ class _Said:
         said = " ".join(str(error.get("message") or body[:500].decode(errors="replace")).split())[:500]
         kind = headers.get("Content-Type") or "no content type"
         words = f"{status} {reason}: {said}" if reason or content is not None else f"{kind}: {said[:100]}"
-        filtered = status != 200 and not {code, error.get("type")}.isdisjoint(_FILTERED)
+        filtered = status != 200 and (code in _FILTERED or error.get("type") in _FILTERED)
         return cls(status, content, words, _seconds(headers), headers.get("Location") or "nowhere", filtered)
 
 
