@@ -101,7 +101,7 @@ class Server:
         return {"choices": [choice], "usage": {"completion_tokens": len(words)}}
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
