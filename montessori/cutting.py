@@ -19,6 +19,8 @@ _MARK = "montessori7c1e59turn{}end"
 _MARKS = re.compile(r"montessori7c1e59turn\d+end")
 # Generation prompts of reasoning models end with them, and the turns that they rewrite do not have them.
 _THOUGHTS = re.compile(r"<think>\s*(</think>\s*)?$")
+# Templates write anew what stands between and around them.
+_THOUGHT_MARK = re.compile(r"</?think>")
 # Messages from which on turns are rendered in windows.
 LONG = 16
 
@@ -291,10 +293,14 @@ def _content(chat: Chat, turn: int) -> str:
 
 def _check_written(chat: Chat, turn: int, written: str) -> None:
     # A template may write something between the parts of a content.
-    words = joined(chat.messages[turn].get("content") or "", " ").split()
-    ends = [*words[-1:], *called_functions(chat.messages[turn], chat.where)]
+    content = joined(chat.messages[turn].get("content") or "", " ")
+    *thoughts, answer = _THOUGHT_MARK.split(content)
+    # The last word of an answer may stand in the thoughts as well.
+    place = _THOUGHT_MARK.split(written)[-1] if thoughts and answer.strip() else written
+    words = _THOUGHT_MARK.sub(" ", content).split()
     # A template may take the content apart (thoughts, answer), but it does not drop the end of it.
-    if any(end not in written for end in ends):
+    dropped = any(word not in place for word in words[-1:])
+    if dropped or any(name not in written for name in called_functions(chat.messages[turn], chat.where)):
         raise DataError(str(_uncuttable(chat, turn, "does not write the content, or a function that is called,")))
 
 

@@ -169,6 +169,29 @@ def test_real_templates_are_cut_where_their_marked_versions_mark(name, messages)
         assert content in ours and theirs.rstrip().endswith(ours.strip())
 
 
+# As those of Qwen3 and GLM-4.5 write them.
+REWRITTEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if '</think>' in m.content %}"
+    "{{ '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1].strip() + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content.split('</think>')[-1].strip() + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["42", r"\boxed{42}", "<answer>42</answer>", "It is 42."])
+@pytest.mark.parametrize("thoughts", ["<think>\nIs it 42?\n</think>", "<think>h</think>", "h</think>"])
+def test_an_answer_glued_to_its_thoughts_is_read_where_the_template_moves_them_apart(tokenizer, thoughts, answer):
+    messages = [USER, {"role": "assistant", "content": thoughts + answer}]
+    example = one({"messages": messages}, tokenizer, chat_template=REWRITTEN)
+    inside = thoughts.removeprefix("<think>").removesuffix("</think>").strip()
+    assert runs(example, tokenizer) == [f"<think>\n{inside}\n</think>\n\n{answer}<|im_end|>"]
+    # The same word in the thoughts does not hide that the answer is dropped.
+    dropping = REWRITTEN.replace("m.content.split('</think>')[-1].strip() +", "")
+    for glue in ("", "\n\n"):
+        messages = [USER, {"role": "assistant", "content": thoughts + glue + answer}]
+        assert "does not write the content" in fault([{"messages": messages}], tokenizer, chat_template=dropping)
+
+
 def test_a_template_is_told_what_a_row_and_the_caller_say(tokenizer):
     template = (
         "{{ 'no thoughts\n' if enable_thinking is defined and not enable_thinking }}"
