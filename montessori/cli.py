@@ -42,7 +42,9 @@ def _use_config(context: click.Context, _option: click.Parameter, path: str | No
         context.default_map = {**(context.default_map or {}), **runs.read_settings(path)}
 
 
-DATA_HELP = "JSON Lines, JSON, CSV (each also as .gz) or Parquet file, folder of such files, saved dataset or hub name."
+DATA_HELP = (
+    "JSON Lines, JSON, CSV (each also as .gz or .zst) or Parquet file, folder of such files, saved dataset or hub name."
+)
 # Names of the parameters that TEXT_OPTIONS set.
 TEXT_SETTINGS = ("max_length", "truncation", "chat_template", "chat_template_kwargs", "split")
 TEXT_OPTIONS = [

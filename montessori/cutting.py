@@ -11,7 +11,7 @@ from typing import Any
 
 from montessori.columns import Chat
 from montessori.errors import DataError
-from montessori.messages import called_functions, joined
+from montessori.messages import FUNCTION_ROLES, called_functions, joined
 from montessori.templates import Template
 
 # Letters and digits pass every filter of a template; no text of a user holds these.
@@ -170,7 +170,9 @@ def _mark_places(chat: Chat, template: Template, whole: str, messages: list[dict
 
 def _check_own(chat: Chat, template: Template, texts: list[str]) -> None:
     """Raise UncuttableError where a template writes what a function returned into the turn that called it."""
-    tools = [turn for turn, message in enumerate(chat.messages) if message["role"] == "tool" and _content(chat, turn)]
+    tools = [
+        turn for turn, message in enumerate(chat.messages) if message["role"] in FUNCTION_ROLES and _content(chat, turn)
+    ]
     if not tools:
         return
     messages = [*chat.messages]

@@ -56,8 +56,8 @@ def load_rows(
 ) -> Rows:
     """Rows of `source`, all of them in memory.
 
-    `source` is a path to a .jsonl (.json-lines), .json or .csv file, each also as .gz, or a .parquet file; a
-    folder of files of one of these kinds, read in the order of their names; a directory written by
+    `source` is a path to a .jsonl (.ndjson, .json-lines), .json or .csv file, each also as .gz or .zst, or a
+    .parquet file; a folder of files of one of these kinds, read in the order of their names; a directory written by
     `datasets.save_to_disk`; the name of a dataset on the hub; a Dataset or DatasetDict, a pandas DataFrame, a
     pyarrow Table, or an iterable of dicts. `split` selects from a DatasetDict and from the hub. `name` is how
     errors call rows that come from memory. `Rows` are returned as they are.

@@ -20,9 +20,11 @@ from montessori.errors import DataError
 from montessori.wording import one_line
 
 SUPPORTED = (
-    ".jsonl, .json-lines, .json or .csv (each also as .gz), .parquet, a folder of such files or a directory "
-    "written by datasets.save_to_disk"
+    ".jsonl, .ndjson, .json-lines, .json or .csv (each also as .gz or .zst), .parquet, a folder of such files or a "
+    "directory written by datasets.save_to_disk"
 )
+
+_PACKED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def read_file(path: Path, source: str | None = None) -> Rows:
         raise DataError(f"{path}: expected {SUPPORTED}, got the extension {path.suffix!r}")
     try:
         return _READERS[suffix](path, source or path.name)
-    # The last two are what a gzip file that was cut off or damaged raises.
+    # The last two are what a gzip file that was cut off or damaged raises; of Zstandard it is an OSError.
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)}); check the file") from error
 
@@ -93,7 +95,7 @@ def read_folder(path: Path) -> Rows:
     if not files:
         raise DataError(f"{path}: expected {SUPPORTED}; none of these files lies in the folder itself")
     # One kind of file beside another is often a description of the data, which must not become a row.
-    kinds = {"json" if suffix.startswith(".json") else suffix: file.name for file in files if (suffix := _suffix(file))}
+    kinds = {"json" if "json" in suffix else suffix: file.name for file in files if (suffix := _suffix(file))}
     if len(kinds) > 1:
         raise DataError(f"{path}: expected data files of one kind, got {', '.join(kinds.values())}; name one file")
     rows: list[dict] = []
@@ -123,7 +125,7 @@ def without_fillers(value: Any) -> Any:
 def _suffix(path: Path) -> str | None:
     """The key in _READERS; None for a file of another kind."""
     suffix = path.suffix.lower()
-    if suffix == ".gz":
+    if suffix in _PACKED:
         suffix = Path(path.stem).suffix.lower()
         # Parquet compresses inside.
         return suffix if suffix in _READERS and suffix != ".parquet" else None
@@ -132,8 +134,15 @@ def _suffix(path: Path) -> str | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    packing = path.suffix.lower()
+    if packing == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression="zstd") as content:
+            yield io.BufferedReader(content)
+        return
     with path.open("rb") as file:
-        if path.suffix.lower() != ".gz":
+        if packing != ".gz":
             yield file
             return
         with gzip.GzipFile(fileobj=file) as content:
@@ -233,6 +242,7 @@ def _read_parquet(path: Path, source: str) -> Rows:
 
 _READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
     ".json-lines": _read_lines,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -13,7 +15,9 @@ from montessori.errors import DataError
 from montessori.files import without_fillers
 from montessori.wording import short
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+# What a function returned, as most templates call it; others have names of their own (Llama 3, OLMo, OpenAI, GLM-4).
+FUNCTION_ROLES = ("tool", "ipython", "environment", "function", "observation")
+ROLES = ("system", "developer", "user", "assistant", *FUNCTION_ROLES)
 # What ShareGPT writes in `from`.
 SPEAKERS = {
     "human": "user",
@@ -21,8 +25,9 @@ SPEAKERS = {
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
-    "observation": "tool",
     **{role: role for role in ROLES},
+    "function": "tool",
+    "observation": "tool",
 }
 
 
@@ -41,11 +46,16 @@ def read_messages(messages: object, column: str, where: str, needs_answer: bool)
     """The messages in `column` of the row at the address `where`, each with `role` and `content`.
 
     ShareGPT's `from` and `value` become `role` and `content`; texts alone, as LIMA has them, are of the user and the
-    assistant in turn. A content is a text, or a list of parts, each of `type` "text" and `text` and nothing else.
+    assistant in turn. The JSON text of a list of objects is that list. A content is a text, or a list of parts, each
+    of `type` "text" and `text` and nothing else.
     Raises DataError for anything else, and for no message of the assistant where one is needed.
     """
+    if isinstance(messages, str):
+        messages = _from_json(messages)
     if not isinstance(messages, list):
-        raise DataError(f"{where}: expected a list of messages in column {column}, got {short(messages)}")
+        raise DataError(
+            f"{where}: expected a list of messages in column {column}, or its JSON text, got {short(messages)}"
+        )
     if messages and all(isinstance(message, str) for message in messages):
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
@@ -56,6 +66,15 @@ def read_messages(messages: object, column: str, where: str, needs_answer: bool)
     if needs_answer and not any(message["role"] == "assistant" for message in read):
         raise DataError(f"{where}: expected a message of the assistant in column {column}, got none")
     return read
+
+
+def _from_json(text: str) -> object:
+    """The list of objects that a cell of a CSV file holds as JSON; any other text as it is."""
+    with suppress(ValueError, RecursionError):
+        messages = json.loads(text)
+        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            return messages
+    return text
 
 
 def _read_message(message: object, where: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jinja2
 
 from montessori.columns import check_template_kwargs
 from montessori.errors import ArgumentError, DataError
-from montessori.messages import ROLES, joined
+from montessori.messages import FUNCTION_ROLES, ROLES, joined
 from montessori.wording import one_line, short
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Template:
     tokenizer: PreTrainedTokenizerBase
     source: str
     variables: Mapping[str, Any]
-    # By role.
-    _wants_parts: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # By role; None where the template does not write it.
+    _wants_parts: dict[str, bool | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -77,7 +77,7 @@ class Template:
         `variables` go over those that the template is always given.
         """
         told = {**self.variables, **(variables or {})}
-        given = [self._as_wanted(message) for message in messages]
+        given = [self._as_wanted(message, where) for message in messages]
         try:
             return self.tokenizer.apply_chat_template(given, chat_template=self.source, **told, **options)
         except _FAILURES as error:
@@ -88,13 +88,22 @@ class Template:
     ) -> str:
         return self.apply(messages, where, variables, tokenize=False, **options)
 
-    def _as_wanted(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _as_wanted(self, message: dict[str, Any], where: str) -> dict[str, Any]:
         role, content = message["role"], message.get("content")
         if content is None:
             return message
         if role not in self._wants_parts:
-            self._wants_parts[role] = role in self._roles_in_parts(role)
-        return {**message, "content": _in_parts(content) if self._wants_parts[role] else joined(content)}
+            in_parts = self._roles_in_parts(role)
+            # Most templates pass over names that they do not know, without a word.
+            known = role not in FUNCTION_ROLES[1:] or _PROBES[role] in self._probed((*_TURNS, role), in_parts)
+            self._wants_parts[role] = role in in_parts if known else None
+        wants_parts = self._wants_parts[role]
+        if wants_parts is None:
+            raise DataError(
+                f"{where}: the chat template writes no message of the role {role}; write what a function returned as "
+                f"tool, if the template knows that"
+            )
+        return {**message, "content": _in_parts(content) if wants_parts else joined(content)}
 
     def _roles_in_parts(self, role: str) -> frozenset[str]:
         """Of the user, the assistant and `role` those whose content it writes only in parts."""
@@ -102,7 +111,7 @@ class Template:
         if role in _TURNS:
             return turns
         with_role = turns | {role}
-        roles = (*_TURNS, role) if role == "tool" else (role, *_TURNS)
+        roles = (*_TURNS, role) if role in FUNCTION_ROLES else (role, *_TURNS)
         return self._first_written(roles, [with_role, turns] if turns else [turns, with_role])
 
     @cached_property
@@ -114,6 +123,12 @@ class Template:
         return next((choice for choice in choices if self._writes(roles, choice)), choices[0])
 
     def _writes(self, roles: Sequence[str], in_parts: frozenset[str]) -> bool:
+        text = self._probed(roles, in_parts)
+        # In quotation marks it stands where a list of parts is written as it is.
+        return all(re.search(f"(?<!['\"]){_PROBES[role]}", text) for role in roles)
+
+    def _probed(self, roles: Sequence[str], in_parts: frozenset[str]) -> str:
+        """The text of a message of each of the `roles`, empty where the template fails on them."""
         messages: list[dict[str, Any]] = [
             {"role": role, "content": _in_parts(_PROBES[role]) if role in in_parts else _PROBES[role]} for role in roles
         ]
@@ -122,9 +137,8 @@ class Template:
                 messages, chat_template=self.source, tokenize=False, **self.variables
             )
         except _FAILURES:
-            return False
-        # In quotation marks it stands where a list of parts is written as it is.
-        return all(re.search(f"(?<!['\"]){_PROBES[role]}", str(text)) for role in roles)
+            return ""
+        return str(text)
 
 
 def _in_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:

@@ -51,6 +51,8 @@ def malformed(row):
         {"conversations": TURNS, "instruction": "hi", "response": "another"},
         {"conversation": TURNS, "language": "another"},
         {"conversations": ["hi", "hello"]},
+        {"messages": json.dumps(TURNS)},
+        {"conversations": '[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]', "id": "7"},
         {"instruction": "hi", "response": "hello", "question": "", "answer": ""},
     ],
 )
@@ -270,7 +272,10 @@ def test_a_question_that_is_no_text_is_an_error(columns):
     [
         ([], "expected a message of the assistant in column messages"),
         ([USER], "expected a message of the assistant in column messages"),
-        ("text", "expected a list of messages in column messages, got 'text'"),
+        ("text", "expected a list of messages in column messages, or its JSON text, got 'text'"),
+        ("[{", "expected a list of messages in column messages, or its JSON text, got '[{'"),
+        ('["hi", "hello"]', "expected a list of messages in column messages, or its JSON text, got "),
+        (json.dumps([USER, {**ASSISTANT, "content": 5}]), "message 1 of column messages: expected a text as content"),
         ([USER, "text"], "message 1 of column messages: expected a dict with role and content"),
         (
             [USER, {"role": "assistant"}],
@@ -306,10 +311,11 @@ def test_a_prompt_and_a_completion_are_both_texts_or_both_messages():
 
 
 def test_speakers_of_sharegpt_have_the_roles_that_templates_know():
-    speakers = ("system", "human", "gpt", "observation", "tool", "chatgpt")
+    speakers = ("system", "human", "gpt", "observation", "tool", "function", "ipython", "chatgpt")
     row = {"conversations": [{"from": speaker, "value": "a", "weight": 1} for speaker in speakers]}
     read = chat(row).messages
-    assert [message["role"] for message in read] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+    roles = ["system", "user", "assistant", "tool", "tool", "tool", "ipython", "assistant"]
+    assert [message["role"] for message in read] == roles
     assert all(message == {"role": message["role"], "content": "a", "weight": 1} for message in read)
     assert row["conversations"][0] == {"from": "system", "value": "a", "weight": 1}
 

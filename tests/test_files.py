@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pandas
+import pyarrow
 import pytest
 from data_support import LINES, ROWS, fault, written
 
@@ -21,7 +22,7 @@ CSV = "instruction,response\nSay hi,hi\nNaïve?,oui\n".encode()
     "content",
     [LINES, LINES.rstrip(b"\n"), LINES.replace(b"\n", b"\r\n"), LINES + b"\n", LINES + b" \n\r\n\t", BOM + LINES],
 )
-@pytest.mark.parametrize("suffix", [".jsonl", ".json-lines", ".json", ".JSONL"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json-lines", ".json", ".JSONL"])
 def test_jsonl_gives_its_rows_with_or_without_a_final_newline(tmp_path, content, suffix):
     path = written(tmp_path / f"data{suffix}", content)
     for source in (path, str(path)):
@@ -82,7 +83,9 @@ def test_parquet_errors_name_the_file(tmp_path):
     assert fault(tmp_path / "none.parquet").startswith("none.parquet: expected at least one row")
 
 
-@pytest.mark.parametrize("name", ["data.txt", "data", "data.gz", "data.parquet.gz", "data.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name", ["data.txt", "data", "data.gz", "data.parquet.gz", "data.parquet.zst", "data.jsonl.xz"]
+)
 def test_another_extension_is_an_error_that_says_what_is_supported(tmp_path, name):
     message = fault(written(tmp_path / name, LINES))
     assert all(kind in message for kind in (name, ".jsonl", ".json ", ".csv", ".gz", ".parquet", "save_to_disk"))
@@ -158,16 +161,30 @@ def test_csv_errors_name_the_file(tmp_path, content, says):
     assert fault(written(tmp_path / "data.csv", content)).startswith(says)
 
 
+def zstandard(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".ZST", zstandard)])
 @pytest.mark.parametrize(("name", "content"), [("data.jsonl", LINES), ("data.json", ARRAY), ("data.csv", CSV)])
-def test_a_gzip_file_gives_the_rows_inside(tmp_path, name, content):
-    packed = gzip.compress(content)
-    rows = load_rows(written(tmp_path / f"{name}.gz", packed))
-    assert list(rows) == ROWS
+def test_a_compressed_file_gives_the_rows_inside(tmp_path, name, content, ending, pack):
+    packed = pack(content)
+    # Tools that compress in parallel write one part after the other.
+    halves = pack(content[:40]) + pack(content[40:])
+    for whole in (packed, halves):
+        rows = load_rows(written(tmp_path / f"{name}{ending}", whole))
+        assert list(rows) == ROWS
     unit = "line 2" if name == "data.jsonl" else "row 1"
-    assert rows.where(1) == f"{name}.gz, {unit}"
-    damaged = [content, packed[:-9], packed[:10] + b"\x07" + packed[11:]]
+    assert rows.where(1) == f"{name}{ending}, {unit}"
+    damaged = [content, packed[:-9]]
+    if pack is gzip.compress:
+        # Zstandard has a checksum only where it was asked for one.
+        damaged.append(packed[:10] + b"\x07" + packed[11:])
     for raw in damaged:
-        assert "cannot be read (" in fault(written(tmp_path / f"{name}.gz", raw))
+        assert "cannot be read (" in fault(written(tmp_path / f"{name}{ending}", raw))
 
 
 # Folders.
@@ -214,8 +231,9 @@ def test_a_folder_may_mix_the_forms_of_json_but_not_the_kinds(tmp_path):
     source = folder(tmp_path / "parts", b=ROWS)
     written(source / "a.json", ARRAY)
     written(source / "c.jsonl.gz", gzip.compress(LINES))
+    written(source / "c2.ndjson", LINES)
     rows = load_rows(source)
-    assert list(rows) == ROWS * 3
+    assert list(rows) == ROWS * 4
     assert rows.where(1) == "parts/a.json, row 1"
     written(source / "d.csv", CSV)
     message = fault(source)

@@ -295,6 +295,41 @@ def test_what_a_function_returned_has_no_label_where_a_template_writes_it_into_t
     assert runs(one({"messages": apart}, tokenizer, chat_template=ANSWERED), tokenizer) == ["Four.<|im_end|>"]
 
 
+@pytest.mark.parametrize("role", ["ipython", "environment", "function", "observation"])
+def test_what_a_function_returned_may_have_the_role_that_the_template_knows(tokenizer, role):
+    messages = [USER, ASSISTANT, {"role": role, "content": "It is 4."}, {"role": "assistant", "content": "Four."}]
+    for template in (CHATML, MARKED):
+        example = one({"messages": messages}, tokenizer, chat_template=template)
+        assert f"<|im_start|>{role}\nIt is 4.<|im_end|>" in text(example, tokenizer)
+        assert runs(example, tokenizer) == ["It is four.<|im_end|>", "Four.<|im_end|>"]
+    known = "['user', 'assistant', 'tool']"
+    silent = CHATML.replace("in messages %}", f"in messages if message.role in {known} %}}")
+    refusing = CHATML.replace(
+        "in messages %}", f"in messages %}}{{{{ raise_exception('role') if message.role not in {known} }}}}"
+    )
+    for template in (silent, refusing):
+        said = fault([{"messages": messages}], tokenizer, chat_template=template)
+        assert said.startswith(f"candidates, row 0: the chat template writes no message of the role {role}; write what")
+        assert "as tool" in said
+    inside = (
+        "{% for m in messages if m.role in ['user', 'assistant'] %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ messages[2].content if loop.index == 2 and messages | length > 2 and messages[2].role != 'user' }}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    said = fault([{"messages": messages}], tokenizer, chat_template=inside)
+    assert "writes what a function returned into a turn of the assistant at message 2" in said
+
+
+def test_a_role_is_known_where_the_template_quotes_its_content(tokenizer):
+    # As that of Llama 3.1 does.
+    quoting = CHATML.replace("+ message['content'] +", "+ (message.content | tojson if message.role == 'ipython' else "
+                             "message.content) +")  # fmt: skip
+    messages = [USER, ASSISTANT, {"role": "ipython", "content": "4"}, {"role": "assistant", "content": "Four."}]
+    example = one({"messages": messages}, tokenizer, chat_template=quoting)
+    assert '<|im_start|>ipython\n"4"<|im_end|>' in text(example, tokenizer)
+    assert runs(example, tokenizer) == ["It is four.<|im_end|>", "Four.<|im_end|>"]
+
+
 CHANNELS = (
     "{% for m in messages %}{% if m.thinking and loop.last %}"
     "{{ '<|im_start|>assistant<think>' + m.thinking + '<|im_end|>' }}{% endif %}"
