@@ -158,6 +158,7 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     check_checkpoint(student)
     check_outside(out, "--out", {"--student": student, "--data": data})
     rows = load_rows(data, split=text.pop("split"), name="data")
+    runs.tell_columns([rows])
     # Before the model, which may take long to load; where nothing comes of it, no empty folder is left.
     runs.check_writable(out / RECORD_FILE if out.exists() else out)
     model, tokenizer = load_model(student)

@@ -69,6 +69,7 @@ def collect(
             "curvature": summary["curvature"],
             "truncated": encoded.truncated,
             "invalid": {str(row): reason for row, reason in encoded.reasons.items()},
+            "columns": encoded.columns.to_dict(),
         },
     )
 

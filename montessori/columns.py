@@ -204,11 +204,27 @@ def _tools(row: Mapping, columns: tuple[str, ...], where: str) -> dict[str, Any]
 def read_question(row: Mapping, column: str, where: str) -> str:
     """The text in `column` and, after a blank line, what the row adds to an instruction or a question."""
     text = _text(row, column, where)
-    if column in ("instruction", "question"):
-        for context in CONTEXT_COLUMNS:
-            if row.get(context) is not None and _text(row, context, where).strip():
-                return f"{text}\n\n{row[context]}"
-    return text
+    context = _context_column(row, column)
+    return text if context is None else f"{text}\n\n{_text(row, context, where)}"
+
+
+def _context_column(row: Mapping, column: str) -> str | None:
+    """The column that adds something to the question in `column`."""
+    for context in CONTEXT_COLUMNS if column in ("instruction", "question") else ():
+        value = row.get(context)
+        if value is not None and not (isinstance(value, str) and not value.strip()):
+            return context
+    return None
+
+
+def read_beside(row: Mapping, columns: tuple[str, ...]) -> set[str]:
+    """The columns that `read_chat` looks into besides `columns`."""
+    beside = {*SYSTEM_COLUMNS, "history", "chat_template_kwargs"}
+    if len(columns) == 1 or _holds_messages(row, columns) or _tools(row, columns, ""):
+        beside.add("tools")
+    if context := _context_column(row, columns[0]):
+        beside.add(context)
+    return beside
 
 
 def _system(row: Mapping, messages: list[dict], where: str) -> list[dict]:

@@ -21,6 +21,7 @@ _MARKS = re.compile(r"montessori7c1e59turn\d+end")
 _THOUGHTS = re.compile(r"<think>\s*(</think>\s*)?$")
 # Templates write anew what stands between and around them.
 _THOUGHT_MARK = re.compile(r"</?think>")
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Messages from which on turns are rendered in windows.
 LONG = 16
 
@@ -249,7 +250,26 @@ def _start(chat: Chat, turn: int, template: Template, whole: str, earlier: int, 
 
 def _has_thoughts(message: dict[str, Any]) -> bool:
     """Whether they stand beside the content."""
-    return any(message.get(key) for key in ("reasoning_content", "reasoning", "thinking"))
+    return any(message.get(key) for key in THOUGHT_KEYS)
+
+
+def lost_thoughts(chat: Chat, template: Template) -> str | None:
+    """Where the last message has thoughts that the template does not write; None if it has none or they stand there.
+
+    Of earlier messages many templates leave them out on purpose.
+    """
+    last = chat.messages[-1]
+    told = {key: last[key].strip() for key in THOUGHT_KEYS if isinstance(last.get(key), str) and last[key].strip()}
+    if not told or last["role"] != "assistant":
+        return None
+    whole = text_of(chat, template)
+    if any(thoughts in whole for thoughts in told.values()):
+        return None
+    without = [*chat.messages[:-1], {key: value for key, value in last.items() if key not in told}]
+    # A template may write them in another form, and then this is another text, if it can do without them at all.
+    with suppress(DataError):
+        return next(iter(told)) if template.text(without, chat.where, chat.variables) == whole else None
+    return None
 
 
 def _whole_ending(chat: Chat, turn: int, template: Template, special: re.Pattern, tail: str) -> int:

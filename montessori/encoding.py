@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
+from montessori.column_use import ColumnUse
 from montessori.columns import TEXT_COLUMNS, Chat, Text, column_set, read_chat, read_text
-from montessori.cutting import count_shared, cut
-from montessori.errors import ArgumentError, DataError
+from montessori.cutting import count_shared, cut, lost_thoughts
+from montessori.errors import ArgumentError, DataError, DataWarning
 from montessori.files import Rows
 from montessori.marking import marked_example
 from montessori.templates import NO_TEMPLATE, Template
@@ -41,7 +43,7 @@ class Encoded:
     `examples` are in the order of the input, `Example.index` is the row number. `skipped` maps a row
     number to "no_label_tokens" (nothing enters the loss), "too_long" or "invalid"; `reasons` says of each
     invalid row in one line what is wrong with it. `truncated` lists the row numbers of the examples whose
-    end was cut off, and of none that was skipped.
+    end was cut off, and of none that was skipped. `columns` says which columns were read.
     """
 
     examples: list[Example]
@@ -49,6 +51,7 @@ class Encoded:
     truncated: list[int]
     num_rows: int
     reasons: dict[int, str] = field(default_factory=dict)
+    columns: ColumnUse = field(default_factory=ColumnUse)
 
 
 def encode_rows(
@@ -97,7 +100,8 @@ def encode_rows(
     is broken, is an error all the same. `name` is how errors call rows without an address.
 
     Raises DataError, naming file and line, for a row or a template that cannot be used; ArgumentError for
-    a wrong `max_length`, `truncation`, `invalid_rows`, `chat_template` or `chat_template_kwargs`.
+    a wrong `max_length`, `truncation`, `invalid_rows`, `chat_template` or `chat_template_kwargs`. Warns
+    (DataWarning) of thoughts beside the content of a last message that the template does not write.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ArgumentError(f"max_length={max_length!r}: expected a positive number of tokens")
@@ -112,10 +116,12 @@ def encode_rows(
     examples: dict[int, Example] = {}
     chats: list[Chat] = []
     texts: list[Text] = []
+    use = ColumnUse()
     for index, row in enumerate(table):
         where = table.where(index)
         with invalid.kept_out(index):
             columns = column_set(row, where)
+            use.add(row, columns)
             if columns[0] == "input_ids":
                 examples[index] = _from_tokens(row, index, where)
             elif columns == TEXT_COLUMNS or chat_template == NO_TEMPLATE:
@@ -129,7 +135,7 @@ def encode_rows(
         examples |= _encode_texts(texts, tokenizer)
     if tokenizer is not None and chats:
         examples |= _encode_chats(chats, Template.of(tokenizer, chat_template, chat_template_kwargs), invalid)
-    return _limit(examples, table, max_length, truncation, invalid.reasons)
+    return replace(_limit(examples, table, max_length, truncation, invalid.reasons), columns=use)
 
 
 def encode_continuations(
@@ -245,7 +251,21 @@ def _encode_chats(chats: list[Chat], template: Template, invalid: _Invalid) -> d
     examples = encode(chats, template, invalid)
     if not examples:
         _check_usable(encode, chats[0], template, invalid.reasons[chats[0].index])
+    _warn_of_lost_thoughts([chat for chat in chats if chat.index in examples], template)
     return examples
+
+
+def _warn_of_lost_thoughts(chats: list[Chat], template: Template) -> None:
+    lost = [(chat.where, key) for chat in chats if (key := lost_thoughts(chat, template))]
+    if lost:
+        (where, key), *more = lost
+        others = f" (nor those of {len(more)} other row{'s' * (len(more) > 1)})" if more else ""
+        warnings.warn(
+            f"{where}: the chat template does not write the thoughts in {key} of the last message{others}, and the "
+            "model sees the answer without them; give a template that does, or write them into the content",
+            DataWarning,
+            stacklevel=4,
+        )
 
 
 def _check_usable(encode: Callable[..., object], chat: Chat, template: Template, reason: str) -> None:

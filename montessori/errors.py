@@ -16,6 +16,10 @@ class IdleWarning(UserWarning):
     """Trainable parameters do not take part in the loss: of any text, and are held fixed, or of some candidates."""
 
 
+class DataWarning(UserWarning):
+    """A part of some rows does not stand in the text that the model is given."""
+
+
 class MontessoriError(ValueError):
     """Base of every error this package raises on purpose. `str(error)` is one line."""
 

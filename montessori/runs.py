@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from montessori import ops, processes
 from montessori.agreement import Agreement
+from montessori.column_use import column_lines
 from montessori.data import Rows, load_rows
 from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError, StateError
 from montessori.estimator import InfluenceEstimator
@@ -86,6 +88,7 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
     candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
     check_audit(audit, len(candidates))
     references = _load_references(settings)
+    tell_columns([candidates, *_by_name(references).values()])
     model, tokenizer = load_model(settings.student, dtype=DTYPES[settings.dtype])
     estimator = InfluenceEstimator(
         model.to(device),
@@ -97,6 +100,12 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
         **_options(settings),
     )
     return Workbench(estimator, candidates)
+
+
+def tell_columns(tables: Sequence[Rows]) -> None:
+    """Say on stderr by which columns the rows of each of the `tables` are read, and which others they hold."""
+    for line in column_lines(tables) if processes.is_main() else ():
+        print(line, file=sys.stderr)
 
 
 def check_settings(settings: ScoreSettings) -> None:
@@ -340,8 +349,7 @@ def check_writable(out: Path) -> None:
 
 def _inputs(settings: ScoreSettings) -> dict[str, str]:
     """Digests of what the settings name: a file that changed under its name is another one."""
-    references = _load_references(settings)
-    sets = references if isinstance(references, dict) else {"reference": references}
+    sets = _by_name(_load_references(settings))
     named = {"student": settings.student, "optimizer": settings.optimizer}
     if settings.chat_template is not None and settings.chat_template.endswith(".jinja"):
         named["chat template"] = settings.chat_template
@@ -358,6 +366,10 @@ def _reference_path(entry: str) -> tuple[str, str, str]:
     """Name and path of an entry name=path with "=" between them; a path alone is named after its file."""
     name, found, path = entry.partition("=")
     return (Path(entry).stem, "", entry) if not found or Path(entry).exists() else (name, found, path)
+
+
+def _by_name(references: Any) -> dict[str, Rows]:
+    return references if isinstance(references, dict) else {"reference": references}
 
 
 def _load_references(settings: ScoreSettings) -> Any:
