@@ -44,7 +44,7 @@ class OutputFolder(click.Path):
 
 def _path(value: Any) -> Path:
     # Of --out=~/x a shell leaves the ~ to us.
-    return Path(os.path.expanduser(os.fsdecode(value)))
+    return Path(os.fsdecode(value)).expanduser()
 
 
 class JsonObject(click.ParamType):
