@@ -88,8 +88,8 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
     candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
     check_audit(audit, len(candidates))
     references = _load_references(settings)
-    tell_columns([candidates, *_by_name(references).values()])
     model, tokenizer = load_model(settings.student, dtype=DTYPES[settings.dtype])
+    tell_columns([candidates, *_by_name(references).values()])
     estimator = InfluenceEstimator(
         model.to(device),
         settings.optimizer,
