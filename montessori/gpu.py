@@ -99,11 +99,7 @@ def linear_influence(
         return q.new_zeros(num_examples, num_sets, dtype=torch.float64)
     from montessori.kernels.triton.linear import linear_influence_launch
 
-    common = torch.promote_types(x.dtype, dy.dtype)
-    if interpreting() and common is torch.bfloat16:
-        # The interpreter would multiply the bits.
-        common = torch.float32
-    x, dy = x.to(common).contiguous(), dy.to(common).contiguous()
+    x, dy = _factors(x, dy)
     tile = tile or tiles.choose_tile(x)
     tiles_o, tiles_i = -(-num_out // tile.block_o), -(-num_in // tile.block_i)
     partial = _partials(q, num_sets, num_examples, tiles_o * tiles_i)
@@ -234,15 +230,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
     from montessori.kernels.triton.cross_entropy import linear_cross_entropy_launch
 
+    hidden, weight = _factors(hidden, weight)
     tile = tiles.choose_logits_tile(hidden)
     words_per_split = tile.block_i * tiles.WORD_BLOCKS
     highest, total = hidden.new_empty(2, -(-weight.shape[0] // words_per_split), num_rows, dtype=torch.float32)
     target_logit = hidden.new_empty(num_rows, dtype=torch.float32)
     with _on(hidden):
         linear_cross_entropy_launch(
-            hidden.contiguous(), weight.contiguous(), targets, highest, total, target_logit, words_per_split, tile,
-            _dot_precision(),
-        )  # fmt: skip
+            hidden, weight, targets, highest, total, target_logit, words_per_split, tile, _dot_precision()
+        )
     lse = torch.logsumexp(highest + total.log(), dim=0)
     return lse - target_logit, lse
 
@@ -252,16 +248,17 @@ def logits_gradient(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Gradients [n, words] of Σ scale · loss on the logits, `num_words` words at a time, with their span.
 
-    `lse` from `linear_cross_entropy`, `scale` [n]. Each block is the dY of the same rows of the head's weight, which
+    In the dtype of `hidden`. `lse` from `linear_cross_entropy`, `scale` [n]. Each block is the dY of the same rows of the head's weight, which
     `montessori.ops.linear_influence` scores; its product with those rows of the weight adds to dX.
     """
     from montessori.kernels.triton.cross_entropy import logits_gradient_launch
 
+    dtype, scale = hidden.dtype, scale.float().contiguous()
+    hidden, weight = _factors(hidden, weight)
     tile = tiles.choose_logits_tile(hidden)
-    hidden, weight, scale = hidden.contiguous(), weight.contiguous(), scale.float().contiguous()
     for first in range(0, weight.shape[0], num_words):
         span = slice(first, min(first + num_words, weight.shape[0]))
-        grad = hidden.new_empty(hidden.shape[0], span.stop - first)
+        grad = hidden.new_empty(hidden.shape[0], span.stop - first, dtype=dtype)
         if grad.numel():
             with _on(hidden):
                 logits_gradient_launch(hidden, weight, targets, lse, scale, grad, first, tile, _dot_precision())
@@ -286,6 +283,15 @@ def _example_of(rows: SparseRows) -> Tensor:
     """Example of each sparse row, int64 [T] on the rows' device."""
     counts = rows.offsets.to(rows.ids.device).diff()
     return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+
+
+def _factors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """What a kernel multiplies: contiguous, in the dtype that holds both."""
+    common = torch.promote_types(first.dtype, second.dtype)
+    if interpreting() and common is torch.bfloat16:
+        # The interpreter would multiply the bits.
+        common = torch.float32
+    return first.to(common).contiguous(), second.to(common).contiguous()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

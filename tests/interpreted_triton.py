@@ -1,7 +1,7 @@
 """The Triton kernels under Triton's interpreter, against the specification in float64.
 
 `tests/test_triton.py` runs this file in a process of its own: the interpreter is chosen before Triton is imported.
-The interpreter multiplies bfloat16 as raw bits, so operands here are float32 and float16; bfloat16 is stored state.
+The interpreter multiplies bfloat16 as raw bits; `montessori.gpu` gives it such factors in float32, which holds them.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def test_scores_are_as_specified(name):
     assert_specified(CASES[name], torch.float32, "triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["several_tiles_tied", "wide_table", "several_blocks"])
-def test_scores_of_narrow_inputs_are_as_specified(name):
-    assert_specified(CASES[name], torch.float16, "triton")
+def test_scores_of_narrow_inputs_are_as_specified(name, dtype):
+    assert_specified(CASES[name], dtype, "triton")
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -156,11 +157,23 @@ def head_case(num_rows=17, width=19, num_words=531):
     return hidden, weight, torch.randint(0, num_words, (num_rows,), generator=generator)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+HEAD_DTYPES = pytest.mark.parametrize(
+    ("dtype", "of_weight"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+
+
+@HEAD_DTYPES
 @pytest.mark.parametrize("shape", [(17, 19, 531), (1, 1, 1), (16, 16, 16)])
-def test_token_losses_are_those_of_the_logits(dtype, shape):
+def test_token_losses_are_those_of_the_logits(dtype, of_weight, shape):
     hidden, weight, targets = head_case(*shape)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = hidden.to(dtype), weight.to(of_weight)
     losses, lse = gpu.linear_cross_entropy(hidden, weight, targets)
     logits = hidden.double() @ weight.double().T
     want = F.cross_entropy(logits, targets, reduction="none")
@@ -172,19 +185,23 @@ def test_token_losses_are_those_of_the_logits(dtype, shape):
     assert torch.all((lse - logits.logsumexp(1)).abs() <= allowed)
 
 
-def test_blocks_of_the_logits_gradient_are_those_of_autograd():
+@HEAD_DTYPES
+def test_blocks_of_the_logits_gradient_are_those_of_autograd(dtype, of_weight):
     hidden, weight, targets = head_case()
+    hidden, weight = hidden.to(dtype), weight.to(of_weight)
     scale = torch.linspace(0.1, 1, len(targets), dtype=torch.float64)
-    logits = (hidden @ weight.T).requires_grad_()
+    logits = (hidden.double() @ weight.double().T).requires_grad_()
     (F.cross_entropy(logits, targets, reduction="none") * scale).sum().backward()
-    hidden, weight = hidden.float(), weight.float()
     _, lse = gpu.linear_cross_entropy(hidden, weight, targets)
     blocks = list(gpu.logits_gradient(hidden, weight, targets, lse, scale, num_words=200))
     assert [(span.start, span.stop) for span, _ in blocks] == [(0, 200), (200, 400), (400, 531)]
     got = torch.cat([block for _, block in blocks], dim=1)
+    assert got.dtype is dtype
     # exp turns the absolute error of logit − lse, some width + 8 roundings of the largest logit, into a relative one.
-    error = (hidden.shape[1] + 8) * torch.finfo(torch.float32).eps * (1 + (hidden.abs() @ weight.abs().T).max())
-    assert torch.all((got - logits.grad).abs() <= error * scale[:, None])
+    largest = (hidden.double().abs() @ weight.double().abs().T).max()
+    error = (hidden.shape[1] + 8) * torch.finfo(torch.float32).eps * (1 + largest) * scale[:, None]
+    stored = torch.finfo(dtype).eps * logits.grad.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    assert torch.all((got - logits.grad).abs() <= error + stored)
 
 
 def test_an_example_whose_logits_do_not_fit_goes_by_these_kernels(monkeypatch):
