@@ -248,8 +248,9 @@ def logits_gradient(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Gradients [n, words] of Σ scale · loss on the logits, `num_words` words at a time, with their span.
 
-    In the dtype of `hidden`. `lse` from `linear_cross_entropy`, `scale` [n]. Each block is the dY of the same rows of the head's weight, which
-    `montessori.ops.linear_influence` scores; its product with those rows of the weight adds to dX.
+    `lse` from `linear_cross_entropy`, `scale` [n]. Each block, in the dtype of `hidden`, is the dY of the same rows of
+    the head's weight, which `montessori.ops.linear_influence` scores; its product with those rows of the weight adds
+    to dX.
     """
     from montessori.kernels.triton.cross_entropy import logits_gradient_launch
 

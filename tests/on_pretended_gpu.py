@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pretend_gpu import DEVICE, pretended_gpu, to_device
+from pretend_gpu import CHECKED, DEVICE, once, pretended_gpu, to_device
 from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, make_tokenizer, warm_optimizer
 
-from benchmarks import gpu_models, gpu_sections
-from montessori import InfluenceEstimator, calibration, cuda, ops, tiles, trial
+from montessori import InfluenceEstimator, calibration, cuda, gpu, ops, trial
 from montessori.errors import FallbackWarning, ModelError
 from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 from montessori.losses import response_loss
@@ -23,8 +22,6 @@ from montessori.models import load_model
 from montessori.norms import _places_on
 from montessori.spans import owners_on, spans_on
 
-# Sections that need the CUDA library.
-NEEDING_CUDA = (*calibration.HOPPER_KERNELS, "cuda")
 ROWS, REFERENCES = make_rows(5, seed=1), make_rows(3, seed=2)
 # Float32 sums of the same terms, in another order: some hundred roundings of the largest score. An anchor, and a real
 # step, subtract two losses of whose roundings no influence is free.
@@ -152,56 +149,6 @@ def test_a_teacher_writes_the_same_texts(tmp_path):
         assert engine.generate(asked, sampling) == want
 
 
-LITTLE = {
-    "SHAPES": dict.fromkeys(gpu_sections.SHAPES, (24, 40)),
-    "LENGTHS": (8, 16),
-    "PACKED_TOKENS": 32,
-    "MIXED": (3, 7),
-    "COPIED": 64,
-    "SQUARE": 8,
-    "ELEMENTS": 1 << 10,
-    "TOKENS": 16,
-    "FEATURES": 8,
-    "WORDS": 70,
-    # The interpreter multiplies bfloat16 as raw bits.
-    "NARROW": (torch.float16,),
-}
-CHECKED = {"CHECKED": ((24, 20, (5, 0, 1), 2),), "CROWDED": (24, 40, (3, 0, 17), 5)}
-LLAMA = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}  # fmt: skip
-
-
-def once(work, repeats=1, waiting_cycles=0) -> float:
-    work()
-    return 1.0
-
-
-@pytest.mark.parametrize("name", gpu_sections.SECTIONS)
-def test_every_section_of_the_gpu_benchmark_runs(name, monkeypatch):
-    if name.endswith(NEEDING_CUDA) and cuda.load_error() is not None:
-        pytest.skip(cuda.load_error())
-    for constant, value in LITTLE.items():
-        monkeypatch.setattr(gpu_sections, constant, value)
-    for constant, value in CHECKED.items():
-        monkeypatch.setattr(trial, constant, value)
-    for constant, value in {"TINYLLAMA": LLAMA, "LLAMA_8B": LLAMA, "SMALL": LLAMA, "ROW_TOKENS": 8}.items():
-        monkeypatch.setattr(gpu_models, constant, value)
-    monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
-    monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 2})
-    for module in (gpu_models, gpu_sections, trial):
-        monkeypatch.setattr(module, "milliseconds", once)
-    # The device is pretended in this process alone.
-    monkeypatch.setattr(gpu_sections, "in_processes", lambda parts: [row for part in parts.values() for row in part()])
-    monkeypatch.setattr(tiles, "RIVALS", (tiles.INTERPRETER,))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    with pretended_gpu():
-        rows = gpu_sections.SECTIONS[name].work()["rows"]
-    assert rows
-    assert json.loads(json.dumps(rows)) == rows
-
-
 IN_A_PROCESS = calibration._in_a_process
 
 
@@ -213,7 +160,7 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "SHAPES", ((24, 40),))
     monkeypatch.setattr(calibration, "LENGTHS", (8, 16))
     monkeypatch.setattr(calibration, "PACKED_TOKENS", 32)
-    for constant, value in {**CHECKED, "NARROW": LITTLE["NARROW"]}.items():
+    for constant, value in {**CHECKED, "NARROW": (torch.bfloat16,)}.items():
         monkeypatch.setattr(trial, constant, value)
     monkeypatch.setattr(trial, "milliseconds", once)
 
@@ -375,7 +322,7 @@ def test_what_the_kernel_breaks_is_its_own_and_a_lack_of_memory_is_not(breaks, m
     def run(*arguments):
         raise RuntimeError(breaks.split(": ")[1]) if breaks else torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu_sections.gpu, "linear_influence", run)
+    monkeypatch.setattr(gpu, "linear_influence", run)
     with pretended_gpu():
         if breaks:
             assert calibration.measure("triton") == {"error": breaks}

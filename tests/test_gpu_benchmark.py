@@ -1,4 +1,4 @@
-"""What surrounds the sections of benchmarks.gpu; the sections themselves run in tests/on_pretended_gpu.py."""
+"""What surrounds the sections of benchmarks.gpu; they themselves run in tests/sections_on_pretended_gpu.py."""
 
 from __future__ import annotations
 

@@ -28,7 +28,11 @@ OTHERS = {
     "100": set(),
 }
 # Of the checks on the pretended GPU, which take minutes: each a process of its own.
-PARTS = ["section", "every_kind", "not section and not every_kind"]
+PRETENDED = [
+    ("sections_on_pretended_gpu.py", ""),
+    ("on_pretended_gpu.py", "every_kind"),
+    ("on_pretended_gpu.py", "not every_kind"),
+]
 MATRIX_INSTRUCTION = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
 
 
@@ -52,7 +56,7 @@ def require_interpreter() -> None:
 
 @pytest.mark.parametrize(
     ("checks", "chosen"),
-    [("interpreted_triton.py", ""), *(("on_pretended_gpu.py", part) for part in PARTS)],
+    [("interpreted_triton.py", ""), *PRETENDED],
 )
 @pytest.mark.minutes
 def test_interpreted_kernels_are_as_specified(checks, chosen):
