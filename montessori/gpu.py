@@ -100,7 +100,7 @@ def linear_influence(
     from montessori.kernels.triton.linear import linear_influence_launch
 
     x, dy = _factors(x, dy)
-    tile = tile or tiles.choose_tile(x)
+    tile = tile or tiles.choose_tile(x, param.shape)
     tiles_o, tiles_i = -(-num_out // tile.block_o), -(-num_in // tile.block_i)
     partial = _partials(q, num_sets, num_examples, tiles_o * tiles_i)
     step_map = StepMap.of(step, exp_avg)

@@ -6,6 +6,7 @@ an example has the same bits alone and in any batch. docs/kernels.md has the ari
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,8 +20,8 @@ BLOCK_ELEMENTS = 1024  # of one program of the element-wise kernels
 class Tile:
     """Output tile (block_o, block_i) and step block_t along the sum, in elements.
 
-    `hold`: exp_avg, exp_avg_sq and q stay in registers while the examples pass; otherwise they are read again
-    for each one, from the caches.
+    `hold`: exp_avg, exp_avg_sq and the q of a single set stay in registers while the examples pass; otherwise they are
+    read again for each one, from the caches.
     """
 
     block_o: int
@@ -34,15 +35,22 @@ class Tile:
 INTERPRETER = Tile(16, 16, 16, 1, 1)
 # Float32 operands run outside the tensor cores ("ieee"), where more than this spills.
 WIDE = Tile(64, 64, 16, 8, 2)
-# Of the tiles that compile without spills for the capability, the one that reads least per operation.
+# From each capability on, of the tiles held in registers that compile without spills the one that reads least per
+# operation.
 NARROW = {
-    (8, 0): Tile(64, 64, 32, 4, 3),
+    (8, 0): Tile(128, 64, 32, 8, 3),
     (9, 0): Tile(128, 64, 64, 8, 3),
     (10, 0): Tile(128, 64, 64, 8, 3),
+    (12, 0): Tile(128, 64, 32, 8, 3),
 }
+LEAST_CAPABILITY = min(NARROW)
+# Rows whose width is no multiple of 16 are loaded element by element, for which larger tiles spill.
+ALIGNED_WIDTH = 16
+ODD = Tile(64, 64, 32, 8, 3)
 # Compared by the benchmark on every device, beside the choice.
 RIVALS = (
     Tile(64, 64, 64, 4, 3),
+    Tile(128, 64, 32, 8, 3),
     Tile(128, 64, 64, 8, 3),
     Tile(128, 128, 64, 8, 3, hold=False),
     Tile(128, 128, 32, 8, 4, hold=False),
@@ -65,14 +73,20 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def choose_tile(operand: Tensor) -> Tile:
-    """Tile of the fused linear kernel for products of tensors like `operand`."""
+def choose_tile(operand: Tensor, shape: Sequence[int]) -> Tile:
+    """Tile of the fused linear kernel for products of tensors like `operand`, for a weight of this shape."""
     if operand.device.type != "cuda":
         return INTERPRETER
     if operand.dtype is torch.float32:
         return WIDE
-    known = [kind for kind in NARROW if kind <= capability(operand.device)]
-    return NARROW[max(known, default=(8, 0))]
+    if any(width % ALIGNED_WIDTH for width in shape):
+        return ODD
+    return held_tile(capability(operand.device))
+
+
+def held_tile(kind: tuple[int, int]) -> Tile:
+    """Tile for narrow operands on this compute capability, LEAST_CAPABILITY or later."""
+    return NARROW[max(known for known in NARROW if known <= kind)]
 
 
 def choose_logits_tile(operand: Tensor) -> Tile:

@@ -291,7 +291,7 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         put(torch, "tensor", make_tensor)
         put(torch, "Generator", Generator)
         # The interpreter takes its time for each tile and step, however small.
-        put(tiles, "choose_tile", lambda operand: TILE)
+        put(tiles, "choose_tile", lambda operand, shape: TILE)
         put(tiles, "choose_logits_tile", lambda operand: TILE)
         for part in KERNEL_MODULES:
             module = importlib.import_module(f"montessori.kernels.triton.{part}")

@@ -17,23 +17,19 @@ from montessori.errors import ArgumentError
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Bytes of shared memory that one block may have, by capability.
-SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
-# Kernels of `compile_triton.py` by capability: what one makes of those that do not depend on it tells enough.
+SHARED_LIMIT = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "120": 99 * 1024}
+# Kernels of `compile_triton.py`: for every capability, for all but one, and those that one tells enough of.
 PRODUCTS = {"linear bf16", "linear bf16, tied"}
-MORE_PRODUCTS = {"linear bf16, SGD", "linear bf16, two sets", "cross entropy", "logits gradient"}
-ON_TENSOR_CORES = {"80": PRODUCTS, "90": PRODUCTS | MORE_PRODUCTS, "100": PRODUCTS}
-OTHERS = {
-    "80": set(),
-    "90": {"linear fp32", "elementwise", "step", "embedding", "partials", "row sums"},
-    "100": set(),
-}
+SETS_AND_WIDTHS = {"linear bf16, five sets", "linear bf16, odd widths"}
+MORE_PRODUCTS = {"linear bf16, SGD", "linear bf16, twenty sets", "cross entropy", "logits gradient"}
+OTHERS = {"linear fp32", "elementwise", "step", "embedding", "partials", "row sums"}
 # Of the checks on the pretended GPU, which take minutes: each a process of its own.
 PRETENDED = [
     ("sections_on_pretended_gpu.py", ""),
     ("on_pretended_gpu.py", "every_kind"),
     ("on_pretended_gpu.py", "not every_kind"),
 ]
-MATRIX_INSTRUCTION = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
+MATRIX_INSTRUCTION = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -77,21 +73,43 @@ def compiled(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_kernels_compile_within_the_resources_of_a_gpu(compiled, capability):
-    assert compiled[capability].keys() == ON_TENSOR_CORES[capability] | OTHERS[capability]
+    products = PRODUCTS | (set() if capability == "89" else SETS_AND_WIDTHS)
+    products, others = (products | MORE_PRODUCTS, OTHERS) if capability == "90" else (products, set())
+    assert compiled[capability].keys() == products | others
     for name, used in compiled[capability].items():
         # 16 bytes of stack are two registers beside a loop; a spilled tile has hundreds.
         assert used["stack"] <= 16, f"{name}: {used}"
         assert used["shared"] <= SHARED_LIMIT[capability], f"{name}: {used}"
         on_tensor_cores = MATRIX_INSTRUCTION[capability] in used["matrix"]
-        assert on_tensor_cores == (name in ON_TENSOR_CORES[capability]), f"{name}: {used}"
+        assert on_tensor_cores == (name in products), f"{name}: {used}"
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_an_element_costs_two_special_functions(compiled, capability):
-    tile = tiles.NARROW[divmod(int(capability), 10)]
+    tile = tiles.held_tile(divmod(int(capability), 10))
     per_thread = tile.block_o * tile.block_i // (32 * tile.num_warps)
     # One square root and one reciprocal; two more for the index arithmetic of the tile.
     assert compiled[capability]["linear bf16"]["special"] <= 2 * per_thread + 4
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_both_factors_are_copied_ahead_of_the_product(compiled, capability):
+    tile = tiles.held_tile(divmod(int(capability), 10))
+    copied = compiled[capability]["linear bf16"]["copies"] * 16 * 32 * tile.num_warps
+    # Every stage but one before the loop, and one in it.
+    assert copied >= tile.num_stages * (tile.block_o + tile.block_i) * tile.block_t * torch.bfloat16.itemsize
+
+
+def test_rows_that_are_loaded_element_by_element_have_a_smaller_tile():
+    class OnGpu:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    for capability in (80, 90, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiles, "capability", lambda device, found=capability: divmod(found, 10))
+            whole, *odd = (tiles.choose_tile(OnGpu, shape) for shape in ((64, 48), (50257, 64), (64, 41)))
+        assert whole == tiles.held_tile(divmod(capability, 10))
+        assert odd == [tiles.ODD] * 2
 
 
 def test_the_package_works_where_triton_is_not_installed(monkeypatch):

@@ -1,8 +1,8 @@
 """Fused per-example gradient of a linear layer, optimizer step and product with q (Eq. 5).
 
 A program owns one (O, I) tile and loops over examples: it forms the tile of dYᵀX in registers, maps it and
-multiplies with q. The gradient never reaches memory. Where HOLD is set, exp_avg, exp_avg_sq and the one q
-stay in registers over all examples; else they are read again per example, from the cache if they fit.
+multiplies with q. The gradient never reaches memory. Where HOLD is set, exp_avg and exp_avg_sq stay in registers
+over all examples, and q does if there is one; else they are read again per example, from the cache if they fit.
 """
 
 import triton
@@ -47,13 +47,14 @@ def example_gradient(
     start = tl.load(spans_ptr + 2 * b)
     length = (tl.load(spans_ptr + 2 * b + 1) - start).to(tl.int32)
     token = tl.arange(0, BLOCK_T)
-    dy_ptrs = dy_ptr + start * O + token[:, None] * O + outs[None, :]
+    dy_ptrs = dy_ptr + start * O + token[None, :] * O + outs[:, None]
     x_ptrs = x_ptr + start * I + token[:, None] * I + columns[None, :]
     for done in range(0, length, BLOCK_T):
-        given = (token < length - done)[:, None]
-        dy = tl.load(dy_ptrs, mask=given & out_mask[None, :], other=0.0)
-        x = tl.load(x_ptrs, mask=given & in_mask[None, :], other=0.0)
-        grad = tl.dot(tl.trans(dy), x, grad, input_precision=PRECISION)
+        given = token < length - done
+        # As [O, T]: what is transposed after the load goes through registers, and is not copied ahead.
+        dy = tl.load(dy_ptrs, mask=given[None, :] & out_mask[:, None], other=0.0)
+        x = tl.load(x_ptrs, mask=given[:, None] & in_mask[None, :], other=0.0)
+        grad = tl.dot(dy, x, grad, input_precision=PRECISION)
         dy_ptrs += BLOCK_T * O
         x_ptrs += BLOCK_T * I
     return grad
@@ -83,12 +84,13 @@ def linear_influence_kernel(
     constants = tl.zeros([SETS_PADDED], tl.float32)
     if DECAY:
         decayed = decay * tl.load(param_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        for k in tl.static_range(SETS):
+        for k in range(SETS):
             q = tl.load(q_ptr + k * size + at, mask=mask, other=0.0).to(tl.float32)
             constants = tl.where(sets == k, tl.sum(q * decayed), constants)
     if HOLD:
         momentum, second = load_state(exp_avg_ptr, exp_avg_sq_ptr, at, mask, a1, s1, zeros, ADAM, MOMENT, "evict_first")
-        held_q = tl.load(q_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if SETS == 1:
+            held_q = tl.load(q_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
     first = tl.program_id(1) * examples_per_program
     for b in range(first, tl.minimum(first + examples_per_program, num_examples)):
@@ -107,8 +109,8 @@ def linear_influence_kernel(
                 exp_avg_ptr, exp_avg_sq_ptr, at, mask, a1, s1, zeros, ADAM, MOMENT, "evict_last"
             )
         update = step_update(grad, momentum, second, a2, s2, eps, ADAM)
-        for k in tl.static_range(SETS):
-            if HOLD:
+        for k in range(SETS):
+            if HOLD and SETS == 1:
                 q = held_q
             else:
                 q = tl.load(q_ptr + k * size + at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
@@ -131,7 +133,7 @@ def linear_influence_launch(
         x, dy, spans, q, exp_avg, exp_avg_sq, param, *rows, partial,
         num_examples, num_out, num_in, num_tiles, examples_per_program, *constants,
         SETS=num_sets, SETS_PADDED=triton.next_power_of_2(num_sets), **flags, TIED=rows[0] is not None,
-        HOLD=tile.hold and num_sets == 1, PRECISION=precision,
+        HOLD=tile.hold, PRECISION=precision,
         BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, BLOCK_R=16, GROUP=8,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
