@@ -144,11 +144,15 @@ def linear_influence(x: Tensor, dy: Tensor, spans: Spans, q: Tensor, *rest: Any)
 def calibrate(report: Callable[[str, dict[str, Any]], None] = lambda name, outcome: None) -> dict[str, Any]:
     """Check and time the kernels for the current CUDA device, keep what was fastest, and return the record.
 
-    `report` is called with each kernel's name and outcome. Raises ArgumentError without a CUDA device, ModelError when
-    no kernel was right, ResourceError where one could not be tried, for want of memory say: nothing is kept then.
+    `report` is called with each kernel's name and outcome. Raises ArgumentError without a CUDA device that a kernel can
+    run on, ModelError when no kernel was right, ResourceError where one could not be tried, for want of memory say:
+    nothing is kept then.
     """
     if not torch.cuda.is_available():
         raise ArgumentError("calibrate: expected a CUDA device, torch finds none")
+    if not kernels():
+        raise ArgumentError(f"calibrate: expected a device that a kernel runs on, got Triton's: {_triton_refused()}; "
+                            f"CUDA: {cuda.load_error() or 'none for it'}; use backend='reference'")  # fmt: skip
     outcomes = {}
     for name in kernels():
         outcomes[name] = _in_a_process(name)
@@ -188,10 +192,14 @@ def keep(timed: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> dict
 
 def kernels() -> list[str]:
     """Kernels that can run on the current device."""
-    portable = ["triton"] if gpu.unavailable() is None else []
+    portable = ["triton"] if _triton_refused() is None else []
     chosen = None if cuda.load_error() is not None else cuda.KERNELS.get(torch.cuda.get_device_capability())
     compiled = HOPPER_KERNELS if chosen == "wgmma" else () if chosen is None else (chosen,)
     return [*compiled, *portable]
+
+
+def _triton_refused() -> str | None:
+    return gpu.unavailable() or gpu.too_old(torch.device("cuda", torch.cuda.current_device()))
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,7 +33,8 @@ _SMALLEST = 2 * torch.finfo(torch.float32).tiny
 class StepMap:
     """A step as the kernels see it: Δ(g) = −lr · [ update(g + l2 θ) + decay θ ], see kernels/triton/update.py.
 
-    `constants` are a1, a2, s1, s2, eps, decay, l2; `flags` say which of them can be other than 0.
+    `constants` are a1, a2, s1, s2, eps, decay, l2; `flags` say which of them can be other than 0. All numbers are
+    Python's floats: Triton's launcher takes no NumPy scalar, and compiles a variant for an int of 1.
     """
 
     lr: float
@@ -47,11 +48,15 @@ class StepMap:
             a1, a2, s1, s2 = step.folded
             # Lanes beyond a tensor have v = 1, and a quotient of 0 / s1 there.
             constants = (a1, a2, s1 or _SMALLEST, s2, step.eps, decay, l2)
-            return cls(step.lr, constants, {"ADAM": True, "MOMENT": True, "DECAY": decay != 0, "L2": l2 != 0})
+            return cls._of_floats(step.lr, constants, ADAM=True, MOMENT=True, DECAY=decay != 0, L2=l2 != 0)
         on_grad, on_buffer = step.line(buffered=step.step > 1 and exp_avg is not None)
         decay = step.weight_decay * on_grad
         constants = (on_buffer, on_grad, 0.0, 0.0, 0.0, decay, 0.0)
-        return cls(step.lr, constants, {"ADAM": False, "MOMENT": on_buffer != 0, "DECAY": decay != 0, "L2": False})
+        return cls._of_floats(step.lr, constants, ADAM=False, MOMENT=on_buffer != 0, DECAY=decay != 0, L2=False)
+
+    @classmethod
+    def _of_floats(cls, lr: float, constants: Iterable[float], **flags: bool) -> StepMap:
+        return cls(float(lr), tuple(map(float, constants)), {name: bool(flag) for name, flag in flags.items()})
 
 
 def interpreting() -> bool:
@@ -78,6 +83,15 @@ def unsupported(*tensors: Tensor | None) -> str | None:
             return f"it runs on a GPU, got a tensor on {tensor.device}"
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"it computes in float32 from float32, bfloat16 or float16, got {tensor.dtype}"
+    devices = {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}
+    return next(filter(None, map(too_old, devices)), None)
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why the kernels are not for this CUDA device, None when they are."""
+    least, found = (".".join(map(str, kind)) for kind in (tiles.LEAST_CAPABILITY, tiles.capability(device)))
+    if tiles.capability(device) < tiles.LEAST_CAPABILITY:
+        return f"it runs on compute capability {least} and later, {device} has {found}"
     return None
 
 
@@ -111,7 +125,7 @@ def linear_influence(
             table, partial, step_map.constants, step_map.flags, tile,
             tiles.examples_per_program(tiles_o * tiles_i, num_examples, x.device), _dot_precision(),
         )  # fmt: skip
-    return _total(partial, steps_on(num_examples, partial.shape[2], x.device)).mul_(-step.lr)
+    return _total(partial, steps_on(num_examples, partial.shape[2], x.device)).mul_(-step_map.lr)
 
 
 def _rows_by_tile(rows: SparseRows, num_out: int, block_o: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +170,7 @@ def row_changes(
             min(tiles.BLOCK_ELEMENTS, _power_of_2(width)),
         )  # fmt: skip
     example = torch.arange(num_examples + 1, device=key.device)
-    return _total(partial, torch.searchsorted(segments, example * num_rows) * per_row).mul_(-step.lr)
+    return _total(partial, torch.searchsorted(segments, example * num_rows) * per_row).mul_(-step_map.lr)
 
 
 def adam_influence(
@@ -183,7 +197,7 @@ def adam_influence(
             partial, step_map.constants, step_map.flags, tiles.BLOCK_ELEMENTS,
             tiles.examples_per_program(partial.shape[2], num_examples, param.device),
         )  # fmt: skip
-    return _total(partial, steps_on(num_examples, partial.shape[2], param.device)).mul_(-step.lr)
+    return _total(partial, steps_on(num_examples, partial.shape[2], param.device)).mul_(-step_map.lr)
 
 
 def adam_step_(
@@ -203,7 +217,7 @@ def adam_step_(
     source, grad = source.contiguous(), grad.contiguous()
     with _on(param):
         adam_step_launch(
-            param, source, grad, *_contiguous(exp_avg, exp_avg_sq), step.lr, step_map.constants, step_map.flags,
+            param, source, grad, *_contiguous(exp_avg, exp_avg_sq), step_map.lr, step_map.constants, step_map.flags,
             tiles.BLOCK_ELEMENTS,
         )  # fmt: skip
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pretend_gpu import CHECKED, DEVICE, once, pretended_gpu, to_device
+from pretend_gpu import CHECKED, DEVICE, PretendGpu, once, pretended_gpu, to_device
 from support import CONFIGS, RECURRENT, make_model, make_rows, make_text_rows, make_tokenizer, warm_optimizer
 
-from montessori import InfluenceEstimator, calibration, cuda, gpu, ops, trial
-from montessori.errors import FallbackWarning, ModelError
+from montessori import InfluenceEstimator, calibration, cuda, gpu, ops, tiles, trial
+from montessori.errors import ArgumentError, FallbackWarning, ModelError
 from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 from montessori.losses import response_loss
 from montessori.models import load_model
@@ -109,6 +109,23 @@ def test_a_checkpoint_is_scored_and_audited(student):
         got, audit = estimator.score(rows), estimator.audit(rows, k=4)
     np.testing.assert_allclose(got.influence, want.influence, rtol=0, atol=ROUNDINGS * abs(want.loss).max())
     assert audit.agreement["reference"].pearson > 0.99
+
+
+def test_a_gpu_that_the_kernels_do_not_run_on_is_scored_by_plain_torch(monkeypatch):
+    launched = []
+    monkeypatch.setattr(PretendGpu, "launch", lambda self, kernel, name: lambda *given, **named: launched.append(name))
+    monkeypatch.setattr(tiles, "capability", lambda device: (7, 5))
+    assert_equal_scores("llama_tied")
+    assert launched == []
+    with pretended_gpu():
+        p = trial.make_problem((24, 40), (5, 3))
+        with pytest.raises(
+            ArgumentError, match=r"impl='triton': .*capability 8.0 and later, cuda:0 has 7.5; pass impl"
+        ):
+            ops.linear_influence(p.x, p.dy, p.offsets, *p.state, trial.STEP, impl="triton")
+        monkeypatch.setattr(cuda, "KERNELS", {})
+        with pytest.raises(ArgumentError, match=r"calibrate: expected a device .*cuda:0 has 7.5; CUDA: .*reference"):
+            calibration.calibrate()
 
 
 @pytest.mark.skipif(cuda.load_error() is not None, reason=f"{cuda.load_error()}")

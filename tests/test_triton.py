@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from montessori import gpu, ops, tiles
+from montessori import AdamWStep, SGDStep, gpu, ops, tiles
 from montessori.errors import ArgumentError
 
 HERE = Path(__file__).parent
@@ -100,6 +101,11 @@ def test_both_factors_are_copied_ahead_of_the_product(compiled, capability):
     assert copied >= tile.num_stages * (tile.block_o + tile.block_i) * tile.block_t * torch.bfloat16.itemsize
 
 
+def test_the_head_s_kernels_are_compiled_once_for_rows_from_anywhere(compiled):
+    for name, written in (("cross entropy", set()), ("logits gradient", {"grad_ptr"})):
+        assert {*compiled["90"][name]["kinds"]} == {"hidden_ptr", "weight_ptr", "H"} | written
+
+
 def test_rows_that_are_loaded_element_by_element_have_a_smaller_tile():
     class OnGpu:
         device, dtype = torch.device("cuda"), torch.bfloat16
@@ -110,6 +116,22 @@ def test_rows_that_are_loaded_element_by_element_have_a_smaller_tile():
             whole, *odd = (tiles.choose_tile(OnGpu, shape) for shape in ((64, 48), (50257, 64), (64, 41)))
         assert whole == tiles.held_tile(divmod(capability, 10))
         assert odd == [tiles.ODD] * 2
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        AdamWStep(lr=np.float32(1e-3), beta1=np.float32(0.9), eps=np.float32(1e-8), weight_decay=np.float64(0.1)),
+        AdamWStep(lr=1, eps=0, weight_decay=1, decoupled=False),
+        SGDStep(lr=1, momentum=np.float32(0.5), weight_decay=1, step=3),
+    ],
+    ids=["numpy", "int", "SGD"],
+)
+def test_the_launcher_is_given_floats_whatever_the_step_was_made_of(step):
+    given = gpu.StepMap.of(step, torch.ones(1))
+    assert {type(number) for number in (given.lr, *given.constants)} == {float}
+    assert {type(flag) for flag in given.flags.values()} == {bool}
+    assert given.lr == step.lr
 
 
 def test_the_package_works_where_triton_is_not_installed(monkeypatch):

@@ -27,7 +27,12 @@ def logits_tile(
     return tl.where(word_mask[None, :], logits, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["n", "V", "words_per_split"])
+# What has a number for each row starts at any row of a batch: a variant for rows at 16 bytes would only take time to
+# compile, as would one for each kind of the whole numbers.
+@triton.jit(
+    do_not_specialize=["n", "V", "words_per_split"],
+    do_not_specialize_on_alignment=["targets_ptr", "highest_ptr", "total_ptr", "target_logit_ptr"],
+)
 def linear_cross_entropy_kernel(
     hidden_ptr, weight_ptr, targets_ptr, highest_ptr, total_ptr, target_logit_ptr, n, H, V, words_per_split,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +61,9 @@ def linear_cross_entropy_kernel(
     tl.store(total_ptr + at, total, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["n", "first_word"])
+@triton.jit(
+    do_not_specialize=["n", "first_word"], do_not_specialize_on_alignment=["targets_ptr", "lse_ptr", "scale_ptr"]
+)
 def logits_gradient_kernel(
     hidden_ptr, weight_ptr, targets_ptr, lse_ptr, scale_ptr, grad_ptr, n, H, first_word, num_words,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
