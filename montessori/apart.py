@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from montessori.batching import Example, collate
 from montessori.capture import Capture
 from montessori.copies import check_copy
 from montessori.coverage import (
+    HEAD_SLACK,
     LOSS_TOKENS,
     NOISE_SHARE,
-    SURELY,
     TOLERANCE,
+    UNREPEATED,
     failures_named,
     missing_inputs_named,
     of_two_lengths,
@@ -32,6 +34,7 @@ from montessori.errors import FallbackWarning, ModelError, UntrainedLossError
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, response_loss
 from montessori.norms import NormSink
+from montessori.oracle import candidate_gradients, norm
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode, example_losses
 from montessori.products import unrounded_products
@@ -48,9 +51,11 @@ LONG_SLACK = 4
 # Of a loss function of the user's own whole batches are compared: rows that meet in it, those of one prompt, say, need
 # not be any three.
 WHOLE_BATCHES = 4
-# And rows of each in another order: a model that groups them by a column, and puts their losses back in place, has its
-# layers see other rows than the batch's.
-REORDERED = 8
+# Gradients of so many rows of a batch are captured at once, for a comparison of some with their own: a model that has
+# its layers see rows in an order of its own, those of one task or length side by side, may do so for many alone.
+MOST_ROWS = 64
+# Rounding may make that of a norm at most; that of another row is further off.
+MOST_SLACK = 0.2
 
 
 @missing_inputs_named()
@@ -106,9 +111,12 @@ def proved_references(model: nn.Module, references: ReferenceSets, loss: LossFun
 @dataclass
 class Apart:
     """What is known of candidates that share a batch: that rows of up to `tokens` tokens do not change each other's
-    loss, and, of a loss function of the user's own, how many whole `batches` were looked at."""
+    loss, that in batches of up to `rows` each gets its own gradient, that rows alone do (`singles`), and, of a loss
+    function of the user's own, how many whole `batches` were looked at."""
 
     tokens: int = 0
+    rows: int = 0
+    singles: bool = False
     batches: int = 0
 
     @failures_named()
@@ -118,14 +126,14 @@ class Apart:
         model: nn.Module,
         batches: Sequence[Sequence[Example]],
         loss: LossFunction,
-        alike: Callable[[Sequence[Example]], bool],
+        as_alone: Callable[[Sequence[Example]], bool],
     ) -> Sequence[Sequence[Example]]:
         """`batches`, longest first; or each example by itself, with a FallbackWarning, where rows of a batch change
-        each other's loss, or, of a loss of the user's own, where captured gradients are not `alike` in every order."""
+        each other's loss, or gradients that are captured of them together are not captured `as_alone`."""
         if loss is response_loss:
-            alone = self._long_alone(model, batches)
+            alone = self._long_alone(model, batches) and self._captured_alone(batches, as_alone)
         else:
-            alone = self._whole_alone(model, batches, loss, alike)
+            alone = self._whole_alone(model, batches, loss, as_alone)
         if alone:
             return batches
         warnings.warn(
@@ -135,6 +143,19 @@ class Apart:
             stacklevel=4,
         )
         return [[example] for batch in batches for example in batch]
+
+    def singles_as_alone(
+        self,
+        batches: Sequence[Sequence[Example]],
+        loss: LossFunction,
+        as_alone: Callable[[Sequence[Example]], bool],
+    ) -> bool:
+        """Whether gradients captured of examples by themselves are their own, of which no batch of a proof tells."""
+        if not self.singles:
+            rows = _ends_and_middle([example for batch in batches for example in batch]) if batches else ()
+            windows = [window(one, LOSS_TOKENS) for one in rows] if loss is response_loss else rows
+            self.singles = all(as_alone([one]) for one in windows)
+        return self.singles
 
     def _long_alone(self, model: nn.Module, batches: Sequence[Sequence[Example]]) -> bool:
         longest = batches[0] if batches else []
@@ -146,39 +167,55 @@ class Apart:
         self.tokens = most
         return True
 
+    def _captured_alone(
+        self, batches: Sequence[Sequence[Example]], as_alone: Callable[[Sequence[Example]], bool]
+    ) -> bool:
+        fullest = max(batches, key=len, default=())
+        rows = [window(fullest[place], LOSS_TOKENS) for place in _places(len(fullest), MOST_ROWS)]
+        if len(rows) < max(2, 2 * self.rows):
+            return True
+        if not as_alone(rows):
+            return False
+        self.rows = len(rows)
+        return True
+
     def _whole_alone(
         self,
         model: nn.Module,
         batches: Sequence[Sequence[Example]],
         loss: LossFunction,
-        alike: Callable[[Sequence[Example]], bool],
+        as_alone: Callable[[Sequence[Example]], bool],
     ) -> bool:
         for batch in _spread(batches, WHOLE_BATCHES - self.batches):
             if not _rows_stand_alone(model, batch, loss, LONG_TOKENS, LONG_SLACK):
                 return False
-            places = [place * len(batch) // REORDERED for place in range(REORDERED)] if len(batch) > REORDERED else ()
-            if not alike([batch[place] for place in places] if places else batch):
+            if not as_alone([batch[place] for place in _places(len(batch), MOST_ROWS)]):
                 return False
             self.batches += 1
         return True
 
 
 @unrounded_products()
-def alike_in_any_order(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> bool:
-    """Whether the gradients captured of `examples` in one batch are, by their norms, those captured in reverse order.
+def captured_as_alone(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> bool:
+    """Whether gradients captured of `examples` in one batch are, by their norms, autograd's own of some of them alone.
 
     Also where they cannot be captured in one batch at all, which scoring finds on its own.
     """
     try:
-        one, other = (_norms(model, plan, loss, some) for some in (examples, examples[::-1]))
+        captured = _norms(model, plan, loss, examples)
     except (UnmappableRowsError, UntrainedLossError):
         return True
-    tolerance = SURELY * widest(TOLERANCE, model)
-    scale = torch.stack(list(one.values())).sum(0).sqrt()
-    pairs = [(squares.sqrt(), other[name].flip(0).sqrt()) for name, squares in one.items()]
-    errors = (((there - here).abs(), tolerance * (here + NOISE_SHARE * scale)) for here, there in pairs)
-    # What is not finite is reported by its row.
-    return all(bool(((error <= allowed) | ~error.isfinite()).all()) for error, allowed in errors)
+    tolerance = min(MOST_SLACK, UNREPEATED * HEAD_SLACK * widest(TOLERANCE, model))
+    # Not the ends, which many an order of rows leaves where they are.
+    for place in sorted({len(examples) // 3, 2 * len(examples) // 3}):
+        grads, _ = candidate_gradients(model, plan.trainable, examples[place], loss)
+        norms = {name: 0.0 if grad is None else float(norm(grad)) for name, grad in grads.items()}
+        noise = NOISE_SHARE * sum(value**2 for value in norms.values()) ** 0.5
+        errors = {name: abs(float(captured[name][place]) ** 0.5 - value) for name, value in norms.items()}
+        # What is not finite is reported by its row.
+        if any(isfinite(error) and error > tolerance * (norms[name] + noise) for name, error in errors.items()):
+            return False
+    return True
 
 
 def _norms(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -191,7 +228,12 @@ def _norms(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[
 
 def _ends_and_middle(examples: Sequence[Example]) -> Sequence[Example]:
     """Three of them, or all."""
-    return [examples[place] for place in sorted({0, len(examples) // 2, len(examples) - 1})]
+    return [examples[place] for place in _places(len(examples), 3)]
+
+
+def _places(count: int, most: int) -> list[int]:
+    """At most so many numbers below `count`, evenly spread, the first and the last among them."""
+    return list(range(count)) if count <= most else [place * (count - 1) // (most - 1) for place in range(most)]
 
 
 def _spread(batches: Sequence[Sequence[Example]], most: int = WHOLE_BATCHES) -> list[Sequence[Example]]:

@@ -228,6 +228,14 @@ class _Proof:
         self.proved |= sink.used if sink.scale else set()
 
 
+def leave_all(plan: Plan) -> None:
+    """Leave everything to autograd, with a FallbackWarning."""
+    plan.fallback |= plan.trainable.keys()
+    plan.head = None
+    plan.settle()
+    _warn(plan)
+
+
 def with_gradient(
     model: nn.Module, parameters: dict[str, nn.Parameter], examples: Sequence[Example], loss: LossFunction
 ) -> Sequence[Example]:

@@ -73,7 +73,8 @@ class _Padded:
     def of(cls, rows: Tensor, offsets: Tensor, starts: Tensor | None = None) -> _Padded:
         spans = tuple(spans_of(offsets, starts))
         stride = len(rows) // len(spans)
-        if stride and all(low == number * stride for number, (low, _) in enumerate(spans)) and len(rows) % stride == 0:
+        whole = len(rows) == stride * len(spans)
+        if stride and whole and all(low == number * stride for number, (low, _) in enumerate(spans)):
             # As the model had them: nothing is copied.
             return cls(_wide(rows).unflatten(0, (len(spans), stride)), _places_on(spans, stride, rows.device)[1])
         longest = max(max(high - low for low, high in spans), 1)
@@ -89,6 +90,9 @@ class _Padded:
 
 
 def _of_matrix(use: LinearUse, size: int, impl: str) -> Tensor:
+    if use.rows is None and not int(use.offsets[-1]):
+        # No token of any example came here.
+        return torch.zeros(size, dtype=torch.float64, device=use.x.device)
     longest, (num_in, num_out) = int(use.offsets.diff().max()), (use.x.shape[1], use.dy.shape[1])
     compiled = impl in ("auto", "cpu") and cpu.unsupported(use.x, use.dy) is None
     # Of two tokens the kernel takes one product, where torch takes both.

@@ -101,8 +101,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Quantised layers of bitsandbytes stay in training mode, which has no other use for them: out of it the first pass
     rewrites 4-bit weights on a processor into a form whose products have no derivative.
     """
+    # Not by `eval`, which some override, to merge an adapter into the weights, say: only flags are put back.
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in before:
+        module.training = False
     for _, module in quantised_layers(model):
         module.training = True
     try:

@@ -9,10 +9,11 @@ from functools import partial
 
 from torch import nn
 
-from montessori.apart import Apart, alike_in_any_order, proved_rows
+from montessori.apart import Apart, captured_as_alone, proved_rows
 from montessori.batching import Example, spread
 from montessori.coverage import (
     failures_named,
+    leave_all,
     prove_head,
     proved_loss,
     verified_plan,
@@ -103,10 +104,14 @@ class Proofs:
         """`Apart.apart` of the batches of one call. What rows do to each other in a loss of the user's own may be less
         than a narrow model rounds."""
         plan = self.plan()
-        alike = partial(alike_in_any_order, self.model, plan, self.loss)
-        if plan.per_example:
-            return batches
-        return self._apart.apart(full if self.own_loss else self.model, batches, self.loss, alike)
+        as_alone = partial(captured_as_alone, self.model, plan, self.loss)
+        apart = batches
+        if not plan.per_example:
+            apart = self._apart.apart(full if self.own_loss else self.model, batches, self.loss, as_alone)
+        by_rules, singly = plan.fallback != plan.trainable.keys(), plan.per_example or apart is not batches
+        if by_rules and singly and not self._apart.singles_as_alone(batches, self.loss, as_alone):
+            leave_all(plan)
+        return apart
 
     @contextmanager
     def companions_aside(self) -> Iterator[None]:

@@ -127,3 +127,15 @@ def test_an_example_that_is_not_finite_keeps_that_to_itself(shape, dtype):
     use.dy[2] = torch.inf
     found = squared_norms(use, 3)
     assert not found[0].isfinite() and found[1:].isfinite().all()
+
+
+def test_rows_that_a_stride_divides_are_not_taken_for_padded_ones():
+    # One row and then two: twice two rows would be padded.
+    use = linear_use((1, 2), (48, 40))
+    packed = squared_norms(use, 2, "reference")
+    want = [example_gradient(use, example, torch.Size((48, 40))).square().sum() for example in range(2)]
+    torch.testing.assert_close(packed, torch.stack(want))
+
+
+def test_a_module_that_no_token_reached_has_norm_0():
+    assert squared_norms(linear_use((0, 0), (3, 2)), 2, "reference").tolist() == [0, 0]

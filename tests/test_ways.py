@@ -205,6 +205,126 @@ def test_rows_that_the_model_puts_in_another_order_get_their_own_scores(tasks):
     assert off(found, want) < 0.01
 
 
+class ByLength(Texts):
+    """Has its layer see the rows by their length, as before they are packed: torch turns those of one length about."""
+
+    def between(self, hidden, input_ids):
+        order = (input_ids != 0).sum(1).argsort(descending=True)
+        return self.inner(hidden[order])[order.argsort()]
+
+
+class ByFirstWord(Texts):
+    def between(self, hidden, input_ids):
+        order = input_ids[:, 0].argsort(stable=True)
+        return self.inner(hidden[order])[order.argsort()]
+
+
+class ManyPast(Texts):
+    """Takes more than three rows past the module that holds the weight, which it also calls."""
+
+    def between(self, hidden, input_ids):
+        once = self.inner(hidden).tanh()
+        return F.linear(once, self.inner.weight, self.inner.bias) if len(hidden) > 3 else self.inner(once)
+
+
+class Interleaved(Texts):
+    """Takes the rows of a batch that four divides in four groups."""
+
+    def between(self, hidden, input_ids):
+        if len(hidden) % 4:
+            return self.inner(hidden)
+        groups = hidden.unflatten(0, (4, -1)).transpose(0, 1)
+        turned = self.inner(groups.reshape(hidden.shape))
+        return turned.unflatten(0, (-1, 4)).transpose(0, 1).reshape(hidden.shape)
+
+
+class ShortPast(ManyPast):
+    """The same for texts shorter than all that a proof is on."""
+
+    def between(self, hidden, input_ids):
+        once = self.inner(hidden).tanh()
+        return F.linear(once, self.inner.weight, self.inner.bias) if hidden.shape[1] < 6 else self.inner(once)
+
+
+class OnePast(ManyPast):
+    """The same for a row alone, where all are, since nothing uses a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def between(self, hidden, input_ids):
+        once = self.inner(hidden).tanh()
+        return F.linear(once, self.inner.weight, self.inner.bias) if len(hidden) == 1 else self.inner(once)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        (ByLength, [8] * 32 + [9] * 8),
+        (ByFirstWord, [8] * 40),
+        (ManyPast, range(5, 13)),
+        (Interleaved, [8] * 8),
+        (ShortPast, [3, 4, 5, 5, 4]),
+        (OnePast, range(5, 13)),
+    ],
+)
+def test_a_batch_is_captured_as_its_rows_alone_or_not_at_all(kind, lengths):
+    model = kind()
+    optimizer = warmed(model, make_rows([7, 12, 9], seed=1))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-6
+    if kind is OnePast:
+        moments = {key: torch.zeros_like(model.unused) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[model.unused] = {**moments, "step": optimizer.state[model.head.bias]["step"].clone()}
+    candidates, references = make_rows(lengths, seed=2), make_rows([7, 9, 12], seed=3)
+    with pytest.warns(FallbackWarning):
+        found = InfluenceEstimator(model, optimizer, references, "first_order").score(candidates).influence
+    some = [0, len(candidates) // 2, len(candidates) - 1]
+    want = real_influence(model, optimizer, [candidates[place] for place in some], references)
+    assert np.abs(found[some] - want).max() < 1e-3 * np.ptp(found)
+
+
+class MergesInEval(nn.Linear):
+    """A low-rank adapter that `eval` merges into the weight and `train` takes out again, as loralib's."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.weight.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, width) * 0.3), nn.Parameter(torch.randn(width, 2) * 0.3)
+        self.merged = False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.weight.data += (self.b.data @ self.a.data) * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.a.T @ self.b.T
+
+
+class Adapted(Texts):
+    def __init__(self):
+        super().__init__()
+        self.inner = MergesInEval(WIDTH).double()
+
+    def between(self, hidden, input_ids):
+        return self.inner(hidden)
+
+
+@pytest.mark.parametrize("method", ["first_order", "exact"])
+def test_an_adapter_that_eval_would_merge_stays_apart(method):
+    model = Adapted().train()
+    optimizer = warmed(model, make_rows([5, 8], seed=1))
+    candidates, references = make_rows([5, 7, 6], seed=2), make_rows([4, 9], seed=3)
+    before = model.inner.weight.clone()
+    found = InfluenceEstimator(model, optimizer, references, method).score(candidates).influence
+    assert off(found, real_influence(model, optimizer, candidates, references)) < 0.01
+    assert torch.equal(model.inner.weight, before) and not model.inner.merged and model.inner.training
+
+
 class Counting(Texts):
     """Counts what its layer was given, as mixtures of experts count tokens in order to balance them."""
 
