@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from montessori.errors import FallbackWarning, ModelError, UntrainedLossError
 from montessori.live import undisturbed
 from montessori.losses import LossFunction, response_loss
 from montessori.norms import NormSink
-from montessori.oracle import candidate_gradients, norm
+from montessori.oracle import gradient_norms
 from montessori.parameters import trainable_parameters
 from montessori.passes import evaluation_mode, example_losses
 from montessori.products import unrounded_products
@@ -201,28 +200,29 @@ def captured_as_alone(model: nn.Module, plan: Plan, loss: LossFunction, examples
 
     Also where they cannot be captured in one batch at all, which scoring finds on its own.
     """
-    try:
-        captured = _norms(model, plan, loss, examples)
-    except (UnmappableRowsError, UntrainedLossError):
-        return True
+    names = plan.trainable
     tolerance = min(MOST_SLACK, UNREPEATED * HEAD_SLACK * widest(TOLERANCE, model))
-    # Not the ends, which many an order of rows leaves where they are.
-    for place in sorted({len(examples) // 3, 2 * len(examples) // 3}):
-        grads, _ = candidate_gradients(model, plan.trainable, examples[place], loss)
-        norms = {name: 0.0 if grad is None else float(norm(grad)) for name, grad in grads.items()}
-        noise = NOISE_SHARE * sum(value**2 for value in norms.values()) ** 0.5
-        errors = {name: abs(float(captured[name][place]) ** 0.5 - value) for name, value in norms.items()}
-        # What is not finite is reported by its row.
-        if any(isfinite(error) and error > tolerance * (norms[name] + noise) for name, error in errors.items()):
-            return False
-    return True
+    with undisturbed(names):
+        try:
+            squares = _norms(model, plan, loss, examples)
+        except (UnmappableRowsError, UntrainedLossError):
+            return True
+        captured, alike = torch.stack([squares[name] for name in names]).sqrt(), []
+        # Not the ends, which many an order of rows leaves where they are.
+        for place in sorted({len(examples) // 3, 2 * len(examples) // 3}):
+            alone = gradient_norms(model, names, examples[place], loss)
+            error = (captured[:, place] - alone).abs()
+            # What is not finite is reported by its row.
+            alike.append((error <= tolerance * (alone + NOISE_SHARE * alone.norm())) | ~error.isfinite())
+    return bool(torch.stack(alike).all())
 
 
 def _norms(model: nn.Module, plan: Plan, loss: LossFunction, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Squared norms of the captured gradient of every parameter, float64 [B]."""
-    capture, sink = Capture(model, plan, rows_checked=loss is not response_loss), NormSink(len(examples))
+    device = next(iter(plan.trainable.values())).device
+    capture, sink = Capture(model, plan, rows_checked=loss is not response_loss), NormSink(len(examples), device)
     with capture.installed():
-        capture.run(collate(examples).to(next(iter(plan.trainable.values())).device), loss, sink)
+        capture.run(collate(examples).to(device), loss, sink)
     return sink.squares
 
 

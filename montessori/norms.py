@@ -26,23 +26,25 @@ _HELD = 1 << 24
 
 @dataclass
 class NormSink:
-    """A sink of `Capture`: the squared norm of every parameter's gradient of each of `size` examples, float64 [B]."""
+    """A sink of `Capture`: the squared norm of every parameter's gradient of each of `size` examples, float64 [B] on
+    the `device`."""
 
     size: int
+    device: torch.device
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     def use(self, name: str, use: Use | RestUse) -> None:
-        self._of(name).add_(squared_norms(use, self.size).cpu())
+        self._of(name).add_(squared_norms(use, self.size).to(self.device))
 
     def part(self, name: str, first: int, use: LinearUse, _rows: slice) -> None:
         count = use.offsets.numel() - 1
-        self._of(name)[first : first + count] += squared_norms(use, count).cpu()
+        self._of(name)[first : first + count] += squared_norms(use, count).to(self.device)
 
     def absent(self, name: str) -> None:
         self._of(name)
 
     def _of(self, name: str) -> Tensor:
-        return self.squares.setdefault(name, torch.zeros(self.size, dtype=torch.float64, device="cpu"))
+        return self.squares.setdefault(name, torch.zeros(self.size, dtype=torch.float64, device=self.device))
 
 
 def squared_norms(use: Use | RestUse, size: int, impl: str = "auto") -> Tensor:

@@ -6,7 +6,7 @@ Everything happens in memory on the live model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -58,6 +58,31 @@ def example_gradients(
         value = example_losses(model, batch, loss)
         value.sum().backward()
         return {name: parameter.grad for name, parameter in parameters.items()}, float(value.detach()[0])
+
+
+def gradient_norms(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], example: Example, loss: LossFunction
+) -> Tensor:
+    """‖∂ℓ_i‖ by plain autograd for every parameter, 0 where there is no gradient, float64: none is held longer than its
+    norm takes, beside what a run holds by then."""
+    norms: dict[str, Tensor] = {}
+
+    def take(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            norms[name] = norm(parameter.grad)
+            parameter.grad = None
+
+    batch = collate([example]).to(next(iter(parameters.values())).device)
+    with evaluation_mode(model), gradients_aside(parameters.values()), ExitStack() as stack:
+        for name, parameter in parameters.items():
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(take, name)).remove)
+        try:
+            example_losses(model, batch, loss).sum().backward()
+        except UntrainedLossError:
+            if loss is response_loss:
+                raise
+    nothing = next(iter(parameters.values())).new_zeros((), dtype=torch.float64)
+    return torch.stack([norms.get(name, nothing) for name in parameters])
 
 
 def candidate_gradients(
