@@ -9,15 +9,14 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from engine_support import PROMPTS, opened, requests, write_all
 from support import WORDS, make_tokenizer
 
 from montessori.errors import ArgumentError, ModelError, ResourceError
 from montessori.journal import ScoreJournal
 from montessori.loop import endpoint as module
-from montessori.loop.engines import EngineSettings, Request, SampleMemory, Sampling, derive_seed, open_engine
+from montessori.loop.engines import EngineSettings, SampleMemory, Sampling, derive_seed
 from montessori.loop.judge import Judge, JudgeSettings
-
-PROMPTS = ["name a colour", "say", "what is the capital of france", "add two and three"]
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +33,6 @@ def waits(monkeypatch):
     asked: list[float] = []
     monkeypatch.setattr(module, "_over_within", lambda over, seconds: asked.append(seconds) or over.is_set())
     return asked
-
-
-def opened(teacher, **settings):
-    engine = open_engine(EngineSettings(**settings))
-    engine.load(teacher)
-    return engine
-
-
-def requests(prompts, siblings=1, seed=0):
-    return [
-        Request(f"{row}-{sibling}", prompt, derive_seed(seed, row, sibling))
-        for row, prompt in enumerate(prompts)
-        for sibling in range(siblings)
-    ]
-
-
-def write_all(engine, asked, sampling, stop=()):
-    texts = {request.id: sample for part in engine.write(asked, sampling, stop) for request, sample in part}
-    return [texts[request.id] for request in asked]
 
 
 class Server:

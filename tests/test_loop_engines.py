@@ -7,12 +7,13 @@ import warnings
 import pytest
 import torch
 import transformers
+from engine_support import PROMPTS, opened, requests, write_all
 from support import make_tokenizer
 
 from montessori.errors import DataError, ModelError
 from montessori.loop import cache
 from montessori.loop.decoding import _Chooser, _draw, cut_at_stop
-from montessori.loop.engines import EngineSettings, Request, Sampling, derive_seed, open_engine
+from montessori.loop.engines import EngineSettings, Request, Sampling, open_engine
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +29,6 @@ def teacher(tmp_path_factory):
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-def opened(teacher, **settings):
-    engine = open_engine(EngineSettings(**settings))
-    engine.load(teacher)
-    return engine
-
-
-def requests(prompts, siblings=1, seed=0):
-    return [
-        Request(f"{row}-{sibling}", prompt, derive_seed(seed, row, sibling))
-        for row, prompt in enumerate(prompts)
-        for sibling in range(siblings)
-    ]
-
-
-def write_all(engine, asked, sampling, stop=()):
-    texts = {request.id: sample for part in engine.write(asked, sampling, stop) for request, sample in part}
-    return [texts[request.id] for request in asked]
-
-
-PROMPTS = ["name a colour", "say", "what is the capital of france", "add two and three"]
 
 
 def test_texts_do_not_depend_on_what_shares_the_batch(teacher):
