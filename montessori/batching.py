@@ -75,6 +75,11 @@ class Batch:
         return self.input_ids.shape[0]
 
     @property
+    def named(self) -> str:
+        """Numbers of its rows for an error, of the first few."""
+        return ", ".join(map(str, self.index[:4])) + (", ..." if self.size > 4 else "")
+
+    @property
     def num_tokens(self) -> int:
         """Real tokens, padding not counted."""
         return int(self.attention_mask.sum())

@@ -42,9 +42,8 @@ def example_losses(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor
     except Exception as error:
         if not own or isinstance(error, MontessoriError) or out_of_memory(error):
             raise
-        rows = ", ".join(map(str, batch.index[:4])) + (", ..." if batch.size > 4 else "")
         why = f"{type(error).__name__}: {clipped(error)}"
-        raise ModelError(f"the loss function fails for row {rows} ({why})") from error
+        raise ModelError(f"the loss function fails for row {batch.named} ({why})") from error
     if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ModelError(f"the loss function must return one value per example [{batch.size}], got {got}")
@@ -67,23 +66,22 @@ def _fixed_ones_seen(model: nn.Module, batch: Batch) -> Iterator[Callable[[objec
     if not names or not torch.is_grad_enabled():
         yield lambda losses: None
         return
-    fixed = {id(entry): name for name, entry in model.named_parameters() if name in names}
+    fixed = {name: entry for name, entry in model.named_parameters() if name in names}
 
     def look(losses: object) -> None:
-        leaves = leaves_below(losses) if isinstance(losses, Tensor) else []
-        reached = next((fixed[id(leaf)] for leaf in leaves if id(leaf) in fixed), None)
+        leaves = {id(leaf) for leaf in leaves_below(losses)} if isinstance(losses, Tensor) else ()
+        reached = next((name for name, entry in fixed.items() if id(entry) in leaves), None)
         if reached is not None:
             raise StateError(
-                f"{reached} enters the loss of row {', '.join(map(str, batch.index[:4]))}, though not that of others, "
+                f"{reached} enters the loss of row {batch.named}, though not that of others, "
                 "and the optimizer has no moments of it: expected an optimizer that has stepped it; train it first, or "
                 "freeze it"
             )
 
     with ExitStack() as stack:
-        for name, entry in model.named_parameters():
-            if name in names:
-                entry.requires_grad_(True)
-                stack.callback(entry.requires_grad_, False)
+        for entry in fixed.values():
+            entry.requires_grad_(True)
+            stack.callback(entry.requires_grad_, False)
         yield look
 
 

@@ -73,7 +73,8 @@ class Proofs:
             self._plan = None
 
     def forget_plan(self) -> None:
-        self._plan = None
+        """Of a model that has changed nothing is known, of its batches neither."""
+        self._plan, self._apart = None, Apart()
 
     def plan(self) -> Plan:
         """How gradients are captured, as `verified_plan` found it."""

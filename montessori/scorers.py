@@ -147,10 +147,9 @@ class LinearScorer:
         is looked for once."""
         past = self._capture.reached(batch, self.loss, names) if names else ()
         if past:
-            rows = ", ".join(map(str, batch.index[:4])) + (", ..." if batch.size > 4 else "")
             raise ModelError(
-                f"{min(past)} enters the loss of row {rows} past the module that holds it, as in no row that the "
-                "capture was proved on: its part of the score would be missing; use method='exact'"
+                f"{min(past)} enters the loss of row {batch.named} past the module that holds it, as in no row that "
+                "the capture was proved on: its part of the score would be missing; use method='exact'"
             )
         self._cleared |= names
 

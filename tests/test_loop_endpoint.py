@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -269,11 +268,11 @@ def test_an_error_does_not_wait_for_answers_under_way(teacher):
 
 
 def test_a_busy_server_says_when_to_come_again(teacher, waits):
-    later = {"Retry-After": formatdate(time.time() + 600, usegmt=True)}
+    later = {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}
     answers = iter([(429, {"Retry-After": "3"}, b""), (503, later, b""), (503, {"Retry-After": "soon"}, b"")])
     with Server(reply=lambda asked: next(answers, (200, {}, says("say", finish_reason="stop")))) as server:
         sample = write_all(endpoint(teacher, server), requests(["say"]), Sampling())[0]
-    assert sample.text == "say" and waits[0] == 3 and 500 < waits[1] <= 601 and waits[2] == 2
+    assert sample.text == "say" and waits == [3, 3600, 2]
 
 
 @pytest.mark.parametrize(
