@@ -2,63 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from cuda_build import compile_source, setup_module_of_the_build
 
 from montessori import AdamWStep, SGDStep, calibration, cuda, ops
 from montessori.cli import cli
 from montessori.errors import ArgumentError, ResourceError
 
-ROOT = Path(__file__).parents[1]
 ENTRY = re.compile(
     r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg", re.S
 )
 
 
-def setup_module_of_the_build():
-    """setup.py as a module; it calls `setup()` on import, which does nothing but parse here."""
-    spec = importlib.util.spec_from_file_location("montessori_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    before, sys.argv = sys.argv, ["setup.py", "--quiet", "--version"]
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.argv = before
-    return module
-
-
-def compiler_report(source: str, archs: tuple[str, ...], tmp_path: Path) -> str:
-    toolkit = setup_module_of_the_build().cuda_toolkit()
-    if toolkit is None:
-        pytest.skip("no CUDA toolkit")
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command = [toolkit / "bin/nvcc", "-O3", "-std=c++17", "-DNDEBUG", *targets, "-Xptxas", "-v", "-c", source]
-    done = subprocess.run(
-        [*map(str, command), "-o", str(tmp_path / "object.o")], cwd=ROOT / "csrc/cuda", capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize(
-    ("source", "archs", "kernels", "most_registers"),
+    ("source", "kernels", "most_registers"),
     [
         # 256 threads of a block share 65,536 registers, so 255 each would still run; more than 192 is a regression.
-        ("linear_mma.cu", ("80", "100"), 8, 192),
+        ("linear_mma", 8, 192),
         # 384 threads start with 168; the consumers take 232 from what the producer gives back.
-        ("linear_wgmma.cu", ("90a",), 8, 168),
+        ("linear_wgmma", 8, 168),
     ],
 )
-def test_no_kernel_spills_registers(source, archs, kernels, most_registers, tmp_path):
-    report = compiler_report(source, archs, tmp_path)
+def test_no_kernel_spills_registers(source, kernels, most_registers, tmp_path_factory):
+    report = compile_source(tmp_path_factory, source).report
     entries = ENTRY.findall(report)
     # Two dtypes of operands by two of held state, and by two targets, or by clusters of one and of four blocks.
     assert len(entries) == kernels, report

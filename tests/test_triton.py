@@ -51,10 +51,7 @@ def require_interpreter() -> None:
         pytest.skip("the interpreter of triton before 3.7 fails on loops with numpy 2.4 and later")
 
 
-@pytest.mark.parametrize(
-    ("checks", "chosen"),
-    [("interpreted_triton.py", ""), *PRETENDED],
-)
+@pytest.mark.parametrize(("checks", "chosen"), PRETENDED)
 @pytest.mark.minutes
 def test_interpreted_kernels_are_as_specified(checks, chosen):
     require_interpreter()
