@@ -22,14 +22,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from interpreter_support import patch_the_language_once
+from interpreter_support import hurry_the_interpreter
 from torch import Tensor, nn
 from torch.__future__ import get_overwrite_module_params_on_conversion, set_overwrite_module_params_on_conversion
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from montessori import cuda, tiles
 
-patch_the_language_once()
+hurry_the_interpreter()
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 MATHEMATICAL_ATTENTION = 0
