@@ -32,7 +32,7 @@ LITTLE = {
 }
 LITTLE_CHECKS = {"SHAPE": (40, 30), "LENGTHS": (3, 0, 7), "FEATURES": 24, "WORDS": 331, "BLOCK_WORDS": 160}
 LLAMA = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
 
