@@ -15,6 +15,8 @@ import torch
 from montessori import AdamWStep, SGDStep, gpu, ops, tiles
 from montessori.errors import ArgumentError
 
+# All of them: what is compiled is compiled by one process.
+pytestmark = pytest.mark.minutes
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Bytes of shared memory that one block may have, by capability.
@@ -52,7 +54,6 @@ def require_interpreter() -> None:
 
 
 @pytest.mark.parametrize(("checks", "chosen"), PRETENDED)
-@pytest.mark.minutes
 def test_interpreted_kernels_are_as_specified(checks, chosen):
     require_interpreter()
     options = ("-q", "-p", "no:cacheprovider", "-k", chosen)
