@@ -60,13 +60,13 @@ RECURRENT = {
 }  # fmt: skip
 
 
-def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int | None = None) -> nn.Module:
     """A small causal LM with random weights, every norm weight and bias away from its initial value."""
     torch.manual_seed(seed)
     lora = name == "llama_lora"
-    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | RECURRENT)["llama_tied" if lora else name]()).to(
-        dtype
-    )
+    config = (CONFIGS | RECURRENT)["llama_tied" if lora else name]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
