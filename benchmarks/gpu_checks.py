@@ -115,7 +115,7 @@ def check_head(dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def _stored(want: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of two numbers of this dtype, there: a device rounds to half of it, the interpreter cuts off."""
+    """The distance of two numbers of this dtype, there: twice what rounding to the nearest leaves."""
     kind = torch.finfo(dtype)
     return kind.eps * want.abs().clamp(min=kind.smallest_normal)
 

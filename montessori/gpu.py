@@ -8,7 +8,6 @@ Triton is imported when an operation runs, not before.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -59,17 +58,12 @@ class StepMap:
         return cls(float(lr), tuple(map(float, constants)), {name: bool(flag) for name, flag in flags.items()})
 
 
-def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU, one operation at a time (for tests)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def unavailable() -> str | None:
     """Why the Triton kernels cannot be used in this process, None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not interpreting() and not torch.cuda.is_available():
-        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     return None
 
 
@@ -79,12 +73,21 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     if reason is not None:
         return reason
     for tensor in tensors:
-        if tensor is not None and not (tensor.is_cuda or interpreting()):
+        if tensor is not None and not tensor.is_cuda:
             return f"it runs on a GPU, got a tensor on {tensor.device}"
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"it computes in float32 from float32, bfloat16 or float16, got {tensor.dtype}"
+    reason = of_other_dtypes(*tensors)
+    if reason is not None:
+        return reason
     devices = {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}
     return next(filter(None, map(too_old, devices)), None)
+
+
+def of_other_dtypes(*tensors: Tensor | None) -> str | None:
+    """Why the kernels are not for the dtypes of these tensors, None when they are."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"it computes in float32 from float32, bfloat16 or float16, got {tensor.dtype}"
+    return None
 
 
 def too_old(device: torch.device) -> str | None:
@@ -303,9 +306,6 @@ def _example_of(rows: SparseRows) -> Tensor:
 def _factors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """What a kernel multiplies: contiguous, in the dtype that holds both."""
     common = torch.promote_types(first.dtype, second.dtype)
-    if interpreting() and common is torch.bfloat16:
-        # The interpreter would multiply the bits.
-        common = torch.float32
     return first.to(common).contiguous(), second.to(common).contiguous()
 
 

@@ -32,7 +32,6 @@ class Tile:
     hold: bool = True
 
 
-INTERPRETER = Tile(16, 16, 16, 1, 1)
 # Float32 operands run outside the tensor cores ("ieee"), where more than this spills.
 WIDE = Tile(64, 64, 16, 8, 2)
 # From each capability on, of the tiles held in registers that compile without spills the one that reads least per
@@ -69,14 +68,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @lru_cache(maxsize=32)
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def choose_tile(operand: Tensor, shape: Sequence[int]) -> Tile:
     """Tile of the fused linear kernel for products of tensors like `operand`, for a weight of this shape."""
-    if operand.device.type != "cuda":
-        return INTERPRETER
     if operand.dtype is torch.float32:
         return WIDE
     if any(width % ALIGNED_WIDTH for width in shape):
@@ -91,8 +88,6 @@ def held_tile(kind: tuple[int, int]) -> Tile:
 
 def choose_logits_tile(operand: Tensor) -> Tile:
     """Tile of the cross-entropy kernels: (rows, words) and step along the features."""
-    if operand.device.type != "cuda":
-        return INTERPRETER
     return LOGITS_WIDE if operand.dtype is torch.float32 else LOGITS
 
 

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time for the capabilities in argv and prints its resources as JSON.
 
-Runs in a process of its own: under TRITON_INTERPRET=1 nothing can be compiled. No GPU is needed.
+Runs in a process of its own, with a cache of its own. No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The estimator with everything on a GPU, against the same on the CPU; see tests/pretend_gpu.py.
 
-`tests/test_triton.py` runs this file in a process of its own: the interpreter is chosen before Triton is imported.
+`tests/test_triton.py` runs this file in a process of its own: what it changes in torch stays there.
 """
 
 from __future__ import annotations

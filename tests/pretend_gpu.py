@@ -1,9 +1,9 @@
 """A GPU that is not there: tensors that say they lie on "cuda", hold their values on the CPU and compute there.
 
 For tests of everything around the kernels. What a real GPU refuses is refused here: operands on two devices, and host
-tensors given to a kernel. Triton's kernels run under its interpreter; the operator of the CUDA library is written anew
-in torch. `PretendGpu.waits` counts what would make the host wait for the device, by place. Nothing here tells of speed,
-of streams or of what a kernel does on real hardware.
+tensors given to a kernel. Triton compiles its kernels as for a GPU, and they run as PTX (tests/ptx_machine); the
+operator of the CUDA library is written anew in torch. `PretendGpu.waits` counts what would make the host wait for the
+device, by place. Nothing here tells of speed or of streams.
 
 A tensor is a wrapper on torch's "meta" device, as torch's own fake tensors are: autograd then asks for no driver. So
 there is no "meta" device beside it, and what builds models there, as `from_pretrained` does, comes before.
@@ -22,14 +22,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from interpreter_support import hurry_the_interpreter
+from ptx_machine.triton_driver import ptx_driver
 from torch import Tensor, nn
 from torch.__future__ import get_overwrite_module_params_on_conversion, set_overwrite_module_params_on_conversion
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from montessori import cuda, tiles
+from montessori import cuda
 
-hurry_the_interpreter()
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 MATHEMATICAL_ATTENTION = 0
@@ -46,7 +45,7 @@ WAITING = {
 }
 # These take indices from the host too.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-TILE = tiles.Tile(64, 64, 64, 1, 1)
+CAPABILITY = (9, 0)
 KERNEL_MODULES = ("linear", "elementwise", "embedding", "cross_entropy", "partials", "rows")
 
 
@@ -272,7 +271,7 @@ CUDA = {
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[PretendGpu]:
-    """Within, "cuda" is a device and Triton's kernels take its tensors. Needs TRITON_INTERPRET=1."""
+    """Within, "cuda" is a device and Triton's kernels take its tensors."""
     gpu, tensor = PretendGpu(), torch.tensor
 
     def make_tensor(data, *, dtype=None, device=None, requires_grad=False):
@@ -292,9 +291,7 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         put(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         put(torch, "tensor", make_tensor)
         put(torch, "Generator", Generator)
-        # The interpreter takes its time for each tile and step, however small.
-        put(tiles, "choose_tile", lambda operand, shape: TILE)
-        put(tiles, "choose_logits_tile", lambda operand: TILE)
+        stack.enter_context(ptx_driver(CAPABILITY, search_races=False))
         for part in KERNEL_MODULES:
             module = importlib.import_module(f"montessori.kernels.triton.{part}")
             for name in [name for name in vars(module) if name.endswith("_launch")]:
@@ -338,7 +335,7 @@ def to_device(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     optimizer.state.update(state)
 
 
-# Problems of `montessori.trial` for the interpreter.
+# Problems of `montessori.trial`, small ones.
 CHECKED = {"CHECKED": ((24, 20, (5, 0, 1), 2),), "CROWDED": (24, 40, (3, 0, 17), 5)}
 
 

@@ -1,6 +1,6 @@
 """Every section of the GPU benchmark, and whether its checks find kernels that are wrong; see tests/pretend_gpu.py.
 
-`tests/test_triton.py` runs this file in a process of its own: the interpreter is chosen before Triton is imported.
+`tests/test_triton.py` runs this file in a process of its own: what it changes in torch stays there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LLAMA = {
 
 @pytest.fixture
 def little(monkeypatch):
-    """Sections of the benchmark at sizes for the interpreter, in this process, without times."""
+    """Sections of the benchmark at small sizes, in this process, without times."""
     for constant, value in LITTLE.items():
         monkeypatch.setattr(gpu_sections, constant, value)
     for constant, value in CHECKED.items():
@@ -61,7 +61,7 @@ def test_every_section_of_the_gpu_benchmark_runs(name, little, monkeypatch):
         monkeypatch.setattr(gpu_models, constant, value)
     monkeypatch.setattr(gpu_models, "BATCH_TOKENS", {"TinyLlama": 48, "8B": 24})
     monkeypatch.setattr(gpu_models, "NUM_ROWS", {"TinyLlama": 5, "8B": 3, "small": 2})
-    monkeypatch.setattr(tiles, "RIVALS", (tiles.INTERPRETER,))
+    monkeypatch.setattr(tiles, "RIVALS", tiles.RIVALS[:1])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     with pretended_gpu():
         rows = gpu_sections.SECTIONS[name].work()["rows"]
@@ -86,7 +86,7 @@ def taking(name, change):
 
 def inexact(launch, given):
     launch(**given)
-    given["total"] *= 1.001
+    given["total"] *= 1.02
 
 
 def lost_at_odd_widths(launch, given):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .machine import Split, unwritten
+from .machine import UNWRITTEN, Split
 from .memory import PARAMETERS
 from .text import Address, Immediate, Instruction, Name, Vector
 
@@ -64,7 +64,7 @@ def row(unit: Unit, name: str) -> np.ndarray:
     """A register's value in each thread."""
     if name not in unit.registers:
         kind = SIZES[unit.block.launch.kernel.registers[name]]
-        unit.registers[name] = np.full(unit.size, unwritten(kind), kind)
+        unit.registers[name] = np.full(unit.size, UNWRITTEN[kind], kind)
     return unit.registers[name]
 
 

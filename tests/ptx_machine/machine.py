@@ -15,18 +15,21 @@ from typing import Any
 import numpy as np
 
 from .memory import PARAMETERS, FaultError, Memory, Region
-from .races import Clocks, Shadow
+from .races import Clocks, NoShadow, Shadow
 from .text import Kernel
 
 WARP, GROUP = 32, 128
 MOST_BARRIERS = 64
 # Dynamic shared memory begins on a multiple of this; a kernel that asks for more has to see to it itself.
 SHARED_BASE = 1024
+# What a register holds that nobody wrote.
+UNWRITTEN = {np.dtype(bool): True} | {np.dtype(f"uint{bits}"): 2**bits - 1 for bits in (16, 32, 64)}
+PLACE = ("%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y")
 
 
 @dataclass
 class Launch:
-    """`shared_base` is where the block's shared memory starts."""
+    """`shared_base` is where the block's shared memory starts; a search for races takes a fourth of the time."""
 
     kernel: Kernel
     grid: tuple[int, int]
@@ -35,6 +38,12 @@ class Launch:
     dynamic_bytes: int = 0
     cluster: int = 1
     shared_base: int = SHARED_BASE
+    search_races: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What compiled instructions depend on."""
+        return self.threads, self.dynamic_bytes, self.cluster, self.shared_base
 
 
 class DivergedError(FaultError):
@@ -106,8 +115,8 @@ class PhaseBarrier:
 
 
 class Block:
-    def __init__(self, launch: Launch, memory: Memory, cluster: Cluster, rank: int):
-        self.launch, self.memory, self.cluster, self.rank = launch, memory, cluster, rank
+    def __init__(self, launch: Launch, cluster: Cluster, rank: int):
+        self.launch, self.cluster, self.rank = launch, cluster, rank
         kernel, base = launch.kernel, launch.shared_base
         self.variables = {name: base + at for name, at in kernel.shared.items()}
         static = (base + kernel.static_bytes + 15) // 16 * 16
@@ -117,12 +126,14 @@ class Block:
         self.shared = Region(f"shared memory of block {rank}", 0, np.empty(size + -size % 16, np.uint8))
         self.units = [Unit(self, first) for first in range(0, launch.threads, GROUP)]
 
-    def begin(self, x: int, y: int) -> None:
-        """Becomes the block at this place of the grid."""
+    def begin(self, launch: Launch, memory: Memory, x: int, y: int) -> None:
+        """Becomes the block at this place of the launch's grid."""
+        self.launch, self.memory = launch, memory
         # Memory that nobody wrote reads as NaN.
         self.shared.data[:] = 0xFF
         warps = self.launch.threads // WARP
-        self.shadow = Shadow(len(self.shared.data), self.rank * warps, warps, self.cluster.clocks)
+        kind = Shadow if launch.search_races else NoShadow
+        self.shadow = kind(len(self.shared.data), self.rank * warps, warps, self.cluster.clocks)
         self.named = [NamedBarrier() for _ in range(16)]
         self.phases: dict[int, PhaseBarrier] = {}
         for unit in self.units:
@@ -139,25 +150,26 @@ class Block:
 
 
 class Cluster:
-    """Blocks that run at one time."""
+    """Blocks that run at one time. Launches of the same shape take them again, with their compiled instructions."""
 
-    def __init__(self, launch: Launch, memory: Memory, random: np.random.Generator):
-        self.random = random
+    def __init__(self, launch: Launch):
         self.clocks = Clocks(launch.cluster * (launch.threads // WARP), MOST_BARRIERS)
         # Copies under way, each as what performs it.
         self.copies: list[Callable[[], None]] = []
-        self.blocks = [Block(launch, memory, self, rank) for rank in range(launch.cluster)]
+        self.blocks = [Block(launch, self, rank) for rank in range(launch.cluster)]
 
     def at_once(self) -> bool:
         """Whether something asynchronous happens now rather than as late as it may."""
         return bool(self.random.integers(2))
 
-    def run(self, x: int, y: int) -> None:
+    def run(self, launch: Launch, memory: Memory, random: np.random.Generator, x: int, y: int) -> None:
         """The blocks from this place of the grid on."""
+        self.random = random
         self.clocks.reset()
         self.barrier = NamedBarrier()
+        self.copies.clear()
         for rank, block in enumerate(self.blocks):
-            block.begin(x + rank, y)
+            block.begin(launch, memory, x + rank, y)
         units = [unit for block in self.blocks for unit in block.units]
         while any(unit.alive for unit in units):
             order = self.random.permutation(len(units))
@@ -185,18 +197,17 @@ class Unit:
         self.actors = (block.rank * block.launch.threads + self.threads) // WARP
         self.all_warps = np.unique(self.actors)
         self.registers: dict[str, np.ndarray] = {}
-        launch = block.launch
-        special = {
-            "%tid.x": self.threads, "%tid.y": 0, "%tid.z": 0, "%laneid": self.threads % WARP, "%ctaid.x": 0,
-            "%ctaid.y": 0, "%ctaid.z": 0, "%ntid.x": launch.threads, "%nctaid.x": launch.grid[0],
-            "%nctaid.y": launch.grid[1], "%nctaid.z": 1, "%cluster_ctarank": block.rank,
+        special = dict.fromkeys((*PLACE, "%tid.y", "%tid.z", "%ctaid.z"), 0) | {
+            "%tid.x": self.threads, "%laneid": self.threads % WARP, "%ntid.x": block.launch.threads, "%nctaid.z": 1,
+            "%cluster_ctarank": block.rank,
         }  # fmt: skip
         self.special = {name: np.broadcast_to(value, self.size).astype(np.uint32) for name, value in special.items()}
 
     def begin(self, x: int, y: int) -> None:
-        self.special["%ctaid.x"][:], self.special["%ctaid.y"][:] = x, y
+        for name, value in zip(PLACE, (x, y, *self.block.launch.grid), strict=True):
+            self.special[name].fill(value)
         for values in self.registers.values():
-            values.fill(unwritten(values.dtype))
+            values.fill(UNWRITTEN[values.dtype])
         self.groups: dict[int, np.ndarray] = {0: self.everyone}
         self.waiting: list[Waiting] = []
         # Where threads wait for the rest of their warp.
@@ -300,11 +311,6 @@ class Unit:
         return step
 
 
-def unwritten(kind: np.dtype) -> Any:
-    """What a register holds that nobody wrote: all ones."""
-    return True if kind.kind == "b" else np.iinfo(kind).max
-
-
 def run(launch: Launch, memory: Memory, seed: int = 0) -> None:
     """All blocks of a launch, cluster by cluster."""
     kernel = launch.kernel
@@ -313,7 +319,8 @@ def run(launch: Launch, memory: Memory, seed: int = 0) -> None:
     if launch.threads % WARP:
         raise FaultError(f"{launch.threads} threads, not a multiple of {WARP}")
     memory.place("parameters", PARAMETERS, launch.parameters)
-    cluster = Cluster(launch, memory, np.random.default_rng(seed))
+    shape, random = launch.shape, np.random.default_rng(seed)
+    cluster = kernel.machines[shape] = kernel.machines.get(shape) or Cluster(launch)
     # Instructions become functions by the ten thousand, and none of them is garbage before the end.
     collecting = gc.isenabled()
     gc.disable()
@@ -321,7 +328,7 @@ def run(launch: Launch, memory: Memory, seed: int = 0) -> None:
         with np.errstate(all="ignore"):
             for y in range(launch.grid[1]):
                 for x in range(0, launch.grid[0], launch.cluster):
-                    cluster.run(x, y)
+                    cluster.run(launch, memory, random, x, y)
     finally:
         if collecting:
             gc.enable()

@@ -184,8 +184,7 @@ def _multiply_async(unit: Unit, instruction: Instruction) -> Step:
         for operand in operands:
             touched = grains(operand.at.reshape(-1), size)
             block.shadow.check_read(touched, np.broadcast_to(warps[0], touched.shape[1:]))
-            if block.shadow.generic[touched].any():
-                raise FaultError("a product reads what was stored without a fence for the tensor cores")
+            block.shadow.check_visible(touched)
 
         def read() -> list[np.ndarray]:
             kinds = UINT32 if size == 4 else UINT16

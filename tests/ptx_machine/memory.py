@@ -54,11 +54,11 @@ class Memory:
 
     def add(self, name: str, address: int, size: int) -> None:
         """What the host holds at `address`."""
-        if address % 16:
-            raise ValueError(f"{name} at {address:#x}, not a multiple of 16")
         if size:
-            data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-            self.regions.append(Region(name, address, data))
+            # From a multiple of 16 on, so that wide elements stand at whole places.
+            before = address % 16
+            data = np.ctypeslib.as_array((ctypes.c_uint8 * (before + size)).from_address(address - before))
+            self.regions.append(Region(name, address - before, data))
 
     def place(self, name: str, address: int, data: bytes) -> None:
         """A copy of `data`, in the place of what was there under this name."""

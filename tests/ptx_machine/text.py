@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BITS = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
 BITS |= {"pred": 1, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
@@ -62,7 +62,7 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Kernel:
-    """Offsets in bytes; `dynamic` is the symbol of dynamic shared memory."""
+    """Offsets in bytes. `dynamic` is the symbol of dynamic shared memory; `machines` ran it, by shape of launch."""
 
     name: str
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -72,6 +72,7 @@ class Kernel:
     registers: dict[str, int] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    machines: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     @property
     def parameter_bytes(self) -> int:

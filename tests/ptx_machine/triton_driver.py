@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +51,8 @@ class Launcher:
             given += b"\0" * (-len(given) % struct.calcsize(form)) + struct.pack(f"<{form}", value)
         # Scratch memory, of which no kernel uses any.
         given += b"\0" * (-len(given) % 8) + struct.pack("<qq", 0, 0)
-        launch = Launch(kernel, (x, y), 32 * self.metadata.num_warps, bytes(given), self.metadata.shared)
+        threads, shared = 32 * self.metadata.num_warps, self.metadata.shared
+        launch = Launch(kernel, (x, y), threads, bytes(given), shared, search_races=driver.search_races)
         run(launch, memory, driver.seed)
         driver.launched.append((kernel.name, self.metadata.num_warps))
 
@@ -62,8 +62,8 @@ class PtxDriver(DriverBase):
 
     launcher_cls = Launcher
 
-    def __init__(self, kind: tuple[int, int], seed: int = 0):
-        self.kind, self.seed = kind, seed
+    def __init__(self, kind: tuple[int, int], seed: int, search_races: bool):
+        self.kind, self.seed, self.search_races = kind, seed, search_races
         self.launched: list[tuple[str, int]] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES[kind]}, load_binary=self._load
@@ -98,27 +98,27 @@ class PtxDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiled_for(kind: tuple[int, int], seed: int = 0) -> Iterator[PtxDriver]:
-    """Within, `impl="triton"` takes tensors of the CPU, and its kernels run as the PTX of this compute capability."""
-    driver = PtxDriver(kind, seed)
+def ptx_driver(kind: tuple[int, int], seed: int = 0, search_races: bool = True) -> Iterator[PtxDriver]:
+    """Within, Triton launches for a GPU of this compute capability, whose memory is the CPU's."""
+    driver = PtxDriver(kind, seed, search_races)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.driver, "_active", driver)
-        patch.setattr(
-            triton.compiler.CompiledKernel, "kernel", property(ptx_of, lambda self, binary: None), raising=False
-        )
-        patch.setitem(impls._UNAVAILABLE, "triton", lambda: None)
-        patch.setattr(gpu, "unsupported", partial(refused, gpu.unsupported))
-        patch.setattr(tiles, "capability", lambda device: kind)
-        for name in ("choose_tile", "choose_logits_tile"):
-            patch.setattr(tiles, name, as_on_gpu(getattr(tiles, name)))
+        binary = property(ptx_of, lambda self, machine_code: None)
+        patch.setattr(triton.compiler.CompiledKernel, "kernel", binary, raising=False)
         yield driver
 
 
-def refused(unsupported: Callable[..., str | None], *tensors: torch.Tensor | None) -> str | None:
-    """Why the kernels do not take these tensors, their device apart."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "interpreting", lambda: True)
-        return unsupported(*tensors)
+@contextlib.contextmanager
+def compiled_for(kind: tuple[int, int], seed: int = 0) -> Iterator[PtxDriver]:
+    """Within, `impl="triton"` takes tensors of the CPU as those of such a GPU."""
+    with ptx_driver(kind, seed) as driver, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(impls._UNAVAILABLE, "triton", lambda: None)
+        patch.setattr(gpu, "unsupported", gpu.of_other_dtypes)
+        patch.setattr(tiles, "capability", lambda device: kind)
+        patch.setattr(tiles, "num_processors", lambda device: 1)
+        for name in ("choose_tile", "choose_logits_tile"):
+            patch.setattr(tiles, name, as_on_gpu(getattr(tiles, name)))
+        yield driver
 
 
 def ptx_of(compiled: Any) -> bytes:
