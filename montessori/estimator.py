@@ -72,7 +72,8 @@ class InfluenceEstimator:
             and hooks are as before after every call, bit for bit; it computes in its own dtype whatever autocast is on.
         optimizer: the state that the step starts from: a live `torch.optim.AdamW`, `Adam` or `SGD`, several in a
             list, a checkpoint directory (Trainer, TRL, accelerate), or an `AdamWState`. A live one may go on training
-            between calls: every call scores the step that it would take now.
+            between calls: every call scores the step that it would take now; an `AdamWState` read from it before is
+            refused then.
         reference: rows, a dataset or a path; or a dict (also a DatasetDict) of several, scored together as K named
             sets: influence then has a column for each.
         method: "anchored" (Eq. 4), "first_order" (Eq. 3) or "exact" (Eq. 2, real steps).
@@ -259,6 +260,8 @@ class InfluenceEstimator:
             strangers_aside(trained_by(self._optimizer)),
         ):
             check_trainable_form(self.model)
+            if isinstance(self._optimizer, AdamWState):
+                self._optimizer.check_current()
             fixed, moved = self._watch.changes()
             if fixed or moved:
                 validate_model(self.model)

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
 from montessori.optimizers import moments_of, settings_of
+from montessori.parameters import is_plain, version
 from montessori.shared import Shared
 
 # Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
@@ -58,7 +59,7 @@ def _buffers(model: nn.Module) -> Callable[[], None]:
     kept = [
         (module, key, buffer, buffer.detach().clone())
         for module, key, buffer in found
-        if _is_plain(buffer) and buffer.numel() <= _MOST_COUNTED and buffer.layout is torch.strided
+        if is_plain(buffer) and buffer.numel() <= _MOST_COUNTED and buffer.layout is torch.strided
     ]
 
     @torch.no_grad()
@@ -116,10 +117,10 @@ def to_the_end(work: Callable[[], object]) -> None:
 @contextmanager
 def undisturbed(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Raises ModelError if somebody else, such as a training loop in another thread, writes a parameter inside."""
-    before = {name: _version(parameter) for name, parameter in parameters.items()}
+    before = {name: version(parameter) for name, parameter in parameters.items()}
 
     def check(cause: Exception | None = None) -> None:
-        written = next((name for name, parameter in parameters.items() if _version(parameter) != before[name]), None)
+        written = next((name for name, parameter in parameters.items() if version(parameter) != before[name]), None)
         if written is not None:
             raise ModelError(
                 f"{written} was written while the model was scored, when weights are moved and put back: by another "
@@ -219,7 +220,7 @@ class Watch:
 
     def _now(self) -> tuple[Any, ...]:
         values = [*self._model.parameters(), *self._moments()]
-        versions = tuple(_version(value) if isinstance(value, Tensor) else value for value in values)
+        versions = tuple(version(value) if isinstance(value, Tensor) else value for value in values)
         return versions, settings_of(self._optimizer)
 
     def _bits(self) -> tuple[int, ...]:
@@ -288,20 +289,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def _is_plain(value: Any) -> bool:
-    return type(value) in (Tensor, nn.Parameter)
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    # A tensor of a class of its own (quantised) may have no address.
-    address = tensor.data_ptr() if _is_plain(tensor) else id(tensor)
-    return address, (0 if tensor.is_inference() else tensor._version)
-
-
 def _bit_sums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        if _is_plain(tensor) and tensor.numel() and tensor.layout is torch.strided:
+        if is_plain(tensor) and tensor.numel() and tensor.layout is torch.strided:
             sums.setdefault(tensor.device, []).append(_bit_sum(tensor.detach()))
     return tuple(total for group in sums.values() for total in torch.stack(group).tolist())
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from montessori import quantised
 from montessori.errors import ArgumentError, StateError
-from montessori.optimizers import check_once, live_states
+from montessori.optimizers import Reading, check_once, live_states
 from montessori.parameters import trainable_parameters
 from montessori.steps import AdamWStep, OptimizerStep, SGDStep
 from montessori.wording import one_line
@@ -63,7 +63,7 @@ class AdamWState(Mapping[str, ParameterState]):
 
     Names are those of `model.named_parameters()`; a shared parameter stands once, under its first
     name. Build it with `from_optimizer`, `load`, `montessori.checkpoints.read_state`, or from a
-    mapping of your own. Tensors are referenced, never copied.
+    mapping of your own. Tensors are referenced, never copied; `copy.deepcopy` gives a state its own.
     """
 
     def __init__(self, states: Mapping[str, ParameterState]) -> None:
@@ -76,6 +76,7 @@ class AdamWState(Mapping[str, ParameterState]):
                     f"got {type(name).__name__} to {type(state).__name__}"
                 )
         self._states = dict(states)
+        self._reading = Reading()
 
     def __getitem__(self, name: str) -> ParameterState:
         return self._states[name]
@@ -96,8 +97,9 @@ class AdamWState(Mapping[str, ParameterState]):
         accelerate's wrapper around one, or of several of these in a list.
 
         Every trainable parameter of `model` gets the hyperparameters of its own param group;
-        tensors are detached references, 8-bit moments float32 copies. A parameter that has not been
-        stepped yet is taken in without tensors: `validate` names it.
+        tensors are detached references, 8-bit moments float32 copies. Once the optimizer goes on, `check_current`
+        refuses the state: read it again. A parameter that has not been stepped yet is taken in without tensors:
+        `validate` names it.
 
         Raises StateError for another optimizer, for amsgrad, maximize or differentiable, and when
         the optimizer does not hold the trainable parameters of `model`. Warns of what runs after its step.
@@ -119,7 +121,17 @@ class AdamWState(Mapping[str, ParameterState]):
         }
         state = cls(states)
         state.check_layout(model)
+        state._reading = Reading(optimizer, (tensor for entry in states.values() for _, tensor in entry.tensors()))
         return state
+
+    def check_current(self) -> None:
+        """Raise StateError where the optimizer that it was read from has stepped since, or was given other moments:
+        the tensors would be those of now, the step count, rates and whether there is a buffer those of then."""
+        if not self._reading.is_current():
+            raise StateError(
+                f"{self!r}: its optimizer has written or replaced moments since it was read, expected them as they "
+                "were: read it again (AdamWState.from_optimizer), or pass the optimizer itself, which is followed"
+            )
 
     def check_layout(self, model: nn.Module) -> None:
         """Raise StateError unless the entries are the trainable parameters of `model`, shape by shape."""
@@ -147,9 +159,10 @@ class AdamWState(Mapping[str, ParameterState]):
     def validate(self, model: nn.Module) -> None:
         """Raise StateError unless a step of `model` can be computed from this state.
 
-        Checks names, shapes, that every parameter has been stepped, that moments are finite and
+        Checks that it is current, names, shapes, that every parameter has been stepped, that moments are finite and
         `exp_avg_sq` is not negative, and that the learning rate is not 0 everywhere.
         """
+        self.check_current()
         self.check_layout(model)
         unstepped = [name for name, state in self.items() if not _is_stepped(state)]
         if unstepped:
@@ -188,7 +201,7 @@ class AdamWState(Mapping[str, ParameterState]):
         for name, state in self.items():
             step = dataclasses.replace(state.step, **changes)  # type: ignore[arg-type]
             replaced[name] = dataclasses.replace(state, step=step)
-        return AdamWState(replaced)
+        return self._with(replaced)
 
     def beside(self, model: nn.Module) -> AdamWState:
         """The same state with every tensor on the device of its parameter; shared where it is there."""
@@ -198,7 +211,12 @@ class AdamWState(Mapping[str, ParameterState]):
             device = parameters[name].device
             tensors = {label: tensor.to(device) for label, tensor in state.tensors()}
             moved[name] = ParameterState(state.step, tensors.get("exp_avg"), tensors.get("exp_avg_sq"))
-        return AdamWState(moved)
+        return self._with(moved)
+
+    def _with(self, states: Mapping[str, ParameterState]) -> AdamWState:
+        other = AdamWState(states)
+        other._reading = self._reading
+        return other
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of hyperparameters and tensors; the order of names does not matter."""
@@ -214,8 +232,10 @@ class AdamWState(Mapping[str, ParameterState]):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `adamw_state.safetensors` and `adamw_state.json` into `directory`, made if needed.
 
-        A directory whose write was cut short has no `adamw_state.json`, and `load` refuses it.
+        A directory whose write was cut short has no `adamw_state.json`, and `load` refuses it. Raises StateError as
+        `check_current` does.
         """
+        self.check_current()
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         (path / JSON_FILE).unlink(missing_ok=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from montessori import quantised
 from montessori.errors import ArgumentError, StateError
+from montessori.parameters import version
 
 # Their type itself: a subclass may step differently.
 _KNOWN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
@@ -57,6 +59,32 @@ def live_states(optimizer: object) -> dict[int, LiveState]:
 def moments_of(optimizer: object) -> list[Any]:
     """What live optimizers keep in their state, in order."""
     return [value for part in _live(optimizer) for entry in part.state.values() for value in entry.values()]
+
+
+class Reading:
+    """A state as it was read from live optimizers: `tensors` are theirs, which a later step writes, or copies.
+
+    Holds no optimizer: those that are gone write nothing any more.
+    """
+
+    def __init__(self, optimizer: object = (), tensors: Iterable[Tensor] = ()) -> None:
+        self._tensors = list(tensors)
+        self._then = _versions(self._tensors)
+        self._parts = [(weakref.ref(part), _versions(moments_of(part))) for part in _live(optimizer)]
+
+    def is_current(self) -> bool:
+        """Whether neither the tensors nor what the optimizers keep were written or replaced since."""
+        alive = ((part, then) for reference, then in self._parts if (part := reference()) is not None)
+        as_they_were = _versions(self._tensors) == self._then
+        return as_they_were and all(_versions(moments_of(part)) == then for part, then in alive)
+
+    def __reduce__(self) -> tuple[type[Reading], tuple[()]]:
+        # A deep copy, or what was pickled, has tensors of its own.
+        return Reading, ()
+
+
+def _versions(values: Iterable[Any]) -> list[Any]:
+    return [version(value) if isinstance(value, Tensor) else value for value in values]
 
 
 def trained_by(optimizer: object) -> set[int]:
