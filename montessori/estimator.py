@@ -272,6 +272,8 @@ class InfluenceEstimator:
                     self._proofs.forget_plan()
                 self._expansions.clear()
                 self._watch.accept()
+            # Parameters that some candidates do not reach, of which a call warns once.
+            self._told: set[str] = set()
             try:
                 with self._idle.held():
                     yield
@@ -366,6 +368,7 @@ class InfluenceEstimator:
                 self.options.max_grad_norm,
                 loss,
                 impl,
+                self._told,
             )
             return _Prepared(full, scorer, delta, loss, torch.zeros_like(loss))
         plan = self._proofs.plan()
@@ -379,6 +382,7 @@ class InfluenceEstimator:
             self.options.backend,
             self.options.max_grad_norm,
             self.options.sample,
+            self._told,
         )
         return _Prepared(full, linear, expansion.drift_delta, expansion.loss, expansion.curvature)
 

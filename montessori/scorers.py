@@ -74,25 +74,16 @@ class LinearScorer:
     impl: str
     max_grad_norm: float | None
     sample: float
+    told: set[str]
 
     @contextmanager
     def running(self) -> Iterator[None]:
         self._capture = Capture(self.model, self.plan, self.impl, rows_checked=self.loss is not response_loss)
         self._draws: dict[str, TileSample] = {}
-        self._unreached: set[str] = set()
         self._cleared: set[str] = set()
         self._device = next(iter(self.plan.trainable.values())).device
-        with undisturbed(self.plan.trainable), self._capture.installed():
+        with _unreached(self.told) as self._unreached, undisturbed(self.plan.trainable), self._capture.installed():
             yield
-        if self._unreached:
-            first = min(self._unreached)
-            warnings.warn(
-                f"{first}, one of {len(self._unreached)} parameter(s) that some candidates do not reach: taken to have "
-                "gradient 0 there, which moves it by momentum and decay as in a batch with others that do; a step on "
-                "the candidate alone, after zero_grad(set_to_none=True), would pass over it",
-                IdleWarning,
-                stacklevel=2,
-            )
 
     def score(self, group: Sequence[Example]) -> Scored:
         most = 1 if self.plan.per_example else self.plan.most_examples
@@ -178,11 +169,17 @@ class ExactScorer:
     max_grad_norm: float | None
     loss_before: Tensor
     impl: str
+    told: set[str]
 
     @contextmanager
     def running(self) -> Iterator[None]:
         self._parameters = trainable_parameters(self.model)
-        with real_products(self.model, self.impl), restored(self._parameters) as self._saved:
+        self._moved_alone: dict[str, bool] = {}
+        with (
+            _unreached(self.told) as self._unreached,
+            real_products(self.model, self.impl),
+            restored(self._parameters) as self._saved,
+        ):
             yield
 
     def score(self, group: Sequence[Example]) -> Scored:
@@ -190,6 +187,7 @@ class ExactScorer:
 
     def _score(self, example: Example) -> Scored:
         grads, loss = candidate_gradients(self.model, self._parameters, example, self.loss)
+        self._unreached |= {name for name, grad in grads.items() if grad is None and self._moves_alone(name)}
         apply_step(self._parameters, self.state, grads, self.max_grad_norm, self.impl)
         try:
             with undisturbed(self._parameters):
@@ -197,6 +195,33 @@ class ExactScorer:
         finally:
             restore(self._parameters, self._saved)
         return Scored((after - self.loss_before)[None], torch.tensor([loss], dtype=torch.float64))
+
+    def _moves_alone(self, name: str) -> bool:
+        """Whether the step with gradient 0 moves a parameter."""
+        if name not in self._moved_alone:
+            entry, parameter = self.state[name], self._parameters[name]
+            parts = [entry.exp_avg, parameter if entry.step.weight_decay else None]
+            moves = any(bool(part.any()) for part in parts if part is not None)
+            self._moved_alone[name] = moves and entry.step.lr > 0
+        return self._moved_alone[name]
+
+
+@contextmanager
+def _unreached(told: set[str]) -> Iterator[set[str]]:
+    """Yields a set for the parameters that some candidate does not reach and the state moves, and warns of those that
+    the call has not `told` of yet."""
+    names: set[str] = set()
+    yield names
+    new = names - told
+    told |= new
+    if new:
+        warnings.warn(
+            f"{min(new)}, one of {len(new)} parameter(s) that some candidates do not reach: taken to have gradient 0 "
+            "there, which moves it by momentum and decay as in a batch with others that do; a step on the candidate "
+            "alone, after zero_grad(set_to_none=True), would pass over it",
+            IdleWarning,
+            stacklevel=2,
+        )
 
 
 def score_batches(

@@ -171,7 +171,9 @@ def test_a_part_that_a_row_takes_after_all_is_named():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_part_that_some_candidates_do_not_reach_is_named():
+@pytest.mark.parametrize("method", ["first_order", "anchored", "exact"])
+@pytest.mark.parametrize("audited", [False, True])
+def test_a_part_that_some_candidates_do_not_reach_is_named_once(method, audited):
     torch.manual_seed(0)
     model = Switched().double()
     rows = [{"input_ids": [first, 2, 3], "labels": [first, 2, 3]} for first in (1, 60)]
@@ -180,8 +182,24 @@ def test_a_part_that_some_candidates_do_not_reach_is_named():
         response_loss_of(model, row).backward()
     optimizer.step()
     optimizer.zero_grad()
-    estimator = InfluenceEstimator(model, optimizer, rows, method="first_order")
-    with pytest.warns(IdleWarning, match=r"^parts.1.bias, one of 2 parameter\(s\) that some candidates do not reach"):
+    estimator = InfluenceEstimator(model, optimizer, rows, method=method)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", IdleWarning)
+            estimator.audit([rows[0]] * 2, k=2) if audited else estimator.score(rows[:1])
+        said = [str(warning.message) for warning in caught if warning.category is IdleWarning]
+        assert len(said) == 1
+        assert said[0].startswith("parts.1.bias, one of 2 parameter(s) that some candidates do not reach")
+
+
+@pytest.mark.parametrize("method", ["first_order", "exact"])
+def test_a_part_that_the_state_does_not_move_is_not_named(method):
+    torch.manual_seed(0)
+    model = Switched().double()
+    rows = [{"input_ids": [first, 2, 3], "labels": [first, 2, 3]} for first in (1, 60)]
+    estimator = InfluenceEstimator(model, torch.optim.SGD(model.parameters(), lr=0.1), rows, method=method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IdleWarning)
         estimator.score(rows[:1])
 
 
