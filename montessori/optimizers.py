@@ -107,9 +107,10 @@ def check_once(optimizer: object, parameters: Mapping[str, Tensor]) -> None:
 
 
 def settings_of(optimizer: object) -> str:
-    """What else of live optimizers may change between two calls, as a text: settings, grouping, hooks."""
+    """What else of live optimizers may change between two calls, as a text: settings, grouping, hooks, also those of
+    all optimizers."""
     parts = _live(optimizer)
-    hooks = [[list(getattr(part, table, ())) for table in (_PRE, _POST)] for part in parts]
+    hooks = [_hooks(part) for part in parts]
     settings = [[_settings(group) for group in part.param_groups] for part in parts]
     return repr((settings, hooks, [id(vars(part).get("step")) for part in parts]))
 
@@ -155,18 +156,25 @@ def _check_known(part: Any) -> None:
     )
 
 
-def _check_step(part: Any) -> None:
-    """Refuse what may change gradients before the step; warn of what may change weights after it."""
+def _hooks(part: Any) -> tuple[list[int], list[int]]:
+    """Ids of the hooks before and after its step: its own and those of all optimizers."""
     # torch.optim takes the name of this module of its own away.
     everywhere = sys.modules["torch.optim.optimizer"]
-    if getattr(part, _PRE, None) or getattr(everywhere, "_global_optimizer_pre_hooks", None):
+    before = [*getattr(part, _PRE, ()), *getattr(everywhere, "_global_optimizer_pre_hooks", ())]
+    return before, [*getattr(part, _POST, ()), *getattr(everywhere, "_global_optimizer_post_hooks", ())]
+
+
+def _check_step(part: Any) -> None:
+    """Refuse what may change gradients before the step; warn of what may change weights after it."""
+    before, after = _hooks(part)
+    if before:
         raise StateError(
             "optimizer: expected no hooks that run before its step (register_step_pre_hook), which may change the "
             "gradients: take them off, or build AdamWState yourself"
         )
     own = vars(part).get("step")
     what = None
-    if getattr(part, _POST, None) or getattr(everywhere, "_global_optimizer_post_hooks", None):
+    if after:
         what = "hooks run after its step (register_step_post_hook)"
     # Schedulers and torch.compile wrap it, and say what.
     elif own is not None and _innermost(own) is not _innermost(type(part).step):

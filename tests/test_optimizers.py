@@ -106,6 +106,28 @@ def test_hooks_for_all_optimizers_are_refused_as_their_own():
         handle.remove()
 
 
+@pytest.mark.parametrize("of_all", [False, True])
+def test_hooks_that_are_registered_between_two_calls_are_seen(of_all):
+    model = make_model("llama_tied")
+    optimizer = warm_optimizer(model)
+    estimator, candidates = InfluenceEstimator(model, optimizer, make_rows(2, seed=2)), make_rows(2, seed=1)
+    want = estimator.score(candidates).influence
+    handle = (register_optimizer_step_pre_hook if of_all else optimizer.register_step_pre_hook)(no_change)
+    try:
+        for _ in range(2):
+            with pytest.raises(StateError, match="expected no hooks that run before its step"):
+                estimator.score(candidates)
+    finally:
+        handle.remove()
+    np.testing.assert_array_equal(estimator.score(candidates).influence, want)
+    handle = (register_optimizer_step_post_hook if of_all else optimizer.register_step_post_hook)(no_change)
+    try:
+        with pytest.warns(UserWarning, match="scores are of the step of torch.optim.AdamW alone"):
+            estimator.score(candidates)
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("kind", ["own hook", "hook of all", "replaced"])
 def test_what_runs_after_the_step_is_warned_of(kind):
     model = tiny_llama()
