@@ -49,10 +49,14 @@ class Options:
             raise ArgumentError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
         if self.invalid_rows not in INVALID_ROWS:
             raise ArgumentError(f"invalid_rows={self.invalid_rows!r}: expected one of {', '.join(INVALID_ROWS)}")
+        # A journal keeps them as JSON, which has no numbers of numpy's.
+        for name in ("max_grad_norm", "sample"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_method(method: str, sample: float, reference_dtype: str, backend: str) -> None:

@@ -81,7 +81,7 @@ class SGDStep:
 
     def __post_init__(self) -> None:
         _require(_is_finite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number >= 0")
-        _require(_is_finite(self.momentum) and 0 <= self.momentum < 1, "momentum", self.momentum, "0 <= momentum < 1")
+        _require(_is_finite(self.momentum) and self.momentum >= 0, "momentum", self.momentum, "a finite number >= 0")
         _require(_is_finite(self.dampening), "dampening", self.dampening, "a finite number")
         _require(_is_finite(self.weight_decay), "weight_decay", self.weight_decay, "a finite number")
         _require(isinstance(self.step, int) and self.step >= 1, "step", self.step, "a 1-based integer")

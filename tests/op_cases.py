@@ -30,6 +30,7 @@ STEPS = {
     "sgd_momentum": SGDStep(lr=0.1, momentum=0.9, dampening=0.3, step=5),
     "sgd_first_step": SGDStep(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.2),
     "sgd_full_dampening": SGDStep(lr=0.1, momentum=0.9, dampening=1.0, step=5),
+    "sgd_undamped": SGDStep(lr=0.1, momentum=1.0, step=5),
     "nesterov": SGDStep(lr=0.1, momentum=0.9, weight_decay=0.2, nesterov=True, step=5),
     "nesterov_first_step": SGDStep(lr=0.1, momentum=0.9, nesterov=True),
 }

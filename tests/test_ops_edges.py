@@ -179,10 +179,16 @@ def test_a_float64_gradient_of_rows_alone_makes_the_arithmetic_so():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dampening": float("nan")}, {"nesterov": True}, {"momentum": 0.9, "dampening": 0.5, "nesterov": True}]
+    "wrong",
+    [
+        {"dampening": float("nan")},
+        {"momentum": -0.1},
+        {"nesterov": True},
+        {"momentum": 0.9, "dampening": 0.5, "nesterov": True},
+    ],
 )
 def test_what_torch_refuses_of_sgd_is_refused(wrong):
-    with pytest.raises(ArgumentError, match=r"dampening=nan|nesterov=True"):
+    with pytest.raises(ArgumentError, match=r"dampening=nan|momentum=-0.1|nesterov=True"):
         SGDStep(lr=0.1, **wrong)
 
 

@@ -61,6 +61,7 @@ ADAM = (
     {"lr": 1e-2, "betas": (0.7, 0.999), "eps": 1e-4, "weight_decay": 0.0},
 )
 SGD = ({"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.03, "momentum": 0.8, "dampening": 0.25})
+UNDAMPED = ({"lr": 0.1, "momentum": 1.0}, {"lr": 0.03, "momentum": 1.0, "nesterov": True, "weight_decay": 0.1})
 NESTEROV = (
     {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     {"lr": 0.03, "momentum": 0.5, "nesterov": True},
@@ -71,6 +72,7 @@ OPTIMIZERS = {
     "adam_l2": (torch.optim.Adam, ADAM, 5),
     "sgd": (torch.optim.SGD, SGD, 3),
     "sgd_first_step": (torch.optim.SGD, SGD, 0),
+    "sgd_undamped": (torch.optim.SGD, UNDAMPED, 3),
     "nesterov": (torch.optim.SGD, NESTEROV, 3),
     "nesterov_first_step": (torch.optim.SGD, NESTEROV, 0),
 }

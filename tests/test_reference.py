@@ -65,6 +65,8 @@ def test_adamw_delta_is_the_change_that_torch_makes_in_every_group_and_at_every_
         {"weight_decay": 0.3},
         {"momentum": 0.9},
         {"momentum": 0.9, "dampening": 0.4},
+        {"momentum": 1.0},
+        {"momentum": 1.5, "weight_decay": 0.3, "nesterov": True},
         {"momentum": 0.9, "weight_decay": 0.3, "nesterov": True},
         {"momentum": 0.5, "dampening": -0.5, "weight_decay": 0.1},
     ],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import make_model, make_rows, warm_optimizer
 
-from montessori import InfluenceEstimator, Scores, scorers
+from montessori import InfluenceEstimator, ScoreJournal, Scores, scorers
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError, StateError
 from montessori.losses import response_loss
 from montessori.passes import out_of_memory
@@ -186,6 +186,9 @@ def test_a_reference_in_the_dtype_of_the_model_needs_no_float32_copy(monkeypatch
         ({"backend": "abacus"}, ArgumentError, ["abacus", "reference"]),
         ({"pilot": -1}, ArgumentError, ["pilot=-1"]),
         ({"max_grad_norm": 0.0}, ArgumentError, ["max_grad_norm"]),
+        ({"max_grad_norm": True}, ArgumentError, ["max_grad_norm=True"]),
+        ({"max_grad_norm": np.float32("nan")}, ArgumentError, ["max_grad_norm=", "nan"]),
+        ({"max_grad_norm": np.float32(-1)}, ArgumentError, ["max_grad_norm=", "-1"]),
         ({"truncation": "left"}, ArgumentError, ["left", "right"]),
         ({"reference_weighting": "best"}, ArgumentError, ["best", "token_mean"]),
         ({"reference_dtype": "bfloat16"}, ArgumentError, ["bfloat16", "float32, model"]),
@@ -198,6 +201,17 @@ def test_wrong_settings_are_one_line_errors(warm, change, error, words):
         InfluenceEstimator(*warm, make_rows(3), **change)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("method", ["anchored", "exact"])
+def test_numbers_of_numpy_are_numbers(warm, tmp_path, method):
+    def score(limit, journal=None):
+        estimator = InfluenceEstimator(*warm, make_rows(3, seed=2), method, max_grad_norm=limit)
+        return estimator.score(make_rows(3, seed=1), journal=journal).influence
+
+    want = score(0.5)
+    np.testing.assert_array_equal(score(np.float32(0.5), ScoreJournal(tmp_path / "journal")), want)
+    np.testing.assert_array_equal(score(0.5, ScoreJournal(tmp_path / "journal")), want)
 
 
 def test_bad_references_and_candidates(warm):
