@@ -390,7 +390,8 @@ class InfluenceEstimator:
         key = f"{method}:{examples_digest(pilot)}:{columns_digest(pilot)}"
         if key not in self._expansions:
             self._expansions.clear()
-            common = (full, self.state, self.references, self._proofs.chunked_reference_loss(full))
+            reference_loss = self._proofs.chunked_reference_loss(full)
+            common = (full, self.state, self.references, reference_loss, self.options.backend)
             self._expansions[key] = (
                 expand_at_theta(*common)
                 if method == "first_order"

@@ -56,14 +56,14 @@ class Expansion:
 
 @unrounded_products()
 def expand_at_theta(
-    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction
+    model: nn.Module, state: AdamWState, sets: ReferenceSets, reference_loss: LossFunction, impl: str
 ) -> Expansion:
-    """Eq. 3: the reference gradient at θ."""
+    """Eq. 3: the reference gradient at θ. `impl` as in `montessori.ops`, of the drift."""
     parameters = trainable_parameters(model)
     with fast_products(model):
         q, loss = sets.gradient(model, parameters, reference_loss)
     zero = torch.zeros_like(loss)
-    return Expansion(q, zero, parameter_drift(q, state, parameters), loss, zero)
+    return Expansion(q, zero, parameter_drift(q, state, parameters, impl), loss, zero)
 
 
 @unrounded_products()
@@ -72,14 +72,16 @@ def expand_at_anchor(
     state: AdamWState,
     sets: ReferenceSets,
     reference_loss: LossFunction,
+    impl: str,
     pilot: Sequence[Example],
     loss_function: LossFunction,
     max_grad_norm: float | None,
 ) -> Expansion:
-    """Eq. 4: the reference gradient at θ_a = θ + Δ̄, Δ̄ the mean step over `pilot`."""
+    """Eq. 4: the reference gradient at θ_a = θ + Δ̄, Δ̄ the mean step over `pilot`. `impl` as in `montessori.ops`, of
+    the steps and of the drift."""
     parameters = trainable_parameters(model)
     with fast_products(model):
-        anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm)
+        anchor = mean_delta(model, parameters, state, pilot, loss_function, max_grad_norm, impl)
         loss = sets.loss(model, reference_loss)
         with restored(parameters) as theta:
             with torch.no_grad():
@@ -106,7 +108,7 @@ def expand_at_anchor(
                 eps = max(torch.finfo(parameter.dtype).eps for parameter in parameters.values())
                 untrue = _falls_like_the_way(moved, predicted, loss_at_anchor, eps, of_part)
     _warn_of_curvature(curvature, untrue, sets.names)
-    drift = parameter_drift(q, state, parameters)
+    drift = parameter_drift(q, state, parameters, impl)
     return Expansion(q, moved - predicted, drift, loss, curvature)
 
 

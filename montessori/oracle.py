@@ -146,26 +146,36 @@ def mean_delta(
     examples: Sequence[Example],
     loss: LossFunction,
     max_grad_norm: float | None,
+    impl: str = "auto",
 ) -> dict[str, Tensor]:
     """Δ̄ of Eq. 4 per parameter: the mean step over `examples`, or the step with g = 0 when none is given.
 
-    An example whose gradient is not finite is left out of the mean; scoring reports it.
+    An example whose gradient is not finite is left out of the mean; scoring reports it. `impl` as in
+    `montessori.ops.adam_step_`.
     """
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    # The kernels' steps are of contiguous tensors.
+    total = {
+        name: torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        for name, parameter in parameters.items()
+    }
     taken = 0
     for example in examples:
         grads, _ = candidate_gradients(model, parameters, example, loss)
         if all(grad is None or is_finite(grad) for grad in grads.values()):
-            _add_delta(total, parameters, state, clip_gradients(grads, max_grad_norm))
+            _add_delta(total, parameters, state, clip_gradients(grads, max_grad_norm), impl)
             taken += 1
     if not taken:
-        _add_delta(total, parameters, state, dict.fromkeys(parameters))
+        _add_delta(total, parameters, state, dict.fromkeys(parameters), impl)
     return {name: value.div_(max(taken, 1)) for name, value in total.items()}
 
 
 @torch.no_grad()
 def _add_delta(
-    total: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], state: AdamWState, grads: Gradients
+    total: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    state: AdamWState,
+    grads: Gradients,
+    impl: str,
 ) -> None:
     for name, parameter in parameters.items():
         entry, grad, summed = state[name], grads[name], total[name]
@@ -177,7 +187,7 @@ def _add_delta(
         elif decay:
             grad = grad.add(parameter, alpha=decay)
         step = replace(step, weight_decay=0.0)
-        ops.adam_step_(summed, summed, grad, entry.exp_avg, entry.exp_avg_sq, step)
+        ops.adam_step_(summed, summed, grad, entry.exp_avg, entry.exp_avg_sq, step, impl=impl)
 
 
 def is_finite(tensor: Tensor) -> bool:

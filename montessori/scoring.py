@@ -135,14 +135,14 @@ class InfluenceSink:
 
 
 def parameter_drift(
-    q: Mapping[str, Tensor], state: AdamWState, parameters: Mapping[str, nn.Parameter]
+    q: Mapping[str, Tensor], state: AdamWState, parameters: Mapping[str, nn.Parameter], impl: str
 ) -> dict[str, Tensor]:
     """⟨q, Δ(0)⟩ per parameter, float64 [K]: momentum and weight decay alone."""
     drift = {}
     for name, parameter in parameters.items():
         entry = state[name]
         rest = (entry.exp_avg, entry.exp_avg_sq, parameter.detach(), entry.step)
-        drift[name] = ops.adam_influence(None, q[name], *rest)[0]
+        drift[name] = ops.adam_influence(None, q[name], *rest, impl=impl)[0]
     return drift
 
 

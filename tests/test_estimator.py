@@ -10,7 +10,7 @@ import torch
 import transformers
 from support import CONFIGS, RECURRENT, VOCABULARY, make_model, make_rows, slow_influence, warm_optimizer
 
-from montessori import InfluenceEstimator, processes
+from montessori import InfluenceEstimator, ops, processes
 from montessori.errors import ArgumentError, CurvatureWarning, DataError, FallbackWarning, ModelError, ResourceError
 
 MODELS = [*CONFIGS, "llama_lora"]
@@ -232,3 +232,15 @@ def test_what_is_no_journal_and_no_number_of_candidates_is_an_error(tmp_path):
         estimator.score(make_rows(3, seed=1), journal=tmp_path / "journal.jsonl")
     with pytest.raises(ArgumentError, match=r"^k=1.5: expected a number of candidates"):
         estimator.audit(make_rows(3, seed=1), k=1.5)
+
+
+@pytest.mark.skipif("cpu" not in ops.available_impls(), reason="no compiled kernels")
+@pytest.mark.parametrize("method", ["first_order", "anchored", "exact"])
+def test_plain_torch_asked_for_by_name_is_all_that_computes(monkeypatch, method):
+    """The anchor's step and the drift included."""
+    for table in (ops._LINEAR, ops._DENSE, ops._STEP):
+        monkeypatch.delitem(table, "cpu")
+    model = make_model("llama_tied", torch.float32)
+    estimate(model, warm_optimizer(model), make_rows(3, seed=1), make_rows(2), method=method, backend="reference")
+    with pytest.raises(KeyError, match="cpu"):
+        estimate(model, warm_optimizer(model), make_rows(3, seed=1), make_rows(2), method=method, backend="cpu")
