@@ -6,6 +6,8 @@ a block costs six passes over cache-resident memory:
     a1 = β1/(1−β1^t)   a2 = (1−β1)/(1−β1^t)   s1 = β2/(1−β2^t)   s2 = (1−β2)/(1−β2^t)
     q·Δ = −lr · [ q · (a1 m + a2 g) / (sqrt(s1 v + s2 g²) + ε) + λ q · θ ]
 
+where s1 > 1, both sides of the fraction over sqrt(s1) (`AdamWStep.folded`).
+
 The step itself follows torch's own single-tensor AdamW, Adam and SGD operation by operation, so it gives the same bits
 as `optimizer.step()`.
 
@@ -77,7 +79,7 @@ class _SGDBlock:
 def _adam_block(
     q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor, step: AdamWStep, dtype: torch.dtype
 ) -> _AdamBlock:
-    a1, a2, s1, s2 = step.folded
+    a1, a2, s1, s2, eps = step.folded
     q, param = q.flatten(1).to(dtype), param.flatten().to(dtype)
     constant = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
     if step.decoupled and step.weight_decay:
@@ -90,7 +92,7 @@ def _adam_block(
         constant=constant,
         a2=a2,
         s2=s2,
-        eps=step.eps,
+        eps=eps,
         lr=step.lr,
         scratch=torch.empty_like(param),
     )

@@ -246,7 +246,7 @@ def _folded(
     if exp_avg is None or exp_avg_sq is None:
         raise TypeError("an AdamWStep needs exp_avg and exp_avg_sq, got None")
     decay, on_param = (0.0, step.weight_decay) if step.decoupled else (step.weight_decay, 0.0)
-    return (exp_avg.contiguous(), exp_avg_sq.contiguous()), (*step.folded, step.eps, decay, on_param, 0.0)
+    return (exp_avg.contiguous(), exp_avg_sq.contiguous()), (*step.folded, decay, on_param, 0.0)
 
 
 def _sorted_rows(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:

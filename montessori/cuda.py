@@ -143,7 +143,7 @@ def linear_influence(
         return q.new_zeros(0, q.shape[0], dtype=torch.float64)
     contiguous = [tensor.contiguous() for tensor in (q, exp_avg, exp_avg_sq, param)]
     return torch.ops.montessori_cuda.linear_scores(
-        x.contiguous(), dy.contiguous(), spans_on(tuple(spans), x.device), *contiguous, *step.folded, step.eps,
+        x.contiguous(), dy.contiguous(), spans_on(tuple(spans), x.device), *contiguous, *step.folded,
         step.weight_decay, step.lr, kernel or KERNELS[tiles.capability(x.device)],
         torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip

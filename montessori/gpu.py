@@ -44,9 +44,9 @@ class StepMap:
     def of(cls, step: OptimizerStep, exp_avg: Tensor | None) -> StepMap:
         if isinstance(step, AdamWStep):
             decay, l2 = (step.weight_decay, 0.0) if step.decoupled else (0.0, step.weight_decay)
-            a1, a2, s1, s2 = step.folded
+            a1, a2, s1, s2, eps = step.folded
             # Lanes beyond a tensor have v = 1, and a quotient of 0 / s1 there.
-            constants = (a1, a2, s1 or _SMALLEST, s2, step.eps, decay, l2)
+            constants = (a1, a2, s1 or _SMALLEST, s2, eps, decay, l2)
             return cls._of_floats(step.lr, constants, ADAM=True, MOMENT=True, DECAY=decay != 0, L2=l2 != 0)
         on_grad, on_buffer = step.line(buffered=step.step > 1 and exp_avg is not None)
         decay = step.weight_decay * on_grad

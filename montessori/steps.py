@@ -53,14 +53,21 @@ class AdamWStep:
         )
 
     @property
-    def folded(self) -> tuple[float, float, float, float]:
-        """a1, a2, s1, s2 with m'/(1−β1^t) = a1 m + a2 g and v'/(1−β2^t) = s1 v + s2 g² (Eq. 1)."""
+    def folded(self) -> tuple[float, float, float, float, float]:
+        """a1, a2, s1, s2, ε' with m̂ / (√v̂ + ε) = (a1 m + a2 g) / (√(s1 v + s2 g²) + ε'), m̂ = m'/(1−β1^t) and
+        v̂ = v'/(1−β2^t) (Eq. 1).
+
+        s1 is at most 1: in the first steps v̂ may be a thousand times v, beyond float32, and torch never forms it.
+        """
         correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        by = max(1.0, self.beta2 / correction2)
+        scale = correction1 * math.sqrt(by)
         return (
-            self.beta1 / correction1,
-            (1 - self.beta1) / correction1,
-            self.beta2 / correction2,
-            (1 - self.beta2) / correction2,
+            self.beta1 / scale,
+            (1 - self.beta1) / scale,
+            self.beta2 / correction2 / by,
+            (1 - self.beta2) / correction2 / by,
+            self.eps / math.sqrt(by),
         )
 
 

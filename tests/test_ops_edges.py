@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import every_impl
+from op_cases import embedding_case, every_impl, linear_case, ready_case, simd_levels
 
-from montessori import AdamWStep, SGDStep, ops
+from montessori import AdamWStep, SGDStep, ops, reference
 from montessori.errors import ArgumentError
 from montessori.ops import SparseRows
 
@@ -134,6 +135,34 @@ def test_a_large_finite_gradient_has_a_finite_score(impl):
     want = ops.adam_influence(grad.double(), ones[None].double(), *[ones.double()] * 3, step, impl="reference")
     got = ops.adam_influence(grad, ones[None], ones, ones, ones, step, impl=impl)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+@every_impl
+@pytest.mark.parametrize("simd", simd_levels())
+@pytest.mark.parametrize("beta2", [0.999, 0.2])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "ready", "step"])
+def test_second_moments_near_the_largest_float_step_as_in_float64(monkeypatch, impl, simd, beta2, kind):
+    """Early, and after gradients of 1e18, v̂ = v'/(1−β2^t) is beyond float32, while Δ is of the usual size."""
+    monkeypatch.setenv("MONTESSORI_SIMD", simd)
+    step = AdamWStep(lr=0.1, beta2=beta2, step=2)
+    case = {"linear": linear_case((3, 2), 33, 50, step=step), "embedding": embedding_case((3, 2), 33, 50, step=step)}
+    case = case.get(kind) or ready_case((33, 50), size=1, step=step)
+    case = replace(case, exp_avg=case.exp_avg * 1e18, exp_avg_sq=case.exp_avg_sq * 1e38).to(torch.float32)
+    wide = case.to(torch.float64)
+    state = wide.exp_avg, wide.exp_avg_sq, wide.param, step
+    if kind == "step":
+        got = torch.empty_like(case.param)
+        moments = case.exp_avg, case.exp_avg_sq
+        ops.adam_step_(got, torch.zeros_like(got), case.ready[0], *moments, step, impl=impl)
+        want = sizes = reference.delta(wide.ready[0], *state)
+    else:
+        got, want = case.run(impl=impl), wide.specified()
+        sizes = torch.einsum("k...,...->k", wide.q.abs(), reference.delta(wide.grads()[0], *state).abs())
+    # Some 8 roundings of each change; what gradients of size 1 change beside these moments is far below.
+    assert torch.all((got - want).abs() <= 8 * torch.finfo(torch.float32).eps * sizes.abs())
+    if beta2 > 0.5:
+        assert float(case.exp_avg_sq.max()) * beta2 / (1 - beta2**2) > torch.finfo(torch.float32).max
+        assert float(want.abs().max()) > 1e-3
 
 
 @every_impl

@@ -37,7 +37,7 @@ class Launchers:
         arrays = (ctypes.c_void_p * 6)(*[tensor.data_ptr() for tensor in tensors])
         dtypes = (ctypes.c_int * 6)(*[CODES[tensor.dtype] for tensor in tensors])
         sizes = (ctypes.c_int * 5)(len(case.x), len(case.offsets) - 1, *case.q.shape)
-        constants = (ctypes.c_float * 6)(*case.step.folded, case.step.eps, case.step.weight_decay)
+        constants = (ctypes.c_float * 6)(*case.step.folded, case.step.weight_decay)
         parts = self.library.count_parts(kernel.encode(), arrays, dtypes, sizes)
         # A part that nobody writes shows as NaN.
         partial = aligned(torch.full((len(case.q), len(case.offsets), parts), torch.nan))
