@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .machine import UNWRITTEN, Split
+from .machine import UNWRITTEN
 from .memory import PARAMETERS
 from .text import Address, Immediate, Instruction, Name, Vector
 
@@ -34,30 +34,6 @@ def operation(*names: str) -> Callable:
         return build
 
     return register
-
-
-def compile_instruction(unit: Unit, instruction: Instruction) -> Step:
-    build = OPERATIONS.get(instruction.opcode[0])
-    if build is None:
-        raise NotImplementedError(f"`{instruction.text}`")
-    step = build(unit, instruction)
-    if instruction.guard is None:
-        return step
-    name, negated = instruction.guard
-    predicate = row(unit, name)
-
-    def guarded(mask: Mask) -> Any:
-        chosen = ~predicate if negated else predicate
-        if mask is not None:
-            chosen = chosen & mask
-        if not chosen.any():
-            return None
-        result = step(None if chosen.all() else chosen.copy())
-        if type(result) is int and not (chosen if mask is None else chosen[mask]).all():
-            return Split(chosen.copy(), result)
-        return result
-
-    return guarded
 
 
 def row(unit: Unit, name: str) -> np.ndarray:
@@ -144,6 +120,3 @@ def parts_of(operand: Any) -> tuple[Any, ...]:
 
 def count_of(opcode: tuple[str, ...]) -> int:
     return next((int(word[1]) for word in opcode if word in ("v2", "v4", "v8")), 1)
-
-
-from . import access, arithmetic, asynchronous, control, matrix  # noqa: E402, F401  registers its operations

@@ -304,7 +304,7 @@ class Unit:
         return mask & ~result.taken
 
     def compile(self, pc: int) -> Callable[[np.ndarray | None], Any]:
-        from .instructions import compile_instruction
+        from .decoding import compile_instruction
 
         step = compile_instruction(self, self.code[pc])
         self.steps[pc] = step
