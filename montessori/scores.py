@@ -90,7 +90,11 @@ class Scores:
             "num_label_tokens": self.num_label_tokens,
             "status": self.status.astype(object),
         }
-        # Of each invalid row; what stands in the metadata must stay small.
+        # What is said of single rows is a column: Parquet cannot read metadata back that grew with their number.
+        info = {key: value for key, value in self.info.items() if key != "invalid"}
+        if info.get("truncated"):
+            columns["truncated"] = np.zeros(len(self), dtype=bool)
+            columns["truncated"][info.pop("truncated")] = True
         reasons = self.info.get("invalid", {})
         if reasons:
             columns["reason"] = pa.array([reasons.get(str(row)) for row in range(len(self))], pa.string())
@@ -99,7 +103,7 @@ class Scores:
             "reference_loss": np.asarray(self.reference_loss).tolist(),
             "names": list(self.names),
             "method": self.method,
-            "info": {key: value for key, value in self.info.items() if key != "invalid"},
+            "info": info,
         }
         table = pa.table(columns)
         return table.replace_schema_metadata({_METADATA_KEY: json.dumps(scalars, sort_keys=True).encode()})
@@ -148,6 +152,9 @@ class Scores:
             info["invalid"] = {str(row): reason for row, reason in found if reason is not None}
         elif "invalid" not in info:
             info["invalid"] = {}
+        # Else no row was cut, or an earlier version wrote the numbers of those that were into the metadata.
+        if "truncated" in table.column_names:
+            info["truncated"] = np.flatnonzero(table["truncated"].to_numpy()).tolist()
         column = {name: table[name].to_numpy() for name in table.column_names}
         several = "influence" not in column
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,35 @@ def test_saved_scores_come_back_equal(warm, reference, tmp_path):
     frame, dataset = scores.to_pandas(), scores.to_dataset()
     assert list(frame.columns) == dataset.column_names
     assert frame["status"].tolist() == ["ok", "ok", "no_label_tokens", "ok", "ok"]
+
+
+def test_rows_that_were_cut_are_a_column_and_no_part_of_the_metadata(warm, tmp_path):
+    def saved(rows):
+        estimator = InfluenceEstimator(
+            *warm, make_rows(3, longest=5), method="first_order", max_length=5, truncation="right"
+        )
+        scores = estimator.score(rows)
+        return scores, pq.read_table(scores.save(tmp_path / "scores.parquet"))
+
+    rows = make_rows(60, seed=1)
+    cut = [index for index, row in enumerate(rows) if len(row["input_ids"]) > 5]
+    scores, table = saved(rows)
+    assert len(cut) > 30 and scores.info["truncated"] == cut
+    assert np.flatnonzero(table["truncated"].to_numpy()).tolist() == cut
+    assert Scores.load(tmp_path / "scores.parquet") == scores
+    few, small = saved(make_rows(3, longest=5))
+    assert "truncated" not in small.column_names and few.info["truncated"] == []
+    assert Scores.load(tmp_path / "scores.parquet") == few
+
+    def metadata(table):
+        return json.loads(table.schema.metadata[b"montessori"])
+
+    assert "truncated" not in metadata(table)["info"]
+    # Earlier versions had the numbers of these rows there.
+    earlier = {**metadata(table), "info": {**metadata(table)["info"], "truncated": cut, "invalid": {}}}
+    table = table.drop_columns("truncated").replace_schema_metadata({b"montessori": json.dumps(earlier).encode()})
+    pq.write_table(table, tmp_path / "earlier.parquet")
+    assert Scores.load(tmp_path / "earlier.parquet") == scores
 
 
 def test_scores_that_lost_a_column_are_refused(warm, tmp_path):
