@@ -56,7 +56,7 @@ def _cut_turn_by_turn(chat: Chat, template: Template, special: re.Pattern) -> li
     if len(chat.messages) > LONG:
         with suppress(DataError):
             return _assembled(chat, template, special, _turns_by_window(chat, template))
-    return _assembled(chat, template, special, _turns(chat, template))
+    return _assembled(chat, template, special, _turns(chat, template), from_start=True)
 
 
 def _turns(chat: Chat, template: Template) -> Iterator[tuple[int, str, str]]:
@@ -103,7 +103,14 @@ def answers(chat: Chat) -> list[int]:
     return [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
 
 
-def _assembled(chat: Chat, template: Template, special: re.Pattern, turns: Iterable[tuple[int, str, str]]) -> list[str]:
+def _assembled(
+    chat: Chat,
+    template: Template,
+    special: re.Pattern,
+    turns: Iterable[tuple[int, str, str]],
+    from_start: bool = False,
+) -> list[str]:
+    """The conversation cut by `turns`, each rendered with all that comes before it if they are `from_start`."""
     labelled = _labelled(chat)
     texts: list[str] = []
     done: list[str] = []
@@ -122,7 +129,10 @@ def _assembled(chat: Chat, template: Template, special: re.Pattern, turns: Itera
         end = tail + _ending(special, written[tail:])
         texts += [read + asked, written[:end]]
         read = written[end:]
-    whole, parts = text_of(chat, template), "".join(done)
+    parts = "".join(done)
+    # Rendering takes most of the time, and where the last message is such a turn, the whole has been rendered.
+    known = from_start and labelled[-1:] == (len(chat.messages) - 1,)
+    whole = parts if known else text_of(chat, template)
     if not whole.startswith(parts):
         raise _uncuttable(chat, len(chat.messages) - 1, "rewrites earlier turns")
     return [*texts, read + whole[len(parts) :]]

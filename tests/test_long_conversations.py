@@ -60,8 +60,8 @@ def test_windows_cut_as_the_whole_does(name, monkeypatch):
             assert windows == whole, (kind, seed)
 
 
-def test_the_time_of_a_conversation_grows_with_its_length_alone(monkeypatch):
-    tokenizer = byte_level("<|im_start|>", "<|im_end|>", "</s>", eos_token="</s>")
+def renderings(monkeypatch):
+    """Of each rendering from now on, how many messages it has."""
     rendered = []
     apply = Template.apply
 
@@ -70,6 +70,12 @@ def test_the_time_of_a_conversation_grows_with_its_length_alone(monkeypatch):
         return apply(self, messages, *args, **options)
 
     monkeypatch.setattr(Template, "apply", counted)
+    return rendered
+
+
+def test_the_time_of_a_conversation_grows_with_its_length_alone(monkeypatch):
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", "</s>", eos_token="</s>")
+    rendered = renderings(monkeypatch)
     counts = []
     for template in (CHATML, THOUGHTFUL):
         for exchanges in (20, 40):
@@ -79,3 +85,16 @@ def test_the_time_of_a_conversation_grows_with_its_length_alone(monkeypatch):
             ).examples
             counts.append(sum(rendered))
     assert counts[1] < 2.2 * counts[0] and counts[3] < 2.2 * counts[2]
+
+
+def test_of_a_question_and_its_answer_both_are_rendered_once(monkeypatch):
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", "</s>", eos_token="</s>")
+    messages = conversation("plain", 0, exchanges=1)
+    rendered = renderings(monkeypatch)
+    assert encode([{"messages": messages}], tokenizer, chat_template=CHATML).examples
+    assert rendered == [1, 2]
+    rendered.clear()
+    # What follows the last answer is read too.
+    thanks = {"role": "user", "content": "thanks"}
+    assert encode([{"messages": [*messages, thanks]}], tokenizer, chat_template=CHATML).examples
+    assert rendered == [1, 2, 3]
