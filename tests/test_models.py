@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from montessori import models
-from montessori.errors import ModelError
-from montessori.models import cache_directory, load_model, validate_model
+from montessori.batching import Example
+from montessori.data import Rows
+from montessori.errors import DataError, ModelError
+from montessori.models import cache_directory, check_token_ids, load_model, validate_model
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -345,6 +347,30 @@ def test_frozen_eight_bit_and_empty_weights_are_checked_too():
     validate_model(model)
     model.scale = nn.Parameter(torch.full((4,), float("nan")).to(torch.float8_e4m3fn), requires_grad=False)
     assert invalid(model).startswith("scale has NaN or Inf")
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({4: ([1, 91, -1], [1, 1, 1]), 5: ([90, 1], [1, 1])}, "row 4: token id 91 "),
+        ({4: ([1, 1], [-100, -2]), 5: ([1, -8], [1, 1])}, "row 4: label -2 "),
+        ({2: ([1, 1], [1, 90]), 6: ([91, 1], [1, 1])}, "row 2: label 90 "),
+        ({5: ([1, 90], [91, 1])}, "row 5: token id 90 "),
+    ],
+)
+def test_the_first_row_with_an_id_outside_the_vocabulary_is_named(wrong, named, at_once, monkeypatch):
+    monkeypatch.setattr(models, "ROWS_AT_ONCE", at_once)
+    model = tiny_llama()
+    last = model.config.vocab_size - 1
+    rows = {**{index: ([last, 0], [-100, last]) for index in range(8)}, **wrong}
+    examples = [Example(*map(torch.tensor, pair), index) for index, pair in rows.items()]
+    with pytest.raises(DataError, match=named):
+        check_token_ids(model, examples, Rows([{}] * 8, "rows"))
+    check_token_ids(model, [one for one in examples if one.index not in wrong], Rows([{}] * 8, "rows"))
+    if "label" in named:
+        # Labels that a loss of the user's own reads may be anything.
+        check_token_ids(model, examples[:5], Rows([{}] * 8, "rows"), labels=False)
 
 
 @pytest.mark.parametrize(
