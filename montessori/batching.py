@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,8 @@ class Example:
     @property
     def num_label_tokens(self) -> int:
         """Tokens that enter the loss. A label on the first token has no prefix and does not count."""
-        return int((self.labels[1:] != IGNORE_INDEX).sum())
+        # Of a short row numpy takes a fraction of torch's time.
+        return int(np.count_nonzero(self.labels.numpy()[1:] != IGNORE_INDEX))
 
     def digest(self) -> bytes:
         """Hash of the tokens, the same wherever the example stands in the input."""

@@ -187,21 +187,25 @@ def _limit(
             continue
         example = examples[index]
         too_long = example.num_tokens > max_length
-        if too_long and truncation == "error" and example.num_label_tokens:
+        num_labels = example.num_label_tokens
+        if too_long and truncation == "error" and num_labels:
             raise DataError(
                 f"{table.where(index)}: expected at most {max_length} tokens, got "
                 f"{example.num_tokens}; raise max_length (--max-length), or cut the end with truncation='right' "
                 "(--truncation right), or leave a candidate out with 'skip'"
             )
-        kept = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
-        if example.num_label_tokens and too_long and truncation == "skip":
+        if too_long and truncation == "skip" and num_labels:
             encoded.skipped[index] = "too_long"
-        elif kept.num_label_tokens == 0:
+            continue
+        if too_long:
+            example = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+            num_labels = example.num_label_tokens
+        if num_labels == 0:
             encoded.skipped[index] = "no_label_tokens"
-        else:
-            encoded.examples.append(kept)
-            if too_long:
-                encoded.truncated.append(index)
+            continue
+        encoded.examples.append(example)
+        if too_long:
+            encoded.truncated.append(index)
     return encoded
 
 
