@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from montessori.bars import progress_bar
 from montessori.batching import IGNORE_INDEX, Example, examples_from_tokens
 from montessori.column_use import ColumnUse
 from montessori.columns import TEXT_COLUMNS, Chat, Text, column_set, read_chat, read_text
@@ -32,8 +33,12 @@ if TYPE_CHECKING:
 TRUNCATIONS = ("error", "right", "skip")
 INVALID_ROWS = ("error", "skip")
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# Told how many rows more are done.
+_Tick = Callable[[int], object]
 # Bounds the memory of the tokenizer's own output, which is many times that of the ids.
 ROWS_PER_CALL = 512
+# Before progress is shown on a terminal: most tables are read by then.
+SECONDS_UNSHOWN = 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ def encode_rows(
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     name: str = "candidates",
+    progress: bool = False,
 ) -> Encoded:
     """Token ids and labels of `rows`: a label is the token itself where the assistant wrote it, else -100.
 
@@ -97,7 +103,8 @@ def encode_rows(
     `max_length` is in tokens; an example beyond it is an error, is cut at the end ("right") or is left out
     ("skip"). With `invalid_rows="skip"` a row that is no example (columns missing, no answer, messages
     malformed or such as its template refuses) is left out; what fails for any row, such as a template that
-    is broken, is an error all the same. `name` is how errors call rows without an address.
+    is broken, is an error all the same. `name` is how errors call rows without an address. With `progress` a bar
+    shows how many rows are read, if it takes long.
 
     Raises DataError, naming file and line, for a row or a template that cannot be used; ArgumentError for
     a wrong `max_length`, `truncation`, `invalid_rows`, `chat_template` or `chat_template_kwargs`. Warns
@@ -117,24 +124,28 @@ def encode_rows(
     chats: list[Chat] = []
     texts: list[Text] = []
     use = ColumnUse()
-    for index, row in enumerate(table):
-        where = table.where(index)
-        with invalid.kept_out(index):
-            columns = column_set(row, where)
-            use.add(row, columns)
-            if columns[0] == "input_ids":
-                examples[index] = _from_tokens(row, index, where)
-            elif columns == TEXT_COLUMNS or chat_template == NO_TEMPLATE:
-                texts.append(read_text(row, columns, index, where))
-            else:
-                chats.append(read_chat(row, columns, index, where))
-    if tokenizer is None and (chats or texts):
-        first = min([chat.index for chat in chats[:1]] + [text.index for text in texts[:1]])
-        raise ArgumentError(f"{table.where(first)}: a row of text needs tokenizer=, none was given")
-    if tokenizer is not None and texts:
-        examples |= _encode_texts(texts, tokenizer)
-    if tokenizer is not None and chats:
-        examples |= _encode_chats(chats, Template.of(tokenizer, chat_template, chat_template_kwargs), invalid)
+    with progress_bar("reading", len(table), "row", progress, delay=SECONDS_UNSHOWN) as bar:
+        for index, row in enumerate(table):
+            where = table.where(index)
+            with invalid.kept_out(index):
+                columns = column_set(row, where)
+                use.add(row, columns)
+                if columns[0] == "input_ids":
+                    examples[index] = _from_tokens(row, index, where)
+                    bar.update()
+                elif columns == TEXT_COLUMNS or chat_template == NO_TEMPLATE:
+                    texts.append(read_text(row, columns, index, where))
+                else:
+                    chats.append(read_chat(row, columns, index, where))
+        bar.update(len(invalid.reasons))
+        if tokenizer is None and (chats or texts):
+            first = min([chat.index for chat in chats[:1]] + [text.index for text in texts[:1]])
+            raise ArgumentError(f"{table.where(first)}: a row of text needs tokenizer=, none was given")
+        if tokenizer is not None and texts:
+            examples |= _encode_texts(texts, tokenizer, bar.update)
+        if tokenizer is not None and chats:
+            template = Template.of(tokenizer, chat_template, chat_template_kwargs)
+            examples |= _encode_chats(chats, template, invalid, bar.update)
     return replace(_limit(examples, table, max_length, truncation, invalid.reasons), columns=use)
 
 
@@ -224,7 +235,7 @@ def _from_tokens(row: Mapping, index: int, where: str) -> Example:
 # Texts without a template.
 
 
-def _encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> dict[int, Example]:
+def _encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, tick: _Tick) -> dict[int, Example]:
     eos = tokenizer.eos_token
     if eos is None:
         raise DataError("texts without a chat template: expected a tokenizer with an eos_token, got None; set one")
@@ -241,6 +252,7 @@ def _encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> 
             # A token may span both, or end the prompt where a text ends: labels begin where the ids part.
             labels[: 0 if text.prompt is None else count_shared(prompt, ids)] = IGNORE_INDEX
             examples[text.index] = Example(input_ids, labels, text.index)
+        tick(len(group))
     return examples
 
 
@@ -250,9 +262,9 @@ def _encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> 
 _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]
 
 
-def _encode_chats(chats: list[Chat], template: Template, invalid: _Invalid) -> dict[int, Example]:
+def _encode_chats(chats: list[Chat], template: Template, invalid: _Invalid, tick: _Tick) -> dict[int, Example]:
     encode = _encode_marked if GENERATION_BLOCK.search(template.source) else _encode_cut
-    examples = encode(chats, template, invalid)
+    examples = encode(chats, template, invalid, tick)
     if not examples:
         _check_usable(encode, chats[0], template, invalid.reasons[chats[0].index])
     _warn_of_lost_thoughts([chat for chat in chats if chat.index in examples], template)
@@ -275,7 +287,7 @@ def _warn_of_lost_thoughts(chats: list[Chat], template: Template) -> None:
 def _check_usable(encode: Callable[..., object], chat: Chat, template: Template, reason: str) -> None:
     """Raise DataError for the `reason` of `chat` if it is the template or the tokenizer that fails, not the row."""
     try:
-        encode([replace(chat, messages=_PROBE, labelled=(1,))], template, _Invalid(skip=False))
+        encode([replace(chat, messages=_PROBE, labelled=(1,))], template, _Invalid(skip=False), lambda _: None)
     except DataError as error:
         raise DataError(reason) from error
 
@@ -283,7 +295,7 @@ def _check_usable(encode: Callable[..., object], chat: Chat, template: Template,
 # Templates that mark the assistant's text with {% generation %}.
 
 
-def _encode_marked(chats: list[Chat], template: Template, invalid: _Invalid) -> dict[int, Example]:
+def _encode_marked(chats: list[Chat], template: Template, invalid: _Invalid, tick: _Tick) -> dict[int, Example]:
     if not template.tokenizer.is_fast:
         raise DataError(
             "the chat template has a {% generation %} block: expected a fast tokenizer, got a slow one; load "
@@ -293,25 +305,28 @@ def _encode_marked(chats: list[Chat], template: Template, invalid: _Invalid) -> 
     for chat in chats:
         with invalid.kept_out(chat.index):
             examples[chat.index] = marked_example(chat, template)
+        tick(1)
     return examples
 
 
 # Templates that mark nothing: the text is cut where the generation prompt ends.
 
 
-def _encode_cut(chats: list[Chat], template: Template, invalid: _Invalid) -> dict[int, Example]:
+def _encode_cut(chats: list[Chat], template: Template, invalid: _Invalid, tick: _Tick) -> dict[int, Example]:
     pieces = _Pieces.of(template.tokenizer)
     examples = {}
     for start in range(0, len(chats), ROWS_PER_CALL):
         group: list[Chat] = []
         cuts: list[list[str]] = []
-        for chat in chats[start : start + ROWS_PER_CALL]:
+        called = chats[start : start + ROWS_PER_CALL]
+        for chat in called:
             with invalid.kept_out(chat.index):
                 cuts.append(cut(chat, template, pieces.special))
                 group.append(chat)
         for chat, parts in zip(group, pieces.tokenise(cuts), strict=True):
             with invalid.kept_out(chat.index):
                 examples[chat.index] = _cut_example(chat, parts)
+        tick(len(called))
     return examples
 
 

@@ -6,7 +6,6 @@ A scorer is made once per run and is asked, within `running()`, for one group of
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from montessori import processes
+from montessori.bars import progress_bar
 from montessori.batching import Batch, Example, collate
 from montessori.capture import Capture
 from montessori.cpu import TileSample
@@ -34,9 +32,6 @@ from montessori.referenceset import ReferenceSets
 from montessori.rowmap import UnmappableRowsError
 from montessori.rules import Plan
 from montessori.scoring import ClippingSink, InfluenceSink
-
-# Between two lines of progress where nobody looks on.
-SECONDS_IN_A_LOG = 30
 
 
 @dataclass(frozen=True)
@@ -233,13 +228,7 @@ def score_batches(
     """A record of each batch, as it stands in the journal: `Scored.record` and the numbers of its rows."""
     records = []
     total = sum(example.num_tokens for batch in batches for example in batch)
-    # In the log of a batch job a line now and then, and none of a run that is soon over.
-    pace = {} if sys.stderr.isatty() else {"delay": SECONDS_IN_A_LOG, "mininterval": SECONDS_IN_A_LOG}
-    quiet = not (progress and processes.is_main())
-    with (
-        tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=quiet, **pace) as bar,
-        scorer.running(),
-    ):
+    with progress_bar("scoring", total, "tok", progress) as bar, scorer.running():
         scored = 0
         for batch in batches:
             scored_batch = scorer.score(batch)
