@@ -164,7 +164,7 @@ def _warm_up(student: str, data: str, out: Path, text: dict[str, Any] | None = N
     model, tokenizer = load_model(student)
     check_positions(model, text["max_length"] or 1)
     text["max_length"] = text["max_length"] or default_max_length(model)
-    encoded = encode_rows(rows, tokenizer, name="data", **text)
+    encoded = encode_rows(rows, tokenizer, name="data", progress=training.get("progress", True), **text)
     for reason, count in sorted(Counter(encoded.skipped.values()).items()):
         click.echo(f"left out ({reason}): {count} of {len(rows)} rows", err=True)
     check_token_ids(model, encoded.examples, rows)
@@ -260,7 +260,7 @@ def audit(size: int, out: Path | None, quiet: bool, **values: Any) -> None:
     if out is not None:
         runs.check_audit_out(settings, out)
     with bars_of_libraries(shown=not quiet):
-        bench = runs.open_workbench(settings, audit=size)
+        bench = runs.open_workbench(settings, audit=size, progress=not quiet)
         result = bench.estimator.audit(bench.candidates, k=size, progress=not quiet)
     console = Console()
     console.print(inspection.agreement_table("influence: predicted against real steps", result.agreement))

@@ -185,12 +185,17 @@ class InfluenceEstimator:
         with self._at_work():
             return self._proofs.plan().coverage()
 
+    def read(self, candidates: Any, *, progress: bool = False) -> Encoded:
+        """The candidates, tokenised: what `prepare`, `score` and `audit` of this estimator take in their place, so that
+        rows that are given to several are read once."""
+        return self._reader.read(candidates, "candidates", progress=progress)
+
     def prepare(self, candidates: Any) -> None:
         """Compute what is shared by all candidates now: the proof of the capture, the anchor and q.
 
         `score` does it on its own; the result is kept as long as the pilot examples stay the same.
         """
-        pilot = self._chosen(self._reader.read(candidates, "candidates"))
+        pilot = self._chosen(self.read(candidates))
         with self._at_work():
             self._prepare(self.options.method, pilot)
 
@@ -206,17 +211,17 @@ class InfluenceEstimator:
     ) -> Scores:
         """Scores of all candidates in input order.
 
-        `candidates`: rows, a dataset or a path. `batch_tokens` bounds the padded tokens of a batch and
-        with them memory; it does not change the scores beyond rounding. `journal` keeps finished batches
-        on disk and lets a killed run go on. Candidates that cannot be scored are reported in
-        `Scores.status`, the others are scored. With `distributed` the processes of `torch.distributed` share
-        the candidates: all call this, each with a journal of its own, and return all scores. `pilot_rows`: what
-        the pilot examples are chosen from, if not these candidates: one anchor for rows of several calls.
+        `candidates`: rows, a dataset, a path, or what `read` made of them. `batch_tokens` bounds the padded tokens of a
+        batch and with them memory; it does not change the scores beyond rounding. `journal` keeps finished batches on
+        disk and lets a killed run go on. Candidates that cannot be scored are reported in `Scores.status`, the others
+        are scored. With `distributed` the processes of `torch.distributed` share the candidates: all call this, each
+        with a journal of its own, and return all scores. `pilot_rows`: what the pilot examples are chosen from, if not
+        these candidates: one anchor for rows of several calls.
         """
         if journal is not None and not isinstance(journal, ScoreJournal):
             raise ArgumentError(f"journal: expected a ScoreJournal, got {type(journal).__name__}: ScoreJournal(path)")
         # With an anchor from elsewhere, a piece of rows may be nothing but such as are skipped.
-        encoded = self._reader.read(candidates, "candidates", may_be_none=pilot_rows is not None)
+        encoded = self._reader.read(candidates, "candidates", pilot_rows is not None, progress)
         pilot = self._chosen(encoded)
         if pilot_rows is not None:
             pilot = self._chosen(self._reader.read(pilot_rows, "pilot_rows"))
@@ -238,7 +243,7 @@ class InfluenceEstimator:
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 2:
             raise ArgumentError(f"k={k!r}: expected a number of candidates, 2 at least")
-        encoded = self._reader.read(candidates, "candidates")
+        encoded = self.read(candidates, progress=progress)
         sample = spread(encoded.examples, k)
         if len(sample) < 2:
             raise ArgumentError(f"audit: expected at least 2 candidates that can be scored, got {len(sample)}")

@@ -30,12 +30,23 @@ class RowReader:
     own_loss: bool
     own_reference_loss: bool
 
-    def read(self, source: Any, name: str, may_be_none: bool = False) -> Encoded:
-        """Candidates. Raises DataError where no row is an example, unless there `may_be_none`, or as `load_rows`,
-        `encode_rows` and `check_token_ids` do."""
-        return self._read(load_rows(source, name=name), name, self.options.invalid_rows, self.own_loss, may_be_none)
+    def read(self, source: Any, name: str, may_be_none: bool = False, progress: bool = False) -> Encoded:
+        """Candidates; what this has read before is returned as it is. Raises DataError where no row is an example,
+        unless there `may_be_none`, or as `load_rows`, `encode_rows` and `check_token_ids` do."""
+        if isinstance(source, Encoded):
+            return source
+        rows = load_rows(source, name=name)
+        return self._read(rows, name, self.options.invalid_rows, self.own_loss, may_be_none, progress)
 
-    def _read(self, rows: Rows, name: str, invalid_rows: str, own_labels: bool, may_be_none: bool = False) -> Encoded:
+    def _read(
+        self,
+        rows: Rows,
+        name: str,
+        invalid_rows: str,
+        own_labels: bool,
+        may_be_none: bool = False,
+        progress: bool = False,
+    ) -> Encoded:
         encoded = encode_rows(
             rows,
             self.tokenizer,
@@ -45,6 +56,7 @@ class RowReader:
             chat_template=self.options.chat_template,
             chat_template_kwargs=self.options.chat_template_kwargs,
             name=name,
+            progress=progress,
         )
         if not encoded.examples and not may_be_none:
             reasons = sorted(set(encoded.skipped.values()) - {"no_label_tokens"})

@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from montessori import ops, processes
 from montessori.agreement import Agreement
 from montessori.column_use import column_lines
 from montessori.data import Rows, load_rows
+from montessori.encoding import Encoded
 from montessori.errors import ArgumentError, DataError, MontessoriError, ResourceError, StateError
 from montessori.estimator import InfluenceEstimator
 from montessori.fingerprint import check_outside, content_digest, installed, rows_digest
@@ -69,25 +71,43 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class Workbench:
-    """A loaded estimator and its candidates."""
+    """A loaded estimator and its candidates, tokenised."""
 
     estimator: InfluenceEstimator
-    candidates: Rows
+    candidates: Encoded
 
 
-def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
+@dataclass(frozen=True)
+class Tables:
+    """The rows that `settings` name, loaded when they are first asked for."""
+
+    settings: ScoreSettings
+
+    @cached_property
+    def candidates(self) -> Rows:
+        return load_rows(self.settings.candidates, split=self.settings.split, name="candidates")
+
+    @cached_property
+    def references(self) -> Any:
+        return _load_references(self.settings)
+
+
+def open_workbench(
+    settings: ScoreSettings, tables: Tables | None = None, *, audit: int = 0, progress: bool = False
+) -> Workbench:
     """The estimator and the candidates; what is cheap to get wrong is read and checked before the model.
 
-    `audit`: candidates that an audit will step on, 0 for none; too few of them are an error here.
-    Raises MontessoriError.
+    `tables`: rows of these settings that may be loaded already. `audit`: candidates that an audit will step on, 0 for
+    none; too few of them are an error here. Raises MontessoriError.
     """
     check_audit(audit)
     check_settings(settings)
     _check_places(settings)
     device = resolve_device(settings.device, "--device")
-    candidates = load_rows(settings.candidates, split=settings.split, name="candidates")
+    tables = tables or Tables(settings)
+    candidates = tables.candidates
     check_audit(audit, len(candidates))
-    references = _load_references(settings)
+    references = tables.references
     model, tokenizer = load_model(settings.student, dtype=DTYPES[settings.dtype])
     tell_columns([candidates, *_by_name(references).values()])
     estimator = InfluenceEstimator(
@@ -99,7 +119,7 @@ def open_workbench(settings: ScoreSettings, *, audit: int = 0) -> Workbench:
         reference_batch_tokens=settings.reference_batch_tokens,
         **_options(settings),
     )
-    return Workbench(estimator, candidates)
+    return Workbench(estimator, estimator.read(candidates, progress=progress))
 
 
 def tell_columns(tables: Sequence[Rows]) -> None:
@@ -166,14 +186,15 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
     journal = ScoreJournal(out.with_name(f"{out.name}.journal{own}.jsonl"))
     # Read before anything else: a mistyped path must not cost what is there.
     made = {"command": "score", "settings": asdict(settings), "versions": versions()}
-    config = processes.main_does(lambda: made | {"inputs": _inputs(settings)})
+    tables = Tables(settings)
+    config = processes.main_does(lambda: made | {"inputs": _inputs(settings, tables)})
     bench = None
     scored = not fresh and processes.from_main(out.exists() and not journal.path.exists())
     if scored:
         scores = _finished(out, config_path, config)
     else:
         check_writable(out)
-        bench = open_workbench(settings, audit=audit)
+        bench = open_workbench(settings, tables, audit=audit, progress=progress)
         if fresh:
             journal.remove()
         scores = bench.estimator.score(
@@ -195,7 +216,8 @@ def score_to_file(settings: ScoreSettings, out: Path, *, fresh: bool, audit: int
             _remove_journals_of_more_processes(out)
     if processes.is_main():
         if audit and not _is_audited(out, audit):
-            _audit(bench or open_workbench(settings, audit=audit), out, audit, progress)
+            bench = bench or open_workbench(settings, tables, audit=audit, progress=progress)
+            _audit(bench, out, audit, progress)
         elif scored:
             print(f"{out} is complete; pass --fresh to score again", file=sys.stderr)
     processes.wait_for_all()
@@ -347,16 +369,16 @@ def check_writable(out: Path) -> None:
         raise ResourceError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
-def _inputs(settings: ScoreSettings) -> dict[str, str]:
+def _inputs(settings: ScoreSettings, tables: Tables) -> dict[str, str]:
     """Digests of what the settings name: a file that changed under its name is another one."""
-    sets = _by_name(_load_references(settings))
+    sets = _by_name(tables.references)
     named = {"student": settings.student, "optimizer": settings.optimizer}
     if settings.chat_template is not None and settings.chat_template.endswith(".jinja"):
         named["chat template"] = settings.chat_template
     there = {name: place for name, path in named.items() if (place := Path(path).expanduser()).exists()}
     digests = {place: content_digest(place) for place in dict.fromkeys(there.values())}
     return {
-        "candidates": rows_digest(load_rows(settings.candidates, split=settings.split, name="candidates")),
+        "candidates": rows_digest(tables.candidates),
         **{f"reference {name}": rows_digest(rows) for name, rows in sets.items()},
         **{name: digests[place] for name, place in there.items()},
     }

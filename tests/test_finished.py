@@ -11,7 +11,9 @@ import pytest
 from support import CHATML, make_text_rows, options
 from transformers.utils import logging
 
-from montessori import Scores, cli, runs
+from montessori import Scores, cli, reading, runs
+from montessori.data import load_rows
+from montessori.encoding import encode_rows
 from montessori.fingerprint import content_digest
 from montessori.loop import commands
 
@@ -30,6 +32,24 @@ def test_finished_scores_are_not_overwritten_by_other_settings(run, student, fil
     assert out.read_bytes() == before
     status, *_ = run("score", *options(student, files, method="first_order"), "--out", out, "--quiet", "--fresh")
     assert status == 0 and Scores.load(out).method == "first_order"
+
+
+def test_candidates_are_loaded_and_tokenised_once(run, student, files, tmp_path, monkeypatch):
+    loaded, tokenised = [], []
+
+    def loading(path, **options):
+        loaded.append(Path(path).name)
+        return load_rows(path, **options)
+
+    def tokenising(rows, *args, **options):
+        tokenised.append(rows.source)
+        return encode_rows(rows, *args, **options)
+
+    monkeypatch.setattr(runs, "load_rows", loading)
+    monkeypatch.setattr(reading, "encode_rows", tokenising)
+    words = [*options(student, files), "--audit", "4", "--out", tmp_path / "scores.parquet", "--quiet"]
+    assert run("score", *words)[0] == 0
+    assert sorted(loaded) == sorted(tokenised) == ["candidates.jsonl", "reference.jsonl"]
 
 
 def test_finished_scores_are_not_given_for_data_that_changed(run, student, files, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import make_model, make_rows, warm_optimizer
 
-from montessori import InfluenceEstimator, ScoreJournal, Scores, scorers
+from montessori import InfluenceEstimator, ScoreJournal, Scores, reading, scorers
 from montessori.errors import ArgumentError, DataError, ModelError, ResourceError, StateError
 from montessori.losses import response_loss
 from montessori.passes import out_of_memory
@@ -150,6 +150,16 @@ def test_audit_compares_with_real_steps(warm):
     exact = InfluenceEstimator(*warm, make_rows(3), method="exact").score(make_rows(12, seed=1))
     np.testing.assert_allclose(audit.real[:, 0], exact.influence[audit.index], rtol=1e-9)
     assert audit.pearson > 0.99
+
+
+def test_rows_are_read_once_for_what_several_calls_are_given(warm, monkeypatch):
+    rows = make_rows(12, seed=1)
+    estimator = InfluenceEstimator(*warm, make_rows(3), pilot=3)
+    scores, audit = estimator.score(rows), estimator.audit(rows, k=4)
+    read = estimator.read(rows)
+    monkeypatch.setattr(reading, "encode_rows", lambda *_, **__: pytest.fail("read again"))
+    assert estimator.score(read) == scores and estimator.audit(read, k=4) == audit
+    estimator.prepare(read)
 
 
 def test_an_audit_of_fewer_than_two_candidates_says_so(warm):
