@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import random
+import tracemalloc
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -139,3 +142,60 @@ def test_the_random_signal_repeats_with_its_seed():
 
 def test_grades_are_centred_on_their_median():
     np.testing.assert_allclose(around_median("judge", [5, np.nan, 1, 3]).values, [2, np.nan, -2, 0])
+
+
+def plain_pairs(settings, rows, signal):
+    """Every pair of siblings, then the largest differences."""
+    values = (signal.centred if settings.rule == "centred" else signal.values).tolist()
+    kept = []
+    valued = [place for place in range(len(rows)) if np.isfinite(values[place])]
+    for prompt_id in dict.fromkeys(rows[place]["prompt_id"] for place in valued):
+        places = [place for place in valued if rows[place]["prompt_id"] == prompt_id]
+        found = [
+            (values[worse] - values[better], rows[better]["id"], rows[worse]["id"], better, worse)
+            for better, worse in permutations(places, 2)
+            if values[better] - values[worse] > 0
+            and values[better] - values[worse] >= settings.margin
+            and (settings.rule == "difference" or values[better] > 0 > values[worse])
+            and rows[better]["completion"] != rows[worse]["completion"]
+        ]
+        texts = {}
+        for pair in sorted(found, key=lambda pair: pair[:3]):
+            texts.setdefault(frozenset(rows[place]["completion"] for place in pair[3:]), pair)
+        kept += [*texts.values()][: settings.per_prompt]
+    top = sorted(range(len(kept)), key=lambda i: (kept[i][0], i))[: settings.top_k]
+    return [(values[better], values[worse], *ids) for _, *ids, better, worse in (kept[i] for i in sorted(top))]
+
+
+@pytest.mark.parametrize("rule", ["sign", "centred", "difference"])
+@pytest.mark.parametrize("cut", [{}, {"per_prompt": 3}, {"top_k": 5}, {"per_prompt": 2, "top_k": 4}, {"top_k": 1000}])
+def test_pairs_are_those_of_the_plain_rule(rule, cut):
+    draw = random.Random(f"{rule}{cut}")
+    for margin in (0.0, 0.3):
+        for _ in range(20):
+            rows = make_generated(3, siblings=8)
+            draw.shuffle(rows)
+            for row in rows:
+                row["completion"] = draw.choice("ABCDEFGHIJ")
+                # Of other prompts' rows too: what decides then is the order of the input.
+                row["id"] = draw.choice([row["id"], "twice"])
+            # Tenths, whose differences round, and some of which are equal.
+            values = [draw.choice([np.nan, *(number / 10 for number in range(-5, 6))]) for _ in rows]
+            signal, settings = make_signal(values, drift=0.1), PairSettings(rule=rule, margin=margin, **cut)
+            found = pairs.make_pairs(settings, rows, signal)
+            plain = plain_pairs(settings, rows, signal)
+            keys = ("chosen_value", "rejected_value", "chosen_id", "rejected_id")
+            assert [tuple(pair[key] for key in keys) for pair in found] == plain
+
+
+@pytest.mark.parametrize("cut", [{"per_prompt": 2}, {"top_k": 2}])
+def test_memory_grows_with_the_pairs_that_stay_not_with_all(cut):
+    rows, signal = make_generated(1, siblings=400), make_signal([*range(1, 201), *range(-200, 0)])
+    for row in rows:
+        row["completion"] = row["id"]
+    tracemalloc.start()
+    found = pairs.make_pairs(PairSettings(**cut), rows, signal)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Of 200 · 200 pairs, a float of each would be 24 bytes.
+    assert len(found) == 2 and peak < 24 * 200 * 200

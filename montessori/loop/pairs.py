@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import permutations
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from montessori.writing import write_json, write_jsonl
 
 PAIRS_FILE = "pairs.jsonl"
 SUMMARY_FILE = "summary.json"
+# Sorts as pairs do: the difference with its sign turned, ids of the chosen and the rejected, and their row numbers.
+_Found = tuple[float, str, str, int, int]
 
 
 class PairSettings(Section):
@@ -57,21 +59,25 @@ def make_pairs(settings: PairSettings, rows: Sequence[Mapping[str, Any]], signal
     """The pairs, prompts in the order of `rows`, within a prompt by falling difference; of siblings with the same text
     two texts make one pair, that of the largest difference."""
     values = signal.centred if settings.rule == "centred" else signal.values
-    pairs = []
+    # The most that can stay of one prompt, so that of many siblings not every pair is held.
+    most = min((number for number in (settings.per_prompt, settings.top_k) if number is not None), default=None)
+    found: list[_Found] = []
     for siblings in _by_prompt(rows, values):
-        found = [_pair(rows, values, *both) for both in _ordered(settings, rows, values, siblings)]
-        found.sort(key=lambda pair: (-_difference(pair), pair["chosen_id"], pair["rejected_id"]))
-        pairs += _distinct(found)[: settings.per_prompt]
-    if settings.top_k is None or len(pairs) <= settings.top_k:
-        return pairs
-    kept = sorted(range(len(pairs)), key=lambda i: (-_difference(pairs[i]), i))[: settings.top_k]
-    return [pairs[i] for i in sorted(kept)]
+        of_each = (_best(_below(settings, rows, values, better, siblings), rows, most) for better in siblings)
+        found += _best(chain.from_iterable(of_each), rows, most)
+    if settings.top_k is not None and len(found) > settings.top_k:
+        kept = sorted(range(len(found)), key=lambda i: (found[i][0], i))[: settings.top_k]
+        found = [found[i] for i in sorted(kept)]
+    return [_pair(rows, values, better, worse) for *_, better, worse in found]
 
 
-def _distinct(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    first: dict[frozenset[str], dict[str, Any]] = {}
-    for pair in pairs:
-        first.setdefault(frozenset((pair["chosen"], pair["rejected"])), pair)
+def _best(pairs: Iterable[_Found], rows: Sequence[Mapping[str, Any]], most: int | None) -> list[_Found]:
+    """The first `most` of `pairs` in their order, all if None; of those of two texts only the first counts."""
+    first: dict[frozenset[str], _Found] = {}
+    for pair in sorted(pairs):
+        if len(first) == most:
+            break
+        first.setdefault(frozenset(rows[index]["completion"] for index in pair[3:]), pair)
     return list(first.values())
 
 
@@ -107,22 +113,31 @@ def _by_prompt(rows: Sequence[Mapping[str, Any]], values: np.ndarray) -> Iterato
     yield from siblings.values()
 
 
-def _ordered(
-    settings: PairSettings, rows: Sequence[Mapping[str, Any]], values: np.ndarray, siblings: Sequence[int]
-) -> Iterator[tuple[int, int]]:
-    for better, worse in permutations(siblings, 2):
-        opposite = settings.rule == "difference" or (values[better] > 0 > values[worse])
-        difference = values[better] - values[worse]
+def _below(
+    settings: PairSettings, rows: Sequence[Mapping[str, Any]], values: np.ndarray, better: int, siblings: list[int]
+) -> Iterator[_Found]:
+    """The pairs of `better` and each sibling that it is set above."""
+    others = values[siblings]
+    differences = values[better] - others
+    wanted = (differences > 0) & (differences >= settings.margin)
+    if settings.rule != "difference":
+        wanted &= (values[better] > 0) & (others < 0)
+    chosen = rows[better]
+    for place in np.flatnonzero(wanted):
+        worse = siblings[place]
+        rejected = rows[worse]
         # The same text on both sides has no gradient under DPO.
-        same = rows[better]["completion"] == rows[worse]["completion"]
-        if opposite and difference > 0 and difference >= settings.margin and not same:
-            yield better, worse
+        if chosen["completion"] == rejected["completion"]:
+            continue
+        if chosen["prompt"] != rejected["prompt"]:
+            raise DataError(
+                f"{chosen['id']} and {rejected['id']}: expected the same prompt (one prompt_id), got two texts"
+            )
+        yield -float(differences[place]), chosen["id"], rejected["id"], better, worse
 
 
 def _pair(rows: Sequence[Mapping[str, Any]], values: np.ndarray, better: int, worse: int) -> dict[str, Any]:
     chosen, rejected = rows[better], rows[worse]
-    if chosen["prompt"] != rejected["prompt"]:
-        raise DataError(f"{chosen['id']} and {rejected['id']}: expected the same prompt (one prompt_id), got two texts")
     return {
         "prompt_id": chosen["prompt_id"],
         "prompt": chosen["prompt"],
