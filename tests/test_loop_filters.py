@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from rapidfuzz import process
 from support import WORDS, make_tokenizer
 
 from montessori.data import Rows
@@ -101,6 +102,40 @@ def test_rouge_agrees_with_the_definition():
             expected = any(slow_rouge(text, other) > threshold + 1e-9 for other in texts[: len(index)])
             assert index.is_close(text) == expected
             index.add(text)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 1 / 3, 0.5, 0.7, 0.9, 1.0])
+def test_rouge_finds_what_a_comparison_with_every_text_finds(threshold):
+    generator = random.Random(threshold)
+    # Common words and rare ones, as texts have them, and texts without a word.
+    common, rare = [f"w{number}" for number in range(4)], [f"r{number}" for number in range(60)]
+    texts = [
+        " ".join(generator.choice(common if generator.random() < 0.4 else rare) for _ in range(generator.randrange(12)))
+        for _ in range(150)
+    ]
+    for place in range(0, 150, 2):
+        # And some that differ in a word or two.
+        words = texts[place].split()
+        texts[place + 1] = " ".join([*generator.sample(words, max(0, len(words) - generator.randrange(3))), "w0"])
+    index = RougeIndex(threshold)
+    for place, text in enumerate(texts):
+        plain = any(RougeIndex(threshold).is_close(text, [other]) for other in texts[:place])
+        assert index.is_close(text) == plain
+        index.add(text)
+
+
+def test_rouge_compares_with_texts_that_share_words_alone(monkeypatch):
+    index = RougeIndex(0.7, [f"the w{number} x{number} y{number} z{number}" for number in range(1000)])
+    compared = []
+    extract = process.extractOne
+
+    def counted(query, texts, **options):
+        compared.append(len(texts))
+        return extract(query, texts, **options)
+
+    monkeypatch.setattr(process, "extractOne", counted)
+    assert index.is_close("the w17 x17 y17 z18")
+    assert sum(compared) <= 2
 
 
 def test_rouge_of_exactly_the_threshold_is_kept():

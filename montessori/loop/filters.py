@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 
 from pydantic import Field, model_validator
@@ -107,21 +108,39 @@ class RougeIndex:
     def __init__(self, threshold: float, texts: Iterable[str] = ()) -> None:
         self.threshold = threshold
         self._codes: dict[str, str] = {}
-        self._texts = [self._encode(text) for text in texts]
+        self._texts: list[str] = []
+        # Of each word, the texts that hold it.
+        self._holding: dict[str, list[str]] = {}
+        for text in texts:
+            self.add(text)
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def add(self, text: str) -> None:
-        self._texts.append(self._encode(text))
+        encoded = self._encode(text)
+        self._texts.append(encoded)
+        for word in set(encoded):
+            self._holding.setdefault(word, []).append(encoded)
 
     def is_close(self, text: str, others: Sequence[str] = ()) -> bool:
         """Whether the ROUGE-L F of `text` with any text of the index or of `others` is above the threshold."""
         query = self._encode(text)
         near = [self._encode(other) for other in others]
-        return any(self._best(query, texts) > self.threshold + 1e-9 for texts in (near, self._texts))
+        return any(self._best(query, texts) > self.threshold + 1e-9 for texts in (near, self._sharing(query)))
 
-    def _best(self, query: str, texts: Sequence[str]) -> float:
+    def _sharing(self, query: str) -> Collection[str]:
+        """The texts of the index but such as share too few words with `query` to be close.
+
+        2·LCS/(m + n) > t and n ≥ LCS give LCS > t·m/(2 − t). A text that has so many of the m words in common holds one
+        of any m + 1 − so many, and of the rarest of them few texts hold one.
+        """
+        # Less a rounding error; a text without a word is close to nothing else.
+        common = max(1, math.floor(self.threshold * len(query) / (2 - self.threshold) - 1e-6) + 1)
+        holding = sorted((self._holding.get(word, []) for word in query), key=len)[: len(query) + 1 - common]
+        return set().union(*holding) if query and sum(map(len, holding)) < len(self._texts) else self._texts
+
+    def _best(self, query: str, texts: Collection[str]) -> float:
         found = process.extractOne(
             query, texts, scorer=Indel.normalized_similarity, score_cutoff=self.threshold, processor=None
         )
