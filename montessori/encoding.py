@@ -48,7 +48,8 @@ class Encoded:
     `examples` are in the order of the input, `Example.index` is the row number. `skipped` maps a row
     number to "no_label_tokens" (nothing enters the loss), "too_long" or "invalid"; `reasons` says of each
     invalid row in one line what is wrong with it. `truncated` lists the row numbers of the examples whose
-    end was cut off, and of none that was skipped. `columns` says which columns were read.
+    end was cut off, and of none that was skipped. `columns` says which columns were read, `reader` by which estimator's
+    settings, if by any.
     """
 
     examples: list[Example]
@@ -57,6 +58,7 @@ class Encoded:
     num_rows: int
     reasons: dict[int, str] = field(default_factory=dict)
     columns: ColumnUse = field(default_factory=ColumnUse)
+    reader: object = field(default=None, repr=False, compare=False)
 
 
 def encode_rows(

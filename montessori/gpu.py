@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from montessori.ops import SparseRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Major compute capabilities on which a missing fence has made products of other Triton kernels wrong, and the first
+# Triton that sets it (docs/kernels.md).
+FENCED, LEAST_FENCING = (10, 11), (3, 7, 1)
 _SMALLEST = 2 * torch.finfo(torch.float32).tiny
 
 
@@ -92,10 +95,21 @@ def of_other_dtypes(*tensors: Tensor | None) -> str | None:
 
 def too_old(device: torch.device) -> str | None:
     """Why the kernels are not for this CUDA device, None when they are."""
+    if tiles.capability(device)[0] in FENCED and triton_version() < LEAST_FENCING:
+        return (
+            f"this Triton, {'.'.join(map(str, triton_version()))}, leaves out a fence between copies and products that "
+            f"{device} needs: install triton {'.'.join(map(str, LEAST_FENCING))} or later"
+        )
     least, found = (".".join(map(str, kind)) for kind in (tiles.LEAST_CAPABILITY, tiles.capability(device)))
     if tiles.capability(device) < tiles.LEAST_CAPABILITY:
         return f"it runs on compute capability {least} and later, {device} has {found}"
     return None
+
+
+def triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
 
 
 def linear_influence(

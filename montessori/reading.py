@@ -10,7 +10,7 @@ from torch import nn
 from montessori.batching import Example, with_row
 from montessori.data import load_rows
 from montessori.encoding import Encoded, encode_rows
-from montessori.errors import DataError
+from montessori.errors import ArgumentError, DataError
 from montessori.files import Rows
 from montessori.models import check_token_ids
 from montessori.options import Options
@@ -32,11 +32,18 @@ class RowReader:
 
     def read(self, source: Any, name: str, may_be_none: bool = False, progress: bool = False) -> Encoded:
         """Candidates; what this has read before is returned as it is. Raises DataError where no row is an example,
-        unless there `may_be_none`, or as `load_rows`, `encode_rows` and `check_token_ids` do."""
+        unless there `may_be_none`, or as `load_rows`, `encode_rows` and `check_token_ids` do, and ArgumentError for
+        what another estimator has read."""
         if isinstance(source, Encoded):
+            if source.reader is not self:
+                raise ArgumentError(
+                    f"{name}: expected rows or what this estimator has read, got what another one has: another "
+                    "tokenizer or other settings would not show; pass the rows"
+                )
             return source
         rows = load_rows(source, name=name)
-        return self._read(rows, name, self.options.invalid_rows, self.own_loss, may_be_none, progress)
+        encoded = self._read(rows, name, self.options.invalid_rows, self.own_loss, may_be_none, progress)
+        return replace(encoded, reader=self)
 
     def _read(
         self,

@@ -157,6 +157,8 @@ def test_rows_are_read_once_for_what_several_calls_are_given(warm, monkeypatch):
     estimator = InfluenceEstimator(*warm, make_rows(3), pilot=3)
     scores, audit = estimator.score(rows), estimator.audit(rows, k=4)
     read = estimator.read(rows)
+    with pytest.raises(ArgumentError, match="candidates: expected rows or what this estimator has read"):
+        estimator.score(replace(read, reader=None))
     monkeypatch.setattr(reading, "encode_rows", lambda *_, **__: pytest.fail("read again"))
     assert estimator.score(read) == scores and estimator.audit(read, k=4) == audit
     estimator.prepare(read)

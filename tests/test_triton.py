@@ -138,6 +138,20 @@ def test_the_package_works_where_triton_is_not_installed(monkeypatch):
     assert "triton" not in ops.available_impls()
 
 
+@pytest.mark.parametrize(
+    ("kind", "version", "refused"),
+    [((10, 0), "3.6.0", True), ((10, 3), "3.7.0+git1", True), ((10, 0), "3.7.1", False), ((9, 0), "3.6.0", False)],
+)
+def test_a_triton_whose_products_are_not_safe_on_a_device_is_refused_there(monkeypatch, kind, version, refused):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(tiles, "capability", lambda device: kind)
+    monkeypatch.setattr(triton, "__version__", version)
+    reason = gpu.too_old(torch.device("cuda"))
+    assert (reason is not None) == refused
+    if refused:
+        assert f"this Triton, {version.split('+')[0]}," in reason and "install triton 3.7.1 or later" in reason
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_kernels_are_refused_by_name_with_the_reason():
     with pytest.raises(ArgumentError, match=r"impl='triton': .*(no CUDA device|not installed)"):

@@ -71,7 +71,7 @@ def _copy_async(unit: Unit, instruction: Instruction) -> Step:
             if not early:
                 perform()
             block.shadow.check_write(touched, who)
-            block.shadow.note_write(touched, who, generic=True)
+            block.shadow.note_write(touched, who, generic=block.launch.copies_need_fence)
 
         early = block.cluster.at_once()
         if early:

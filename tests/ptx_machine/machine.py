@@ -29,7 +29,8 @@ PLACE = ("%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y")
 
 @dataclass
 class Launch:
-    """`shared_base` is where the block's shared memory starts; a search for races takes a fourth of the time."""
+    """`shared_base` is where the block's shared memory starts. A search for races takes a fourth of the time;
+    `copies_need_fence`: what `cp.async` brings is for the tensor cores only after a fence."""
 
     kernel: Kernel
     grid: tuple[int, int]
@@ -39,6 +40,7 @@ class Launch:
     cluster: int = 1
     shared_base: int = SHARED_BASE
     search_races: bool = True
+    copies_need_fence: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:

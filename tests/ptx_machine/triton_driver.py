@@ -52,7 +52,11 @@ class Launcher:
         # Scratch memory, of which no kernel uses any.
         given += b"\0" * (-len(given) % 8) + struct.pack("<qq", 0, 0)
         threads, shared = 32 * self.metadata.num_warps, self.metadata.shared
-        launch = Launch(kernel, (x, y), threads, bytes(given), shared, search_races=driver.search_races)
+        fenced = gpu.triton_version() >= gpu.LEAST_FENCING
+        launch = Launch(
+            kernel, (x, y), threads, bytes(given), shared,
+            search_races=driver.search_races, copies_need_fence=fenced,
+        )  # fmt: skip
         run(launch, memory, driver.seed)
         driver.launched.append((kernel.name, self.metadata.num_warps))
 
