@@ -72,6 +72,20 @@ def test_scores_of_narrow_factors_are_as_specified_on_every_kind_of_tensor_cores
     assert [kernel for kernel, _ in driver.launched] == ["linear_influence_kernel", "sum_partials_kernel"]
 
 
+@pytest.mark.parametrize("kind", [(8, 0), HOPPER], ids=str)
+def test_float32_factors_are_rounded_where_torch_s_switch_says_so(monkeypatch, kind):
+    monkeypatch.setattr(gpu, "gpu_rounds_products", lambda: True)
+    case = linear_case((70, 0, 1, 64), num_out=144, num_in=80).to(torch.float32)
+    with compiled_for(kind):
+        got = case.run(impl="triton")
+    # The ten bits of a TF32 number.
+    x, dy = ((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (case.x, case.dy))
+    rounded = replace(case, x=x, dy=dy)
+    wide = rounded.to(torch.float64)
+    assert torch.all((got - wide.specified()).abs() <= rounded.allowed(torch.float32))
+    assert not torch.all((got - case.to(torch.float64).specified()).abs() <= rounded.allowed(torch.float32))
+
+
 def test_no_schedule_of_warps_and_copies_changes_a_bit():
     case = NARROW["aligned"].to(torch.bfloat16)
     scores = []

@@ -73,10 +73,10 @@ def _fma(a: Any, b: Any, c: Any) -> np.ndarray:
 
 
 SIMPLE: dict[str, Callable[..., Any]] = {
-    "add": np.add, "sub": np.subtract, "min": np.fmin, "max": np.fmax, "neg": np.negative, "abs": np.abs,
+    "add": np.add, "sub": np.subtract, "min": np.fmin, "max": np.fmax, "neg": np.negative,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "fma": _fma,
     "shl": _shift_left, "shr": _shift_right, "div": _divide, "rem": _remainder,
-    "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt, "rcp": np.reciprocal,
+    "ex2": np.exp2, "sqrt": np.sqrt, "rcp": np.reciprocal,
 }  # fmt: skip
 
 
@@ -339,17 +339,5 @@ def reduce_warp(unit: Unit, instruction: Instruction) -> Step:
     def step(mask: Mask) -> None:
         unit.check_aligned(mask)
         write(np.repeat(function(np.asarray(value).reshape(-1, 32), 1), 32), mask)
-
-    return step
-
-
-@operation("elect")
-def elect(unit: Unit, instruction: Instruction) -> Step:
-    write, chosen = (destination(unit, operand) for operand in instruction.operands[:2])
-
-    def step(mask: Mask) -> None:
-        unit.check_aligned(mask)
-        write(np.zeros(unit.size, np.uint32), mask)
-        chosen(np.arange(unit.size) % 32 == 0, mask)
 
     return step

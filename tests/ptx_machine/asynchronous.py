@@ -22,7 +22,7 @@ from .text import Address, Instruction
 if TYPE_CHECKING:
     from .machine import Block, Unit
 
-UINT8, CHUNK = np.dtype(np.uint8), 16
+CHUNK = 16  # bytes that the swizzle keeps together
 
 
 @operation("cp")
@@ -174,7 +174,7 @@ def map_address(unit: Unit, instruction: Instruction) -> Step:
     return lambda mask: write(np.asarray(address) | (np.asarray(rank) + 1).astype(np.uint32) << RANK_BITS, mask)
 
 
-@operation("fence", "membar")
+@operation("fence")
 def fence(unit: Unit, instruction: Instruction) -> Step:
     if "proxy" not in instruction.opcode:
         return lambda mask: None

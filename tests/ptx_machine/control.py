@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def branch(unit: Unit, instruction: Instruction) -> Step:
     return lambda mask: target
 
 
-@operation("ret", "exit")
+@operation("ret")
 def end(unit: Unit, instruction: Instruction) -> Step:
     return lambda mask: Split(unit.everyone.copy() if mask is None else mask, None)
 
@@ -81,13 +81,7 @@ def _wait_for(unit: Unit, barrier: NamedBarrier, mask: Mask, generation: int) ->
     return Wait(ready)
 
 
-@operation("setmaxnreg", "griddepcontrol", "nanosleep")
-def nothing(unit: Unit, instruction: Instruction) -> Step:
-    """What changes no value here; `setmaxnreg` has to be run by all threads of a warpgroup."""
-    whole = instruction.opcode[0] == "setmaxnreg"
-
-    def step(mask: Mask) -> Any:
-        if whole:
-            unit.check_aligned(mask, 128)
-
-    return step
+@operation("setmaxnreg")
+def change_registers(unit: Unit, instruction: Instruction) -> Step:
+    """Changes no value; all threads of a warpgroup have to run it."""
+    return lambda mask: unit.check_aligned(mask, 128)
