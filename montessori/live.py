@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from montessori.errors import ModelError
 from montessori.optim_state import AdamWState
 from montessori.optimizers import moments_of, settings_of
-from montessori.parameters import is_plain, version
+from montessori.parameters import is_plain, version, versions
 from montessori.shared import Shared
 
 # Shape of the blocks that a checksum reads: 512 kB of eight bytes, which a processor's cache holds.
@@ -219,9 +219,7 @@ class Watch:
         return moments_of(self._optimizer)
 
     def _now(self) -> tuple[Any, ...]:
-        values = [*self._model.parameters(), *self._moments()]
-        versions = tuple(version(value) if isinstance(value, Tensor) else value for value in values)
-        return versions, settings_of(self._optimizer)
+        return versions([*self._model.parameters(), *self._moments()]), settings_of(self._optimizer)
 
     def _bits(self) -> tuple[int, ...]:
         """Checksums of all tensors: a write past torch (`.data`, numpy) leaves the versions as they are."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from montessori import quantised
 from montessori.errors import ArgumentError, StateError
-from montessori.parameters import version
+from montessori.parameters import versions
 
 # Their type itself: a subclass may step differently.
 _KNOWN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
@@ -69,22 +69,18 @@ class Reading:
 
     def __init__(self, optimizer: object = (), tensors: Iterable[Tensor] = ()) -> None:
         self._tensors = list(tensors)
-        self._then = _versions(self._tensors)
-        self._parts = [(weakref.ref(part), _versions(moments_of(part))) for part in _live(optimizer)]
+        self._then = versions(self._tensors)
+        self._parts = [(weakref.ref(part), versions(moments_of(part))) for part in _live(optimizer)]
 
     def is_current(self) -> bool:
         """Whether neither the tensors nor what the optimizers keep were written or replaced since."""
         alive = ((part, then) for reference, then in self._parts if (part := reference()) is not None)
-        as_they_were = _versions(self._tensors) == self._then
-        return as_they_were and all(_versions(moments_of(part)) == then for part, then in alive)
+        as_they_were = versions(self._tensors) == self._then
+        return as_they_were and all(versions(moments_of(part)) == then for part, then in alive)
 
     def __reduce__(self) -> tuple[type[Reading], tuple[()]]:
         # A deep copy, or what was pickled, has tensors of its own.
         return Reading, ()
-
-
-def _versions(values: Iterable[Any]) -> list[Any]:
-    return [version(value) if isinstance(value, Tensor) else value for value in values]
 
 
 def trained_by(optimizer: object) -> set[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -20,3 +23,8 @@ def version(tensor: Tensor) -> tuple[int, int]:
     # A tensor of a class of its own (quantised) may have no address.
     address = tensor.data_ptr() if is_plain(tensor) else id(tensor)
     return address, (0 if tensor.is_inference() else tensor._version)
+
+
+def versions(values: Iterable[Any]) -> list[Any]:
+    """Of the tensors among `values`; others are their own."""
+    return [version(value) if isinstance(value, Tensor) else value for value in values]

@@ -58,6 +58,11 @@ def once(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path], No
     return folder
 
 
+def triton_cache(temporary: pytest.TempPathFactory) -> str:
+    """Where all processes of this run of the tests keep what Triton compiles."""
+    return str(once(temporary, "triton_kernels", lambda folder: None))
+
+
 def compile_source(temporary: pytest.TempPathFactory, name: str) -> Compiled:
     archs, compiler = SOURCES[name], toolkit() / "bin/nvcc"
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

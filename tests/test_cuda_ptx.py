@@ -14,9 +14,9 @@ import torch
 from op_cases import ADAMW, Case, bounds, linear_case, with_padding
 from ptx_machine.launching import Launchers
 from ptx_machine.memory import FaultError
-from ptx_machine.text import read_kernels
+from ptx_machine.text import Immediate, Kernel, read_kernels
 
-from montessori import trial
+from montessori import tiles, trial
 
 CHOOSE = 0  # splits, by the kernel itself
 KERNELS = ("mma", "wgmma", "wgmma_cluster")
@@ -102,6 +102,32 @@ def test_a_broken_example_breaks_its_own_score_alone(device, kernel):
     got = device.run(kernel, case)
     assert got[1].isnan().all()
     assert torch.equal(got[[0, 2]], want[[0, 2]])
+
+
+def layouts_of_b(kernel: Kernel) -> set[int]:
+    """What the descriptors of B say of its layout: all but where it starts."""
+    products = {one.operands[2] for one in kernel.code if one.opcode[:2] == ("wgmma", "mma_async")}
+    made = [one for one in kernel.code if one.operands and one.operands[0] in products]
+    return {part.value >> 14 << 14 for one in made for part in one.operands if isinstance(part, Immediate)}
+
+
+def test_operands_lie_as_the_compiler_of_triton_lays_them_for_the_same_product(device, tmp_path_factory, monkeypatch):
+    pytest.importorskip("triton")
+    from ptx_machine.triton_driver import compiled_for
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", cuda_build.triton_cache(tmp_path_factory))
+    # As here, 64 columns of 64 tokens in a row of boxes, and products of 64 × 128.
+    monkeypatch.setattr(tiles, "choose_tile", lambda operand, shape: tiles.Tile(128, 128, 64, 8, 3, hold=False))
+    with compiled_for((9, 0)) as driver:
+        linear_case((70,), num_out=144, num_in=144, sets=1).to(torch.bfloat16).run(impl="triton")
+    theirs, ours = driver.launched[0], [one for name, one in device.kernels.items() if "wgmma" in name]
+    for kernel in (theirs, *ours):
+        shapes = {one.opcode[4] for one in kernel.code if one.opcode[:2] == ("wgmma", "mma_async")}
+        flags = {one.operands[-2:] for one in kernel.code if one.opcode[:2] == ("wgmma", "mma_async")}
+        assert shapes == {"m64n128k16"}
+        assert {tuple(part.text for part in pair) for pair in flags} == {("1", "1")}
+    assert len(layouts_of_b(theirs)) == 1
+    assert all(layouts_of_b(one) == layouts_of_b(theirs) for one in ours)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_build import once
+from cuda_build import triton_cache
 
 from montessori import AdamWStep, SGDStep, gpu, ops, tiles
 from montessori.errors import ArgumentError
@@ -56,7 +56,7 @@ def test_everything_around_the_kernels_works_on_a_pretended_gpu(checks, chosen, 
         "pytest",
         *options,
         HERE / checks,
-        TRITON_CACHE_DIR=str(once(tmp_path_factory, "triton_kernels", lambda folder: None)),
+        TRITON_CACHE_DIR=triton_cache(tmp_path_factory),
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .instructions import KINDS, Mask, Step, addresses_of, count_of, destination, operation, parts_of, source
-from .memory import RANK_BITS, SHARED, FaultError
+from .memory import RANK_BITS, FaultError
 from .races import GRAIN
 from .text import Instruction
 
@@ -63,8 +63,6 @@ def load(unit: Unit, instruction: Instruction) -> Step:
         at = addresses(mask)
         if shared:
             loaded = load_shared(unit, own_shared(unit, at), actors(unit, mask), kind, count)
-        elif at[0] >= SHARED:
-            loaded = load_shared(unit, own_shared(unit, at - SHARED), actors(unit, mask), kind, count)
         else:
             loaded = unit.block.memory.load(at, kind, count)
         for write, values in zip(writes, loaded, strict=True):
@@ -96,8 +94,6 @@ def store(unit: Unit, instruction: Instruction) -> Step:
         values = np.stack([each if mask is None else each[mask] for each in given]).astype(kind)
         if shared:
             store_shared(unit, own_shared(unit, at), actors(unit, mask), values)
-        elif at[0] >= SHARED:
-            store_shared(unit, own_shared(unit, at - SHARED), actors(unit, mask), values)
         else:
             unit.block.memory.store(at, values)
 

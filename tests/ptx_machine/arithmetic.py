@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .instructions import KINDS, Mask, Step, destination, operation, row, source
-from .memory import SHARED
 from .text import BITS, Instruction, Name, Vector
 
 if TYPE_CHECKING:
@@ -122,18 +121,17 @@ def _in_pairs(unit: Unit, instruction: Instruction) -> Step:
 def multiply(unit: Unit, instruction: Instruction) -> Step:
     if instruction.opcode[-1] == "f32x2":
         return _in_pairs(unit, instruction)
-    check_words(instruction.opcode[1:-1], "lo", "hi", "wide", "rn")
+    check_words(instruction.opcode[1:-1], "lo", "wide", "rn")
     kind, wide = instruction.opcode[-1], "wide" in instruction.opcode
     target = f"{kind[0]}{2 * BITS[kind]}" if wide else kind
-    high = "hi" in instruction.opcode
     factors = [source(unit, operand, kind) for operand in instruction.operands[1:3]]
     added = [source(unit, operand, target) for operand in instruction.operands[3:]]
     write = destination(unit, instruction.operands[0])
-    bits, into = BITS[kind], KINDS[target]
+    into = KINDS[target]
 
     def step(mask: Mask) -> None:
         a, b = (np.asarray(factor).astype(into) for factor in factors)
-        product = (a.astype(object) * b.astype(object) >> bits).astype(into) if high else a * b
+        product = a * b
         for more in added:
             product = product + more
         write(product, mask)
@@ -292,13 +290,14 @@ def _convert_pair(unit: Unit, instruction: Instruction, into: str) -> Step:
 
 @operation("cvta")
 def convert_address(unit: Unit, instruction: Instruction) -> Step:
-    """Between a space and generic addresses; global ones and parameters are the same in both."""
-    kind = instruction.opcode[-1]
-    value, write = source(unit, instruction.operands[1], kind), destination(unit, instruction.operands[0])
-    shift = 0
-    if "shared" in instruction.opcode:
-        shift = -SHARED if "to" in instruction.opcode else SHARED
-    return lambda mask: write((np.asarray(value).astype(np.int64) + shift).astype(np.uint64), mask)
+    """Global addresses and those of parameters are generic ones here."""
+    if not {"global", "param"} & set(instruction.opcode):
+        raise NotImplementedError(instruction.text)
+    value, write = (
+        source(unit, instruction.operands[1], instruction.opcode[-1]),
+        destination(unit, instruction.operands[0]),
+    )
+    return lambda mask: write(value, mask)
 
 
 @operation("createpolicy")

@@ -33,8 +33,6 @@ def copy(unit: Unit, instruction: Instruction) -> Step:
     if words[1:3] == ("async", "wait_group"):
         pending = int(source(unit, instruction.operands[0], "u32"))
         return lambda mask: finish(unit.copy_groups, pending)
-    if words[1:3] == ("async", "wait_all"):
-        return lambda mask: (unit.copy_groups.append([]), finish(unit.copy_groups, 0))[0]
     if words[1:3] == ("async", "bulk"):
         return _copy_box(unit, instruction)
     return _copy_async(unit, instruction)
@@ -184,7 +182,7 @@ def fence(unit: Unit, instruction: Instruction) -> Step:
 @operation("mbarrier")
 def phase_barrier(unit: Unit, instruction: Instruction) -> Step:
     what = instruction.opcode[1]
-    if what in ("try_wait", "test_wait"):
+    if what == "try_wait":
         return _wait(unit, instruction)
     place = next(operand for operand in instruction.operands if isinstance(operand, Address))
     addresses, clocks = addresses_of(unit, place), unit.block.cluster.clocks
@@ -199,8 +197,6 @@ def phase_barrier(unit: Unit, instruction: Instruction) -> Step:
             given = None if number is None else value_in(number, thread)
             if what == "init":
                 block.phases[at] = PhaseBarrier(given, given)
-            elif what == "inval":
-                del block.phases[at]
             elif what == "arrive":
                 seen = clocks.release(unit.actors[thread : thread + 1])
                 arrivals = 1 if expects or given is None else given

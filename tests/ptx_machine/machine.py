@@ -29,8 +29,8 @@ PLACE = ("%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y")
 
 @dataclass
 class Launch:
-    """`shared_base` is where the block's shared memory starts. A search for races takes a fourth of the time;
-    `copies_need_fence`: what `cp.async` brings is for the tensor cores only after a fence."""
+    """`shared_base` is where the block's shared memory starts. `copies_need_fence`: what `cp.async` brings is for the
+    tensor cores only after a fence."""
 
     kernel: Kernel
     grid: tuple[int, int]

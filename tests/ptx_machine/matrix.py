@@ -117,8 +117,7 @@ class Operand:
     """Where the elements of an operand of wgmma lie, by its descriptor."""
 
     def __init__(self, descriptor: int, transposed: bool, long: int, depth: int, size: int):
-        field = lambda low: (descriptor >> low & 0x3FFF) << 4  # noqa: E731
-        start, leading, stride = field(0), field(16), field(32)
+        start, leading, stride = ((descriptor >> low & 0x3FFF) << 4 for low in (0, 16, 32))
         swizzle = {1: 3, 2: 2, 3: 1, 0: 0}[descriptor >> 62]
         if descriptor >> 49 & 7:
             raise NotImplementedError("a base offset of a matrix descriptor")

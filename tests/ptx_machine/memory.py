@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-# Where parameters and shared memory lie among generic addresses; the block's rank in its cluster stands above the bits
-# of an address in shared memory, as in the hardware's window.
-PARAMETERS, SHARED, RANK_BITS = 1 << 50, 1 << 52, 24
+# Where parameters lie among generic addresses; the block's rank in its cluster stands above the bits of an address in
+# shared memory, as in the hardware's window.
+PARAMETERS, RANK_BITS = 1 << 50, 24
 
 
 class FaultError(Exception):

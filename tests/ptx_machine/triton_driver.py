@@ -21,7 +21,7 @@ from montessori import gpu, impls, tiles
 
 from .machine import Launch, run
 from .memory import Memory
-from .text import read_kernels
+from .text import Kernel, read_kernels
 
 FORMATS = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q",
            "fp32": "f", "fp64": "d"}  # fmt: skip
@@ -58,17 +58,17 @@ class Launcher:
             search_races=driver.search_races, copies_need_fence=fenced,
         )  # fmt: skip
         run(launch, memory, driver.seed)
-        driver.launched.append((kernel.name, self.metadata.num_warps))
+        driver.launched.append(kernel)
 
 
 class PtxDriver(DriverBase):
-    """Of a GPU of compute capability `kind`; `launched` has the names of kernels that ran."""
+    """Of a GPU of compute capability `kind`; `launched` has the kernels that ran."""
 
     launcher_cls = Launcher
 
     def __init__(self, kind: tuple[int, int], seed: int, search_races: bool):
         self.kind, self.seed, self.search_races = kind, seed, search_races
-        self.launched: list[tuple[str, int]] = []
+        self.launched: list[Kernel] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES[kind]}, load_binary=self._load
         )
